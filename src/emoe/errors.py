@@ -1,0 +1,42 @@
+"""Every error emoe raises on purpose. The text names the thing, the value and the remedy.
+
+`exit_code` is what the command line returns for it, so that scripts can tell the cases apart.
+"""
+
+from __future__ import annotations
+
+
+class EmoeError(Exception):
+    """Base of all deliberate errors: catch this to catch every one of them."""
+
+    exit_code = 1
+
+
+class UsageError(EmoeError, ValueError):
+    """An argument that cannot be meant: a malformed size, an unknown mode, options that exclude each other."""
+
+    exit_code = 2
+
+
+class CheckpointError(EmoeError):
+    """The files at rest are missing, truncated, damaged or contradict their own headers."""
+
+    exit_code = 3
+
+
+class UnsupportedModelError(EmoeError):
+    """The checkpoint is sound, but emoe cannot run it: a dense model, an unknown layout, no routing rule."""
+
+    exit_code = 4
+
+
+class BudgetError(EmoeError):
+    """The memory allowed is less than the smallest amount that works; the text names that amount."""
+
+    exit_code = 5
+
+
+class ReadError(EmoeError):
+    """Reading experts failed while the model ran: an i/o error, a file changed or shortened since indexing."""
+
+    exit_code = 6
