@@ -39,7 +39,7 @@ def parse_bytes(value: str | int) -> int:
     match = _NUMBER.fullmatch(value)
     if match is None:
         raise UsageError(
-            f"cannot read {value!r} as a size; write e.g. '8GiB' (1024^3 bytes), '512MB' (1000^2) or plain bytes"
+            f"cannot read {value!r} as a size; write e.g. '8GiB' (1024^3 bytes), '512MB' (1000^2) or bytes"
         )
     number, unit = match.groups()
     factor = _UNITS.get(unit.lower())

@@ -13,7 +13,7 @@ class EmoeError(Exception):
 
 
 class UsageError(EmoeError, ValueError):
-    """An argument that cannot be meant: a malformed size, an unknown mode, options that exclude each other."""
+    """An argument that cannot be meant: a malformed size, an unknown mode, two options at odds."""
 
     exit_code = 2
 
@@ -37,6 +37,6 @@ class BudgetError(EmoeError):
 
 
 class ReadError(EmoeError):
-    """Reading experts failed while the model ran: an i/o error, a file changed or shortened since indexing."""
+    """Reading experts failed while the model ran: an i/o error, a file changed since it was indexed."""
 
     exit_code = 6
