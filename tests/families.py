@@ -4,17 +4,18 @@
 checkpoints look like that, transformers' reverse conversion doing the splitting. With `fused=True` it writes
 transformers' own layout instead, one three-dimensional tensor per layer.
 
-Sizes are chosen so that mistakes show: hidden 32, expert width 24 (so 2 x width differs from hidden and a
-transposed or half-swapped projection changes shape or values), 8 experts, 3 layers, dense layers first where the
-family has them, expert groups where the router has groups. Rows stay multiples of 16 bytes in every dtype, which
-`torch._grouped_mm` wants.
+Sizes are chosen so that mistakes show: hidden 32, expert width 24 (so 2 x width differs from hidden, and a
+transposed or half-swapped projection changes shape or values), 8 experts, 3 layers, dense layers first where
+the family has them, expert groups where the router has groups. Rows stay multiples of 16 bytes in every dtype,
+which `torch._grouped_mm` wants.
 
 Left out, with the reason:
-- cohere2_moe, mistral4, mellum, flint, kolibri1, axk1, bailing_hybrid, kimi_linear, glm_moe_dsa, deepseek_v32 and
-  further members of the qwen2_moe or deepseek_v3 mapping: they add nothing the listed families do not cover.
-- llama4, dbrx, jetmoe, doge: no `use_experts_implementation` in transformers, so emoe refuses them.
-- deepseek_v4, inkling, qwen4_exp, muse_spark, minimax_m3_vl, *_vl_moe, *_omni_moe: multimodal or too new to be built from a
-  handful of settings; AutoModelForCausalLM does not load most of them.
+- cohere2_moe, mistral4, mellum, flint, kolibri1, axk1, bailing_hybrid, kimi_linear, glm_moe_dsa, deepseek_v32
+  and further users of the qwen2_moe, mixtral or granitemoe conversion mappings: the listed families cover the
+  layouts.
+- llama4, dbrx, jetmoe, doge: their experts do not use transformers' experts interface, so emoe refuses them.
+- *_vl_moe, *_omni_moe, muse_spark, deepseek_ocr2: image or speech models, which AutoModelForCausalLM does not
+  build.
 """
 
 from __future__ import annotations
@@ -59,7 +60,12 @@ _MLA: dict[str, Any] = {  # multi-head latent attention of the DeepSeek line
     "num_key_value_heads": 4,
 }
 
-_GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1}
+_GROUPS: dict[str, Any] = {
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+}
 
 _LINEAR_ATTENTION: dict[str, Any] = {
     "linear_key_head_dim": 8,
@@ -98,7 +104,11 @@ FAMILIES: dict[str, Family] = _families(
     Family("qwen2_moe", {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}),
     Family("qwen3_moe", {"num_experts_per_tok": 3, "norm_topk_prob": True}),
     Family("qwen3_next", {"shared_expert_intermediate_size": 40, **_LINEAR_ATTENTION}),
-    Family("qwen3_5_moe", {"shared_expert_intermediate_size": 40, **_LINEAR_ATTENTION}, model_type="qwen3_5_moe_text"),
+    Family(
+        "qwen3_5_moe",
+        {"shared_expert_intermediate_size": 40, **_LINEAR_ATTENTION},
+        model_type="qwen3_5_moe_text",
+    ),
     Family("olmoe", {"intermediate_size": 24, "num_key_value_heads": 4, "num_experts_per_tok": 3}),
     Family("flex_olmo", {"intermediate_size": 24, "num_key_value_heads": 4}),
     Family("deepseek_v2", {**_MLA, **_GROUPS, "head_dim": 8, "topk_method": "group_limited_greedy"}),
@@ -157,6 +167,33 @@ FAMILIES: dict[str, Family] = _families(
         },
     ),
     Family("laguna", {"sliding_window": 16, "shared_expert_intermediate_size": 40}),
+    Family("aria_text", {"intermediate_size": 24, "moe_num_experts": 8, "moe_topk": 2}, hub_is_fused=True),
+    Family(
+        "gemma4_text",
+        {
+            "enable_moe_block": True,
+            "top_k_experts": 2,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 128,
+            "global_head_dim": 8,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        hub_is_fused=True,
+    ),
+    Family(
+        "inkling2_text",  # gate and up interleaved in the checkpoint, concatenated in the model
+        {
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8,
+            "sliding_window_size": 16,
+            "d_rel": 4,
+            "rel_extent": 32,
+            "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+        },
+        hub_is_fused=True,
+    ),
 )
 
 
@@ -169,7 +206,9 @@ def make_model(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A tiny random float32 model of the family, the same for the same seed and settings."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(make_config(name, **overrides), dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            make_config(name, **overrides), dtype=torch.float32
+        )
         _randomise(model)
     return model.eval()
 
@@ -177,8 +216,8 @@ def make_model(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 def _randomise(model: PreTrainedModel) -> None:
     """Replace the initial values that would hide mistakes: zero biases, unit norms, uniform routing.
 
-    Routers get logits of standard deviation about 2, so that different tokens choose different experts and the
-    chosen weights differ; a selection bias is large enough to change the choice.
+    Routers get logits of standard deviation about 2, so that different tokens choose different experts and
+    the chosen weights differ; a selection bias is large enough to change the choice.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     with torch.no_grad():
@@ -190,7 +229,7 @@ def _randomise(model: PreTrainedModel) -> None:
                 tensor.normal_(std=0.1)
             elif "norm" in name and leaf == "weight" and tensor.ndim == 1:
                 tensor.add_(torch.randn_like(tensor), alpha=0.1)
-            elif _is_router(name) and tensor.ndim == 2:  # noqa: PLR2004
+            elif _is_router(name) and tensor.ndim == 2:
                 tensor.normal_(std=2.0 / math.sqrt(tensor.shape[-1]))
 
 
@@ -211,8 +250,8 @@ def make_checkpoint(
 ) -> Path:
     """Write a tiny random checkpoint of the family as safetensors and return its directory.
 
-    `fused` writes transformers' own layout instead of the hub's. `max_shard_size` (transformers' spelling, for
-    example "40KB") makes several files with an index. Further keywords change the configuration.
+    `fused` writes transformers' own layout instead of the hub's. `max_shard_size` (transformers' spelling,
+    for example "40KB") makes several files with an index. Further keywords change the configuration.
     """
     model = make_model(name, seed, **overrides)
     keep = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
