@@ -6,7 +6,7 @@ transformers' own layout instead, one three-dimensional tensor per layer.
 
 Sizes are chosen so that mistakes show: hidden 32, expert width 24 (so 2 x width differs from hidden, and a
 transposed or half-swapped projection changes shape or values), 8 experts, 3 layers, dense layers first where
-the family has them, expert groups where the router has groups. Rows stay multiples of 16 bytes in every dtype,
+the family has them, expert groups where the router has groups. Rows are multiples of 16 bytes in every dtype,
 which `torch._grouped_mm` wants.
 
 Left out, with the reason:
