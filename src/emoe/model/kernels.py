@@ -1,0 +1,172 @@
+"""How routed experts are computed. The kernel is chosen by shape alone, never by what is resident.
+
+Measured on two cores (Qwen3-MoE shape: hidden 1024, experts of 512, top-8, bf16, one token, 25 MB of weights): one
+`mm(out=)` per expert and projection with a single activation over all 1.60 ms, per-expert linear 1.73, grouped_mm
+1.80, gathered bmm 3.19 (see docs/log.md). All but the last run at the machine's memory bandwidth, so what is left
+to win is the number of calls. Over 256 tokens the ways tie (20.8 to 21.8 ms).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+COMBINE_TOKENS = 1024
+"""Tokens whose expert outputs are weighted and added at once: bounds the float32 temporary."""
+
+
+class ExpertMath:
+    """What one family's experts compute, read off its experts module, over weights that lie in slots."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        """Read the layout flags that transformers' `use_experts_implementation` sets on the module."""
+        module = cast(Any, experts)
+        self.gated: bool = module.has_gate
+        self.biased: bool = module.has_bias
+        self.transposed: bool = module.is_transposed
+        self.activate = module._apply_gate if module.has_gate else module.act_fn
+        self.post_norm = module.post_expert_norm if module.has_post_expert_norm else None
+        self.first = "gate_up_proj" if module.has_gate else "up_proj"
+
+    def bind(self, views: dict[str, torch.Tensor]) -> Weights:
+        """Return one slot's weights as the kernels want them: [in, out] matrices and [out] biases."""
+        first, down = views[self.first], views["down_proj"]
+        if not self.transposed:
+            first, down = first.t(), down.t()
+        if not self.biased:
+            return Weights(first, None, down, None)
+        return Weights(first, views[f"{self.first}_bias"], down, views["down_proj_bias"])
+
+
+class Weights:
+    """One expert's weights: `first` [hidden, 2*intermediate or intermediate], `down` [intermediate, hidden]."""
+
+    __slots__ = ("down", "down_bias", "first", "first_bias")
+
+    def __init__(
+        self, first: torch.Tensor, first_bias: torch.Tensor | None, down: torch.Tensor, down_bias: torch.Tensor | None
+    ) -> None:
+        self.first = first
+        self.first_bias = first_bias
+        self.down = down
+        self.down_bias = down_bias
+
+
+def _project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(bias, x, weight, out=out)
+
+
+def one_token(
+    math: ExpertMath, hidden: torch.Tensor, weights: list[Weights], gates: torch.Tensor
+) -> torch.Tensor:
+    """Run one token through its experts.
+
+    Args:
+        math: the family's arithmetic.
+        hidden: [1, hidden].
+        weights: its k experts, best first as the router gave them.
+        gates: [1, k] router weights.
+
+    Returns:
+        [1, hidden], the weighted sum in the router's order.
+    """
+    k = len(weights)
+    inner = hidden.new_empty(k, weights[0].first.shape[1])
+    for j, w in enumerate(weights):
+        _project(hidden, w.first, w.first_bias, inner[j : j + 1])
+    inner = math.activate(inner)
+    outer = hidden.new_empty(k, weights[0].down.shape[1])
+    for j, w in enumerate(weights):
+        _project(inner[j : j + 1], w.down, w.down_bias, outer[j : j + 1])
+    if math.post_norm is not None:
+        outer = math.post_norm(outer)
+    return combine(outer, gates, hidden.dtype)
+
+
+class Grouping:
+    """A chunk's (token, choice) pairs sorted by expert.
+
+    `rows[start:end]` of an expert are positions in the flattened [tokens * k] routing, ascending.
+    """
+
+    def __init__(self, ids: torch.Tensor, experts: int) -> None:
+        """Group `ids` [tokens, k]."""
+        flat = ids.reshape(-1)
+        self.top_k = ids.shape[1]
+        self.rows = torch.sort(flat, stable=True).indices
+        counts = torch.bincount(flat, minlength=experts).tolist()
+        self.spans: dict[int, tuple[int, int]] = {}
+        start = 0
+        for expert, n in enumerate(counts):
+            if n:
+                self.spans[expert] = (start, start + n)
+                start += n
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """Tokens of each expert that has any."""
+        return {expert: end - start for expert, (start, end) in self.spans.items()}
+
+    def by_count(self) -> list[int]:
+        """Experts, most tokens first, ties by number."""
+        return sorted(self.spans, key=lambda e: (self.spans[e][0] - self.spans[e][1], e))
+
+
+def many_tokens(
+    math: ExpertMath,
+    hidden: torch.Tensor,
+    grouping: Grouping,
+    ready: Iterable[tuple[int, Weights]],
+    gates: torch.Tensor,
+) -> torch.Tensor:
+    """Run a chunk of tokens, expert by expert, in whatever order the experts become ready.
+
+    Every (token, choice) pair has its own row of the output, and rows are added in the router's order at the end, so
+    the order of computing cannot change a bit.
+
+    Args:
+        math: the family's arithmetic.
+        hidden: [tokens, hidden].
+        grouping: the chunk's pairs by expert.
+        ready: (expert, weights) of every expert of the grouping, once.
+        gates: [tokens, k] router weights.
+
+    Returns:
+        [tokens, hidden].
+    """
+    tokens = hidden.shape[0]
+    outer: torch.Tensor | None = None
+    for expert, w in ready:
+        start, end = grouping.spans[expert]
+        rows = grouping.rows[start:end]
+        x = hidden.index_select(0, rows // grouping.top_k)
+        inner = hidden.new_empty(end - start, w.first.shape[1])
+        _project(x, w.first, w.first_bias, inner)
+        inner = math.activate(inner)
+        result = hidden.new_empty(end - start, w.down.shape[1])
+        _project(inner, w.down, w.down_bias, result)
+        if outer is None:
+            outer = hidden.new_empty(tokens * grouping.top_k, w.down.shape[1])
+        outer.index_copy_(0, rows, result)
+    if outer is None:  # no tokens at all
+        return torch.zeros_like(hidden)
+    if math.post_norm is not None:
+        outer = math.post_norm(outer)
+    return combine(outer, gates, hidden.dtype)
+
+
+def combine(outer: torch.Tensor, gates: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Weight [tokens * k, hidden] expert outputs by [tokens, k] gates and add each token's in the router's order."""
+    tokens, k = gates.shape
+    parts = []
+    for start in range(0, tokens, COMBINE_TOKENS):
+        end = min(start + COMBINE_TOKENS, tokens)
+        weighted = outer[start * k : end * k] * gates[start:end].reshape(-1, 1)
+        parts.append(weighted.view(end - start, k, -1).sum(dim=1).to(dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

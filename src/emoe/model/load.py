@@ -1,0 +1,288 @@
+"""`load`: a transformers model and tokenizer whose experts live inside a byte budget."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from emoe.checkpoint.index import ExpertIndex, LayerIndex, build_index, skeleton
+from emoe.checkpoint.readers import Reader, choose_reader, open_reader
+from emoe.checkpoint.source import resolve
+from emoe.config import MODES, ExpertMemory, Mode, format_bytes
+from emoe.errors import BudgetError, UnsupportedModelError, UsageError
+from emoe.model.kernels import ExpertMath
+from emoe.model.loading import device_of, load_dense
+from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Pass, Runtime
+from emoe.model.tracing import record_trace
+from emoe.residency.bank import Bank, slot_nbytes
+from emoe.residency.budget import LayerNeed, SlotPlan, plan_slots
+from emoe.residency.eviction import make_eviction
+from emoe.residency.loader import Loader
+from emoe.residency.pool import ExpertPool, Progress
+from emoe.residency.table import ResidencyTable
+from emoe.routing.rules import rule_for
+from emoe.routing.topk import top_k_of
+
+LOADER_THREADS = 2
+
+
+class Loaded(NamedTuple):
+    """What `load` returns: unpack it as `model, tokenizer`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+class Binding:
+    """What emoe keeps beside a model: found by `emoe.stats` and `emoe.close`."""
+
+    def __init__(
+        self, runtime: Runtime, index: ExpertIndex, plan: SlotPlan, reader: Reader, reason: str, loader: Loader
+    ) -> None:
+        self.runtime = runtime
+        self.index = index
+        self.plan = plan
+        self.reader = reader
+        self.reader_reason = reason
+        self.loader = loader
+        self.pools: list[ExpertPool] = []
+        self.handles: list[Any] = []
+        self.finishers: list[Callable[[], object]] = []
+
+    def close(self) -> None:
+        """Stop the threads and finish the trace; the model cannot run afterwards. Safe to call twice."""
+        self.runtime.closed = True
+        self.loader.close()
+        self.reader.close()
+        for handle in self.handles:
+            handle.remove()
+        while self.finishers:
+            self.finishers.pop()()
+
+
+def layer_needs(index: ExpertIndex, model: PreTrainedModel) -> list[LayerNeed]:
+    """Return what each MoE layer asks of the budget; layers with equal part shapes share a bank."""
+    groups: dict[tuple[Any, ...], int] = {}
+    config = model.config.get_text_config(decoder=True)
+    needs = []
+    for entry in index.layers:
+        group = groups.setdefault(entry.parts, len(groups))
+        block = model.get_submodule(entry.module.rpartition(".")[0])
+        top_k = min(top_k_of(block, config, entry.layer), entry.num_experts)
+        needs.append(LayerNeed(entry.layer, entry.num_experts, top_k, slot_nbytes(entry.parts), group))
+    return needs
+
+
+def load(
+    model_id: str | Path | None = None,
+    *,
+    expert_memory: str | int | ExpertMemory | None = None,
+    mode: Mode = "exact",
+    reader: str = "auto",
+    eviction: str = "least-stale",
+    replan_prompts: int = 1,
+    trace: str | Path | None = None,
+    task: str | None = None,
+    progress: bool | Progress = False,
+    max_read_bytes_per_s: float | None = None,
+    **kwargs: Any,
+) -> Loaded:
+    """Load a Mixture-of-Experts checkpoint with its experts inside a byte budget.
+
+    The result is an ordinary transformers model: `generate()` and everything built on it works. In mode `exact` its
+    logits are bit for bit those of the same model with every expert resident.
+
+    Args:
+        model_id: a checkpoint's folder or a hub id; None is the embedded emoe-nano.
+        expert_memory: "8GiB", "40%", "12/layer" or bytes; None keeps every expert resident.
+        mode: "exact" loads and waits for a missing expert; "resident" (the paper, section 2.5; lossy) sends the token
+            to the best-scored expert that is resident, and nothing waits.
+        reader: "auto", "cached", "direct" or "advised"; see the user guide.
+        eviction: "least-stale", "lru" or "lfu".
+        replan_prompts: p of the paper (section 2.3). In mode "resident" every p-th prompt is read with its own routes
+            (its experts stream through) and what it routed most becomes resident until the next such prompt.
+        trace: a file to record the routing to, written when the model is closed or collected.
+        task: the label that the recorded prompts carry.
+        progress: True for a progress bar, or a function called with (bytes done, bytes in all).
+        max_read_bytes_per_s: slows the store down, to measure what a slower disk would do.
+        **kwargs: go to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, token, ...).
+
+    Returns:
+        (model, tokenizer); the tokenizer is None where the checkpoint has none.
+
+    Raises:
+        UsageError: an argument that cannot be meant.
+        CheckpointError: files missing, truncated or inconsistent.
+        UnsupportedModelError: a dense model, an unknown layout, or no routing rule for mode "resident".
+        BudgetError: the budget is below the floor, which the message names.
+    """
+    _check_arguments(mode, replan_prompts, kwargs)
+    make_eviction(eviction)
+    memory = None if expert_memory is None else ExpertMemory.parse(expert_memory)
+    hub = {name: kwargs[name] for name in ("revision", "token", "local_files_only") if name in kwargs}
+    path = resolve(_nano() if model_id is None else model_id, **hub)
+    config_kwargs = {name: kwargs[name] for name in ("dtype", "trust_remote_code") if name in kwargs}
+    _, empty = skeleton(path, **config_kwargs)
+    index = build_index(path, empty)
+    needs = layer_needs(index, empty)
+    plan = plan_slots(memory, needs)
+    _check_resident(mode, plan, needs, empty, index)
+    del empty
+    kind, reason = choose_reader(index, plan.resident_bytes, reader)
+    local = {name: value for name, value in kwargs.items() if name not in hub}
+    model = load_dense(path, index, IMPLEMENTATION, **local)
+    opened = open_reader(kind, index, max_bytes_per_s=max_read_bytes_per_s)
+    loader = Loader(LOADER_THREADS)
+    runtime = Runtime(mode, replan_prompts)
+    binding = Binding(runtime, index, plan, opened, reason, loader)
+    try:
+        _bind(model, binding, needs, eviction, opened)
+        if plan.all_resident:
+            _preload(binding, progress)
+        if trace is not None:
+            binding.finishers.append(record_trace(runtime, index, needs, Path(trace), task))
+    except BaseException:
+        binding.close()
+        raise
+    model._emoe_binding = binding  # type: ignore[assignment]
+    weakref.finalize(model, binding.close)
+    return Loaded(model, _tokenizer(path, kwargs))
+
+
+def close(model: PreTrainedModel) -> None:
+    """Stop a model's loader threads and finish its trace. It cannot run afterwards. Safe to call twice.
+
+    Raises:
+        UsageError: the model was not made by `load`.
+    """
+    binding_of(model).close()
+
+
+def binding_of(model: PreTrainedModel) -> Binding:
+    """Return what `load` keeps beside the model.
+
+    Raises:
+        UsageError: the model was not made by `load`.
+    """
+    binding = getattr(model, "_emoe_binding", None)
+    if not isinstance(binding, Binding):
+        raise UsageError(f"this {type(model).__name__} was not made by emoe.load, so emoe knows nothing about it.")
+    return binding
+
+
+def _check_arguments(mode: str, replan_prompts: int, kwargs: dict[str, Any]) -> None:
+    if mode not in MODES:
+        raise UsageError(f"no mode is called {mode!r}: choose one of {', '.join(MODES)}.")
+    if replan_prompts < 1:
+        raise UsageError(f"replan_prompts is {replan_prompts}, but must be at least 1.")
+    for name in ("quantization_config", "experts_implementation", "use_safetensors"):
+        if name in kwargs:
+            raise UsageError(f"emoe.load sets {name} itself: leave it out.")
+
+
+def _check_resident(
+    mode: Mode, plan: SlotPlan, needs: list[LayerNeed], model: PreTrainedModel, index: ExpertIndex
+) -> None:
+    """Mode `resident` needs a routing rule, and in each layer at least one token's experts of its own."""
+    if mode != "resident":
+        return
+    for entry in index.layers:
+        experts = model.get_submodule(entry.module)
+        rule_for(model.get_submodule(entry.module.rpartition(".")[0]), experts)
+    if not plan.all_resident and any(quota == 0 for pool in plan.pools for quota in pool.quotas.values()):
+        least = sum(need.top_k * need.slot_nbytes for need in needs)
+        raise BudgetError(
+            f"mode 'resident' needs room for one token's experts in every layer, {least} bytes "
+            f"({format_bytes(least)}), and the budget is {format_bytes(plan.budget_bytes)}. Give that much, or use "
+            f"mode 'exact', which works from {format_bytes(plan.floor_bytes)} up."
+        )
+
+
+def _bind(model: PreTrainedModel, binding: Binding, needs: list[LayerNeed], eviction: str, reader: Reader) -> None:
+    """Make the banks and attach each experts module to its layer."""
+    runtime, index = binding.runtime, binding.index
+    entries = {entry.layer: entry for entry in index.layers}
+    for pool_plan in binding.plan.pools:
+        members = [need for need in needs if need.group == pool_plan.group]
+        first = entries[members[0].layer]
+        device = _device_of_all(model, [entries[need.layer] for need in members])
+        table = ResidencyTable(pool_plan, {need.layer: need.experts for need in members}, make_eviction(eviction))
+        bank = Bank(first.parts, pool_plan.slots, device)
+        pool = ExpertPool(table, bank, index, reader, binding.loader)
+        binding.pools.append(pool)
+        math = ExpertMath(model.get_submodule(first.module))
+        weights = [math.bind(views) for views in bank.views]
+        for need in members:
+            module = model.get_submodule(entries[need.layer].module)
+            layer = LayerRuntime(need.layer, need.experts, pool, ExpertMath(module), runtime, weights)
+            runtime.layers[need.layer] = layer
+            module._emoe_layer = layer  # type: ignore[assignment]
+            if runtime.mode == "resident":
+                binding.handles.append(_attach_rule(model, entries[need.layer], layer))
+    runtime.watch(model)
+
+
+def _device_of_all(model: PreTrainedModel, entries: list[LayerIndex]) -> torch.device:
+    devices = {device_of(model.get_submodule(entry.module.rpartition(".")[0])) for entry in entries}
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"device_map spreads the MoE layers over {', '.join(sorted(map(str, devices)))}; emoe runs them on one "
+            "device. Put the dense weights on one, e.g. device_map={'': 0}: the experts need only their budget."
+        )
+    return devices.pop()
+
+
+def _attach_rule(model: PreTrainedModel, entry: LayerIndex, layer: LayerRuntime) -> Any:
+    block: nn.Module = model.get_submodule(entry.module.rpartition(".")[0])
+    rule = rule_for(block, model.get_submodule(entry.module))
+
+    def observe(ids: torch.Tensor, weights: torch.Tensor) -> None:
+        layer.owner.note_route(layer, ids, weights)
+
+    return rule.attach(layer.allowed, observe)
+
+
+def _preload(binding: Binding, progress: bool | Progress) -> None:
+    """Everything fits: read every expert now, with progress, so that no request waits."""
+    total = binding.plan.resident_bytes
+    before = 0
+    for pool in binding.pools:
+        keys = [(layer, e) for layer, n in sorted(pool.table.experts.items()) for e in range(n)]
+        if callable(progress):
+            report: Progress | None = lambda done, _, base=before, call=progress: call(base + done, total)  # noqa: E731
+            pool.preload(keys, report)
+        elif progress:
+            _preload_with_bar(pool, keys)
+        else:
+            pool.preload(keys)
+        before += pool.bank.nbytes
+
+
+def _preload_with_bar(pool: ExpertPool, keys: list[tuple[int, int]]) -> None:
+    from tqdm.auto import tqdm
+
+    with tqdm(total=pool.bank.nbytes, unit="B", unit_scale=True, unit_divisor=1024, desc="Loading experts") as bar:
+        pool.preload(keys, lambda done, _: cast(None, bar.update(done - bar.n)))
+
+
+def _nano() -> Path:
+    from emoe import nano
+
+    return nano.path()
+
+
+def _tokenizer(path: Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The checkpoint's tokenizer, or None where it has none (a folder of weights alone)."""
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    trust = bool(kwargs.get("trust_remote_code", False))
+    return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path, trust_remote_code=trust))
+
+
+__all__ = ["Binding", "Loaded", "Pass", "binding_of", "close", "layer_needs", "load"]

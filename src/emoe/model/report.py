@@ -1,0 +1,78 @@
+"""`stats`: what a loaded model has done so far, as plain numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from emoe.model.load import binding_of
+
+
+def stats(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the counters of a model made by `emoe.load`.
+
+    Bytes are bytes, times seconds. A hit or a miss is one expert key that one forward pass of one layer routed to
+    (in mode `resident`: that the model's own router wanted). `lossy` says whether the mode can change the text.
+
+    Returns:
+        budget_bytes, resident_bytes (slots that hold an expert), peak_resident_bytes, total_expert_bytes, floor_bytes,
+        slots, hits, misses, hit_rate (None before the first route), loads, bytes_read, load_wait_s, rerouted_tokens,
+        routed_tokens, rerouted_share, prompts, passes, mode, lossy, reader, reader_reason, eviction, layers (per
+        layer: hits, misses, loads, bytes_read, rerouted, tokens, resident experts).
+
+    Raises:
+        UsageError: the model was not made by `emoe.load`.
+    """
+    binding = binding_of(model)
+    runtime, plan = binding.runtime, binding.plan
+    layers: dict[int, dict[str, Any]] = {}
+    with runtime.lock:
+        for pool in binding.pools:
+            for layer, c in pool.table.counters.items():
+                layers[layer] = {
+                    "hits": c.hits,
+                    "misses": c.misses,
+                    "loads": c.loads,
+                    "bytes_read": c.bytes_read,
+                    "rerouted_tokens": c.rerouted,
+                    "routed_tokens": c.tokens,
+                    "experts": pool.table.experts[layer],
+                    "slots": pool.table.plan.quotas[layer],
+                    "resident": pool.table.resident(layer),
+                }
+        resident = sum(pool.table.occupied * pool.bank.slot_nbytes for pool in binding.pools)
+        peak = sum(pool.peak_occupied * pool.bank.slot_nbytes for pool in binding.pools)
+        wait = sum(pool.load_wait_s for pool in binding.pools)
+        passes = max(pool.table.pass_no for pool in binding.pools)
+        eviction = binding.pools[0].table.eviction.name
+
+    def total(name: str) -> int:
+        return sum(int(layer[name]) for layer in layers.values())
+
+    hits, misses, tokens, rerouted = total("hits"), total("misses"), total("routed_tokens"), total("rerouted_tokens")
+    return {
+        "mode": runtime.mode,
+        "lossy": runtime.mode != "exact",
+        "budget_bytes": plan.budget_bytes,
+        "resident_bytes": resident,
+        "peak_resident_bytes": peak,
+        "total_expert_bytes": plan.total_bytes,
+        "floor_bytes": plan.floor_bytes,
+        "slots": plan.slots,
+        "hits": hits,
+        "misses": misses,
+        "hit_rate": hits / (hits + misses) if hits + misses else None,
+        "loads": total("loads"),
+        "bytes_read": total("bytes_read"),
+        "load_wait_s": wait,
+        "rerouted_tokens": rerouted,
+        "routed_tokens": tokens,
+        "rerouted_share": rerouted / tokens if tokens else 0.0,
+        "prompts": runtime.prompts,
+        "passes": passes,
+        "reader": binding.reader.kind,
+        "reader_reason": binding.reader_reason,
+        "eviction": eviction,
+        "layers": dict(sorted(layers.items())),
+    }

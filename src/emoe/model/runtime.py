@@ -1,0 +1,228 @@
+"""The bound model at run time: it turns each MoE layer's routes into slots, loads and kernels."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from emoe.config import Mode
+from emoe.errors import UsageError
+from emoe.model.kernels import ExpertMath, Grouping, Weights, many_tokens, one_token
+from emoe.residency.pool import ExpertPool
+
+IMPLEMENTATION = "emoe"
+"""The name under which transformers finds `experts_forward`."""
+
+Phase = Literal["prefill", "decode"]
+RouteObserver = Callable[["Pass", int, torch.Tensor, torch.Tensor], None]
+"""Called with (pass, layer, ids [tokens, k], weights [tokens, k]): the model's own route, before any rerouting."""
+
+
+@dataclass(slots=True)
+class Pass:
+    """One forward pass of the model over [batch, tokens]; `mask` marks the tokens that are not padding."""
+
+    phase: Phase = "prefill"
+    batch: int = 1
+    tokens: int = 1
+    new_prompt: bool = True
+    mask: torch.Tensor | None = None
+    input_ids: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class LayerRuntime:
+    """One MoE layer bound to its pool."""
+
+    layer: int
+    experts: int
+    pool: ExpertPool
+    math: ExpertMath
+    owner: Runtime
+    weights: list[Weights] = field(default_factory=list)
+    prompt_counts: list[int] = field(default_factory=list)
+    _mask_key: tuple[int, ...] = ()
+    _mask: torch.Tensor | None = None
+
+    def wanted(self) -> frozenset[int]:
+        """The experts that this prompt's tokens chose most so far: as many as the layer has slots of its own."""
+        quota = self.pool.table.plan.quotas[self.layer]
+        order = sorted(range(self.experts), key=lambda e: (-self.prompt_counts[e], e))
+        return frozenset(order[:quota])
+
+    def allowed(self) -> torch.Tensor | None:
+        """Mode `resident`: the [experts] mask of what may be run, or None where the model's own route is kept."""
+        if self.owner.observing:
+            return None
+        resident = tuple(self.pool.table.resident(self.layer))
+        if len(resident) == self.experts:
+            return None
+        if resident != self._mask_key or self._mask is None:
+            mask = torch.zeros(self.experts, dtype=torch.bool)
+            mask[list(resident)] = True
+            self._mask_key, self._mask = resident, mask.to(self.pool.bank.device)
+        return self._mask
+
+
+class Runtime:
+    """All MoE layers of one model, and what is common to them: the pass, the mode, the counters, the lock."""
+
+    def __init__(self, mode: Mode, replan_prompts: int = 1) -> None:
+        """Start with no layers; `replan_prompts` is p: mode `resident` plans anew at every p-th prompt."""
+        self.mode: Mode = mode
+        self.replan_prompts = replan_prompts
+        self.layers: dict[int, LayerRuntime] = {}
+        self.now = Pass()
+        self.prompts = 0
+        self.observers: list[RouteObserver] = []
+        self.observing = mode == "resident"
+        self.lock = threading.RLock()
+        self.closed = False
+
+    # -- passes ---------------------------------------------------------------------------------------------
+
+    def watch(self, model: PreTrainedModel) -> None:
+        """Follow the model's forward passes: which are prompts, how many sequences, which tokens are padding."""
+        model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
+
+    def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
+        if tokens is None or tokens.dim() < 2:
+            raise UsageError("the model was called without input_ids or inputs_embeds of shape [batch, tokens].")
+        past = kwargs.get("past_key_values")
+        seen = int(past.get_seq_length()) if past is not None and hasattr(past, "get_seq_length") else 0
+        batch, length = int(tokens.shape[0]), int(tokens.shape[1])
+        mask = kwargs.get("attention_mask")
+        usable = isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= length
+        self.begin(
+            Pass(
+                phase="decode" if seen and length == 1 else "prefill",
+                batch=batch,
+                tokens=length,
+                new_prompt=seen == 0,
+                mask=mask[:, -length:].reshape(-1).bool() if usable else None,
+                input_ids=ids,
+            )
+        )
+
+    def begin(self, now: Pass) -> None:
+        """Start a forward pass."""
+        with self.lock:
+            self.now = now
+            if now.new_prompt:
+                self.observing = self.mode == "resident" and self.prompts % self.replan_prompts == 0
+                self.prompts += 1
+                for layer in self.layers.values():
+                    layer.prompt_counts = [0] * layer.experts
+            elif now.phase == "decode":
+                self.observing = False
+            for table in {id(layer.pool): layer.pool.table for layer in self.layers.values()}.values():
+                table.begin_pass()
+
+    @property
+    def counts(self) -> bool:
+        """Whether the pools count hits and misses: not where the route they see has been rerouted already."""
+        return self.mode == "exact" or self.observing
+
+    # -- routes ---------------------------------------------------------------------------------------------
+
+    def observe(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Tell the observers (traces, statistics) what the model's own router chose."""
+        for observer in self.observers:
+            observer(self.now, layer, ids, weights)
+
+    def note_route(self, layer: LayerRuntime, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Mode `resident`: count what the router wanted against what is there, before anything is rerouted."""
+        with self.lock:
+            self.observe(layer.layer, ids, weights)
+            if self.observing:
+                return  # nothing is rerouted; the pool counts
+            counters = layer.pool.table.counters[layer.layer]
+            chosen = ids.unique().tolist() if ids.shape[0] > 1 else ids[0].tolist()
+            missing = [e for e in chosen if not layer.pool.table.is_resident((layer.layer, e))]
+            counters.hits += len(chosen) - len(missing)
+            counters.misses += len(missing)
+            if missing:
+                gone = torch.tensor(missing, device=ids.device)
+                counters.rerouted += int(torch.isin(ids, gone).any(dim=-1).sum())
+
+    def run(
+        self, layer: LayerRuntime, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute one MoE layer.
+
+        Args:
+            layer: the layer.
+            hidden: [tokens, hidden].
+            ids: [tokens, k] experts to run.
+            gates: [tokens, k] their weights.
+
+        Returns:
+            [tokens, hidden].
+
+        Raises:
+            UsageError: the model was closed, or a gradient is asked for.
+            ReadError: an expert could not be read.
+        """
+        if self.closed:
+            raise UsageError("this model was closed with emoe.close: load it again with emoe.load.")
+        if hidden.requires_grad and torch.is_grad_enabled():
+            raise UsageError("emoe runs inference only: call the model under torch.no_grad(), and do not train it.")
+        with self.lock:
+            table = layer.pool.table
+            table.counters[layer.layer].tokens += hidden.shape[0]
+            if self.mode == "exact" and self.observers:
+                self.observe(layer.layer, ids, gates)
+            if hidden.shape[0] == 1:
+                slots = layer.pool.take(layer.layer, ids[0].tolist(), count=self.counts)
+                try:
+                    return one_token(layer.math, hidden, [layer.weights[s] for s in slots], gates)
+                finally:
+                    layer.pool.release(slots)
+            return self._run_chunk(layer, hidden, ids, gates)
+
+    def _run_chunk(
+        self, layer: LayerRuntime, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor
+    ) -> torch.Tensor:
+        grouping = Grouping(ids, layer.experts)
+        prefill = self.now.phase == "prefill"
+        wanted = None
+        if prefill and self.observing:
+            if not layer.prompt_counts:
+                layer.prompt_counts = [0] * layer.experts
+            for expert, n in grouping.counts.items():
+                layer.prompt_counts[expert] += n
+            wanted = layer.wanted()
+        stream = layer.pool.stream(
+            layer.layer, grouping.by_count(), prefill=prefill, wanted=wanted, count=self.counts
+        )
+        try:
+            ready = ((expert, layer.weights[slot]) for expert, slot in stream)
+            return many_tokens(layer.math, hidden, grouping, ready, gates)
+        finally:
+            stream.close()  # type: ignore[attr-defined]
+
+
+def experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts implementation that transformers calls in place of an experts module's own forward."""
+    layer = getattr(self, "_emoe_layer", None)
+    if layer is None:
+        raise UsageError(
+            f"experts_implementation={IMPLEMENTATION!r} works only on models made by emoe.load, not on a plain "
+            f"{type(self).__name__}."
+        )
+    bound = cast(LayerRuntime, layer)
+    return bound.owner.run(bound, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

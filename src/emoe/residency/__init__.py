@@ -1,0 +1,1 @@
+"""Experts in fast memory: budget arithmetic, slots and their states, eviction rules, banks, loader threads."""

@@ -1,0 +1,75 @@
+"""Banks: the memory experts run from. One allocation of equal slots, made once and never moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from emoe.checkpoint.index import PartSpec
+from emoe.errors import BudgetError
+from emoe.residency.budget import SLOT_ALIGN_BYTES, align_up
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype called `name` ("bfloat16")."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise BudgetError(f"{name!r} is not a torch dtype.")
+    return dtype
+
+
+def part_nbytes(part: PartSpec) -> int:
+    """Return the bytes of one expert's part."""
+    numel = 1
+    for size in part.shape:
+        numel *= size
+    return numel * torch_dtype(part.dtype).itemsize
+
+
+def slot_nbytes(parts: Sequence[PartSpec]) -> int:
+    """Return the bytes of one slot: every part aligned to a cache line."""
+    return sum(align_up(part_nbytes(part)) for part in parts)
+
+
+class Bank:
+    """`slots` equal slots of the given parts on one device.
+
+    `views[slot][part name]` is that part's tensor; it never moves, so kernels and readers may keep it.
+    """
+
+    def __init__(self, parts: Sequence[PartSpec], slots: int, device: torch.device) -> None:
+        """Allocate the bank.
+
+        Raises:
+            BudgetError: the device has not that much memory.
+        """
+        self.parts = tuple(parts)
+        self.device = device
+        self.slot_nbytes = slot_nbytes(parts)
+        try:
+            raw = torch.empty(slots * self.slot_nbytes + SLOT_ALIGN_BYTES, dtype=torch.uint8, device=device)
+        except (RuntimeError, MemoryError) as error:
+            raise BudgetError(
+                f"{slots * self.slot_nbytes} bytes of expert memory could not be allocated on {device}: {error}. "
+                "Give a smaller expert memory."
+            ) from error
+        start = -raw.data_ptr() % SLOT_ALIGN_BYTES
+        self._memory = raw[start : start + slots * self.slot_nbytes]
+        self.views = [carve(self._memory[s * self.slot_nbytes :], self.parts) for s in range(slots)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return len(self.views) * self.slot_nbytes
+
+
+def carve(memory: torch.Tensor, parts: Sequence[PartSpec]) -> dict[str, torch.Tensor]:
+    """Return one expert's parts as views of the start of `memory` (uint8, aligned)."""
+    views = {}
+    offset = 0
+    for part in parts:
+        nbytes = part_nbytes(part)
+        views[part.name] = memory[offset : offset + nbytes].view(torch_dtype(part.dtype)).view(part.shape)
+        offset += align_up(nbytes)
+    return views

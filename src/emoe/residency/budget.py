@@ -1,0 +1,162 @@
+"""How many experts a budget holds, and how they are shared between layers. Pure arithmetic, no device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from emoe.config import ExpertMemory, format_bytes
+from emoe.errors import BudgetError
+
+SLOT_ALIGN_BYTES = 64
+"""Every part of a slot starts on a cache line: the kernels' vector path then never depends on which slot is used."""
+
+
+def align_up(nbytes: int, to: int = SLOT_ALIGN_BYTES) -> int:
+    """Return `nbytes` rounded up to a multiple of `to`."""
+    return -(-nbytes // to) * to
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNeed:
+    """What one MoE layer asks of the budget.
+
+    `slot_nbytes` is the aligned size of one of its experts, `group` names layers whose slots are interchangeable
+    (equal part shapes); layers of one group share one bank.
+    """
+
+    layer: int
+    experts: int
+    top_k: int
+    slot_nbytes: int
+    group: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """The slots of one bank: `quotas[layer]` slots belong to a layer; all zero means one pool shared by all layers."""
+
+    group: int
+    slots: int
+    slot_nbytes: int
+    quotas: dict[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the bank."""
+        return self.slots * self.slot_nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPlan:
+    """The budget turned into slots."""
+
+    budget_bytes: int
+    floor_bytes: int
+    total_bytes: int
+    pools: tuple[PoolPlan, ...]
+
+    @property
+    def slots(self) -> int:
+        """Number of slots over all banks."""
+        return sum(pool.slots for pool in self.pools)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all banks: at most the budget."""
+        return sum(pool.nbytes for pool in self.pools)
+
+    @property
+    def all_resident(self) -> bool:
+        """Whether every expert has a slot of its own."""
+        return self.resident_bytes >= self.total_bytes
+
+
+def floor_bytes(layers: Sequence[LayerNeed]) -> int:
+    """Return the smallest budget that works: one token's experts of one layer, for each bank."""
+    floors: dict[int, int] = {}
+    for need in layers:
+        floors[need.group] = max(floors.get(need.group, 0), need.top_k * need.slot_nbytes)
+    return sum(floors.values())
+
+
+def total_bytes(layers: Sequence[LayerNeed]) -> int:
+    """Return the bytes of all experts of all layers, as slots."""
+    return sum(need.experts * need.slot_nbytes for need in layers)
+
+
+def plan_slots(memory: ExpertMemory | None, layers: Sequence[LayerNeed]) -> SlotPlan:
+    """Turn a budget into banks of slots and per-layer quotas.
+
+    Args:
+        memory: the budget; None makes every expert resident.
+        layers: one entry per MoE layer, in any order.
+
+    Raises:
+        BudgetError: the budget is below one step's experts of one layer; the message names the smallest that works.
+    """
+    total = total_bytes(layers)
+    floor = floor_bytes(layers)
+    per_layer: int | None = None
+    if memory is None:
+        budget = total
+    elif memory.kind == "bytes":
+        budget = int(memory.value)
+    elif memory.kind == "share":
+        budget = int(total * float(memory.value))
+    else:
+        per_layer = int(memory.value)
+        budget = sum(min(per_layer, need.experts) * need.slot_nbytes for need in layers)
+    if budget < floor:
+        largest = max(layers, key=lambda need: need.top_k * need.slot_nbytes)
+        raise BudgetError(
+            f"expert memory of {format_bytes(budget)} is below the floor: one token needs {largest.top_k} experts of "
+            f"{format_bytes(largest.slot_nbytes)} in layer {largest.layer} at once. The smallest budget that works is "
+            f"{floor} bytes ({format_bytes(floor)}, {floor / total:.1%} of all experts)."
+        )
+    pools = _split(budget, layers, per_layer)
+    return SlotPlan(budget_bytes=budget, floor_bytes=floor, total_bytes=total, pools=tuple(pools))
+
+
+def _split(budget: int, layers: Sequence[LayerNeed], per_layer: int | None) -> list[PoolPlan]:
+    """Give each bank its floor, then share what is left by the bytes of the experts each still has outside."""
+    groups: dict[int, list[LayerNeed]] = {}
+    for need in sorted(layers, key=lambda need: need.layer):
+        groups.setdefault(need.group, []).append(need)
+    floors = {g: floor_bytes(needs) for g, needs in groups.items()}
+    totals = {g: total_bytes(needs) for g, needs in groups.items()}
+    spare = budget - sum(floors.values())
+    wants = {g: totals[g] - floors[g] for g in groups}
+    want_all = sum(wants.values())
+    pools = []
+    for group, needs in groups.items():
+        size = needs[0].slot_nbytes
+        if per_layer is not None:
+            slots = sum(min(per_layer, need.experts) for need in needs)
+        else:
+            share = spare * wants[group] // want_all if want_all else 0
+            slots = min((floors[group] + share) // size, sum(need.experts for need in needs))
+        pools.append(PoolPlan(group, slots, size, uniform_quotas(slots, needs)))
+    return pools
+
+
+def uniform_quotas(slots: int, layers: Sequence[LayerNeed]) -> dict[int, int]:
+    """Share `slots` evenly between layers, none above its number of experts.
+
+    When an even share cannot hold one token's experts, quotas would make every visit evict what the same visit just
+    loaded (layers come round cyclically), so all quotas are 0: one pool, shared.
+    """
+    quotas = {need.layer: 0 for need in layers}
+    left = slots
+    open_layers = list(layers)
+    while left and open_layers:
+        share = max(1, left // len(open_layers))
+        for need in list(open_layers):
+            take = min(share, need.experts - quotas[need.layer], left)
+            quotas[need.layer] += take
+            left -= take
+            if quotas[need.layer] == need.experts:
+                open_layers.remove(need)
+    if any(quotas[need.layer] < min(need.top_k, need.experts) for need in layers):
+        return {need.layer: 0 for need in layers}
+    return quotas

@@ -1,0 +1,142 @@
+"""Loader threads: they move experts from the store into slots, demand loads before anything else.
+
+The thread that waits for a load does not idle: a job nobody has started yet it runs itself. On two cores a hand-off
+costs about as much as reading a small expert from the page cache, so a single miss never pays for one.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+from emoe.errors import ReadError
+
+DEMAND = 0
+"""Priority of a load something waits for; larger numbers come later."""
+
+_LIVENESS_S = 0.5
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """One expert on its way into a slot."""
+
+    run: Callable[[], int]
+    what: str
+    claimed: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
+    nbytes: int = 0
+    error: Exception | None = None
+    seconds: float = 0.0
+
+
+class Loader:
+    """A small pool of threads over one queue of loads."""
+
+    def __init__(self, threads: int = 2) -> None:
+        """Start the threads (0: every load is run by whoever waits for it)."""
+        self._queue: list[tuple[int, int, Load]] = []
+        self._order = count()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"emoe-loader-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, run: Callable[[], int], what: str, priority: int = DEMAND) -> Load:
+        """Queue a load.
+
+        Args:
+            run: reads the expert into its slot and returns the bytes read.
+            what: names the expert, for errors.
+            priority: lower goes first; equal priorities in the order of submission.
+
+        Raises:
+            ReadError: the loader is closed.
+        """
+        load = Load(run, what)
+        with self._wake:
+            if self._closed:
+                raise ReadError(f"{what} cannot be loaded: the model was closed. Load it again with emoe.load.")
+            heapq.heappush(self._queue, (priority, next(self._order), load))
+            self._wake.notify()
+        return load
+
+    def wait(self, load: Load) -> int:
+        """Return the bytes read once `load` has ended; run it here if no thread has started it.
+
+        Raises:
+            ReadError: the read failed (the reader's own error), or the thread that ran it died.
+        """
+        if self._claim(load):
+            self._run(load)
+        while not load.done.wait(_LIVENESS_S):
+            if not any(thread.is_alive() for thread in self._threads):
+                load.error = ReadError(
+                    f"{load.what} was not loaded: every loader thread has died. Load the model again; if it repeats, "
+                    "report the messages above."
+                )
+                load.done.set()
+        if load.error is not None:
+            raise load.error
+        return load.nbytes
+
+    def cancel(self, load: Load) -> None:
+        """Return once `load` no longer runs: dropped if no thread had started it, else waited for."""
+        if self._claim(load):
+            load.error = ReadError(f"{load.what} was not loaded: the load was cancelled.")
+            load.done.set()
+        while not load.done.wait(_LIVENESS_S) and any(thread.is_alive() for thread in self._threads):
+            pass
+
+    def close(self) -> None:
+        """Stop the threads after the loads they are in. Queued loads fail with ReadError. Safe to call twice."""
+        with self._wake:
+            self._closed = True
+            dropped = [load for _, _, load in self._queue if not load.claimed]
+            self._queue.clear()
+            self._wake.notify_all()
+        for load in dropped:
+            load.error = ReadError(f"{load.what} was not loaded: the model was closed.")
+            load.done.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=10)
+
+    def _claim(self, load: Load) -> bool:
+        with self._wake:
+            if load.claimed:
+                return False
+            load.claimed = True
+            return True
+
+    def _run(self, load: Load) -> None:
+        start = time.perf_counter()
+        try:
+            load.nbytes = load.run()
+        except Exception as error:  # handed to the waiting thread, which raises it
+            load.error = error
+        finally:
+            load.seconds = time.perf_counter() - start
+            if load.error is None and load.nbytes == 0 and not load.done.is_set():
+                load.error = ReadError(f"{load.what} was not loaded: the load was abandoned.")
+            load.done.set()
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while not self._queue and not self._closed:
+                    self._wake.wait()
+                if self._closed:
+                    return
+                _, _, load = heapq.heappop(self._queue)
+                if load.claimed:
+                    continue
+                load.claimed = True
+            self._run(load)

@@ -1,0 +1,273 @@
+"""Which expert is in which slot, and each slot's state. Pure bookkeeping: no torch, no threads, no clock.
+
+The engine and the simulator share it, so the same sequence of visits gives the same hits in both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from emoe.residency.budget import PoolPlan
+from emoe.residency.eviction import Eviction, Now, UseStats
+
+Key = tuple[int, int]
+"""An expert key: (layer, expert)."""
+
+
+class SlotState(Enum):
+    """What a slot holds."""
+
+    EMPTY = "empty"
+    LOADING = "loading"
+    READY = "ready"
+    PINNED = "pinned"
+
+
+LEGAL_MOVES: frozenset[tuple[SlotState, SlotState]] = frozenset(
+    {
+        (SlotState.EMPTY, SlotState.LOADING),  # a load starts
+        (SlotState.LOADING, SlotState.READY),  # it ended well
+        (SlotState.LOADING, SlotState.EMPTY),  # it failed or was cancelled
+        (SlotState.READY, SlotState.PINNED),  # the running layer uses it
+        (SlotState.PINNED, SlotState.READY),  # the running layer is done with it
+        (SlotState.READY, SlotState.EMPTY),  # evicted
+    }
+)
+
+
+class IllegalMove(RuntimeError):
+    """A slot was moved between states that do not follow each other: a defect in emoe, never a user's error."""
+
+
+@dataclass(slots=True)
+class LayerCounters:
+    """Counts of one layer. A hit or a miss is one routed expert key in one visit of the layer (not one token)."""
+
+    hits: int = 0
+    misses: int = 0
+    loads: int = 0
+    bytes_read: int = 0
+    rerouted: int = 0
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Slot:
+    state: SlotState = SlotState.EMPTY
+    key: Key | None = None
+    transient: bool = False
+
+
+@dataclass(slots=True)
+class ResidencyTable:
+    """Slots of one bank, the keys in them, and the choice of what to evict.
+
+    A *transient* slot holds an expert that a prefill streamed through; transient slots are reused before any other
+    resident expert is touched, and at most `max_transient` exist, so that decode's residency survives a prefill.
+    A transient expert that decode hits becomes an ordinary resident.
+    """
+
+    plan: PoolPlan
+    experts: dict[int, int]
+    eviction: Eviction
+    max_transient: int = 4
+    pass_no: int = 0
+    tick: int = 0
+    slots: list[_Slot] = field(init=False)
+    counters: dict[int, LayerCounters] = field(init=False)
+    _where: dict[Key, int] = field(init=False, default_factory=dict)
+    _stats: dict[Key, UseStats] = field(init=False, default_factory=dict)
+    _free: list[int] = field(init=False)
+    _by_layer: dict[int, set[int]] = field(init=False)
+    _rank: dict[int, int] = field(init=False)
+    _layer: int = field(init=False)
+    _passing: set[int] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        layers = sorted(self.experts)
+        self.slots = [_Slot() for _ in range(self.plan.slots)]
+        self.counters = {layer: LayerCounters() for layer in layers}
+        self._free = list(range(self.plan.slots - 1, -1, -1))
+        self._by_layer = {layer: set() for layer in layers}
+        self._rank = {layer: rank for rank, layer in enumerate(layers)}
+        self._layer = layers[0]
+        self.max_transient = max(1, min(self.max_transient, self.plan.slots))
+
+    # -- time ---------------------------------------------------------------------------------------------
+
+    def begin_pass(self) -> None:
+        """Note that a forward pass of the model starts."""
+        self.pass_no += 1
+
+    def visit(self, layer: int) -> None:
+        """Note that `layer` runs now."""
+        self.tick += 1
+        self._layer = layer
+
+    # -- queries ------------------------------------------------------------------------------------------
+
+    def find(self, key: Key) -> int | None:
+        """Return the slot that holds or is loading `key`, or None."""
+        return self._where.get(key)
+
+    def is_resident(self, key: Key) -> bool:
+        """Return whether `key` can be run now."""
+        slot = self._where.get(key)
+        return slot is not None and self.slots[slot].state in (SlotState.READY, SlotState.PINNED)
+
+    def resident(self, layer: int) -> list[int]:
+        """Return the experts of `layer` that can be run now, ascending."""
+        return sorted(
+            key[1]
+            for slot in self._by_layer[layer]
+            if (key := self.slots[slot].key) is not None and self.slots[slot].state is not SlotState.LOADING
+        )
+
+    @property
+    def occupied(self) -> int:
+        """Slots that hold or are loading an expert."""
+        return len(self._where)
+
+    @property
+    def all_fit(self) -> bool:
+        """Whether every expert has a slot of its own."""
+        return self.plan.slots >= sum(self.experts.values())
+
+    def stats(self, key: Key) -> UseStats:
+        """Return the (live) use statistics of `key`."""
+        found = self._stats.get(key)
+        if found is None:
+            found = self._stats[key] = UseStats(layer=key[0])
+        return found
+
+    # -- moves --------------------------------------------------------------------------------------------
+
+    def _move(self, slot: int, to: SlotState) -> None:
+        entry = self.slots[slot]
+        if (entry.state, to) not in LEGAL_MOVES:
+            raise IllegalMove(f"slot {slot} ({entry.key}) cannot go from {entry.state.value} to {to.value}")
+        entry.state = to
+
+    def use(self, key: Key, *, keep: bool) -> None:
+        """Note that `key` is routed to in this visit; `keep` makes a transient expert an ordinary resident."""
+        stats = self.stats(key)
+        stats.last_tick = self.tick
+        stats.last_pass = self.pass_no
+        stats.uses += 1
+        slot = self._where.get(key)
+        if keep and slot is not None:
+            self._mark(slot, False)
+
+    def pin(self, slot: int) -> None:
+        """Protect a ready slot while the running layer uses it."""
+        self._move(slot, SlotState.PINNED)
+
+    def unpin(self, slot: int) -> None:
+        """End the protection."""
+        self._move(slot, SlotState.READY)
+
+    def reserve(self, key: Key, *, transient: bool = False, protect: frozenset[Key] = frozenset()) -> int | None:
+        """Take a slot for loading `key` into, evicting if need be; the slot is then `loading`.
+
+        Args:
+            key: the expert to load.
+            transient: it only passes through (prefill).
+            protect: keys that must not be evicted for it, beside those pinned and loading.
+
+        Returns:
+            The slot, or None when no slot may be taken now (all are pinned, loading or protected).
+        """
+        slot = self._pick(key, transient, protect)
+        if slot is None:
+            return None
+        if self.slots[slot].key is not None:
+            self.evict(slot)
+            self._free.pop()
+        entry = self.slots[slot]
+        self._move(slot, SlotState.LOADING)
+        entry.key = key
+        self._mark(slot, transient)
+        self._where[key] = slot
+        self._by_layer[key[0]].add(slot)
+        return slot
+
+    def commit(self, slot: int, nbytes: int) -> None:
+        """Note that the load into `slot` ended; `nbytes` were read for it."""
+        self._move(slot, SlotState.READY)
+        key = self.slots[slot].key
+        if key is not None:
+            counters = self.counters[key[0]]
+            counters.loads += 1
+            counters.bytes_read += nbytes
+
+    def abort(self, slot: int) -> None:
+        """Note that the load into `slot` failed: the slot is empty again."""
+        self._move(slot, SlotState.EMPTY)
+        self._forget(slot)
+
+    def evict(self, slot: int) -> None:
+        """Empty a ready slot."""
+        self._move(slot, SlotState.EMPTY)
+        self._forget(slot)
+
+    def _forget(self, slot: int) -> None:
+        entry = self.slots[slot]
+        if entry.key is not None:
+            del self._where[entry.key]
+            self._by_layer[entry.key[0]].discard(slot)
+        entry.key = None
+        self._mark(slot, False)
+        self._free.append(slot)
+
+    def _mark(self, slot: int, transient: bool) -> None:
+        self.slots[slot].transient = transient
+        (self._passing.add if transient else self._passing.discard)(slot)
+
+    # -- choice -------------------------------------------------------------------------------------------
+
+    def below_quota(self, layer: int) -> bool:
+        """Whether `layer` may take a free slot for good."""
+        quota = self.plan.quotas[layer]
+        return bool(self._free) and (quota == 0 or len(self._by_layer[layer]) < quota)
+
+    def _pick(self, key: Key, transient: bool, protect: frozenset[Key]) -> int | None:
+        if self.all_fit:
+            return self._free.pop() if self._free else None
+        held = self._by_layer[key[0]]
+        quota = self.plan.quotas[key[0]]
+        at_quota = bool(quota) and len(held) >= quota
+        if transient:
+            if ready := self._evictable(self._passing, protect):
+                return self._lowest(ready)
+            if len(self._passing) >= self.max_transient:
+                return None
+        elif at_quota:
+            # None when the layer's own are all in use: they come free as it runs, and other layers keep theirs.
+            own = self._evictable(held, protect)
+            return self._lowest(own) if own else None
+        if self._free:
+            return self._free.pop()
+        candidates = (self._evictable(held, protect) if at_quota else []) or self._others(protect)
+        return self._lowest(candidates) if candidates else None
+
+    def _key(self, slot: int) -> Key | None:
+        return self.slots[slot].key
+
+    def _evictable(self, slots: set[int], protect: frozenset[Key]) -> list[int]:
+        return [s for s in slots if self.slots[s].state is SlotState.READY and self._key(s) not in protect]
+
+    def _others(self, protect: frozenset[Key]) -> list[int]:
+        """Evictable slots of layers above their quotas, else of all."""
+        quotas = self.plan.quotas
+        over = [s for ly, held in self._by_layer.items() if len(held) > quotas[ly] for s in self._evictable(held, protect)]
+        return over or [s for held in self._by_layer.values() for s in self._evictable(held, protect)]
+
+    def _lowest(self, candidates: list[int]) -> int:
+        now = Now(self.tick, self.pass_no, self._rank[self._layer], len(self._rank))
+
+        def score(slot: int) -> tuple[bool, tuple[float, ...], Key]:
+            key = self.slots[slot].key or (-1, -1)
+            return (not self.slots[slot].transient, self.eviction.score(self.stats(key), self._rank[key[0]], now), key)
+
+        return min(candidates, key=score)

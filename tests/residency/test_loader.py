@@ -1,0 +1,98 @@
+"""Loader threads: order, helping, errors, dead threads, closing."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from emoe.errors import ReadError
+from emoe.residency.loader import Loader
+
+
+def test_the_waiting_thread_runs_a_load_nobody_has_started() -> None:
+    loader = Loader(threads=0)
+    ran_in: list[int] = []
+
+    def run() -> int:
+        ran_in.append(threading.get_ident())
+        return 7
+
+    load = loader.submit(run, "expert 0 of layer 0")
+    assert loader.wait(load) == 7
+    assert ran_in == [threading.get_ident()]
+    loader.close()
+
+
+def test_demand_loads_go_before_others() -> None:
+    loader = Loader(threads=1)
+    gate, order = threading.Event(), []
+
+    def block() -> int:
+        gate.wait(5)
+        return 1
+
+    def note(name: str) -> int:
+        order.append(name)
+        return 1
+
+    first = loader.submit(block, "blocker")
+    while not first.claimed:
+        time.sleep(0.001)
+    late = loader.submit(lambda: note("prefetch"), "prefetch", priority=5)
+    soon = loader.submit(lambda: note("demand"), "demand")
+    gate.set()
+    while not (late.done.is_set() and soon.done.is_set()):
+        time.sleep(0.001)
+    assert order == ["demand", "prefetch"]
+    loader.close()
+
+
+def test_an_error_reaches_the_waiting_thread_and_the_loader_lives_on() -> None:
+    loader = Loader(threads=1)
+
+    def fail() -> int:
+        raise ReadError("shard 3 ends at byte 10")
+
+    with pytest.raises(ReadError, match="shard 3 ends at byte 10"):
+        loader.wait(loader.submit(fail, "expert 1 of layer 2"))
+    assert loader.wait(loader.submit(lambda: 3, "expert 2 of layer 2")) == 3
+    loader.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dying_thread_fails_its_load_and_hangs_nobody() -> None:
+    loader = Loader(threads=1)
+    started = threading.Event()
+
+    def die() -> int:
+        started.set()
+        raise SystemExit
+
+    load = loader.submit(die, "expert 4 of layer 1")
+    started.wait(5)
+    with pytest.raises(ReadError, match="expert 4 of layer 1"):
+        loader.wait(load)
+    assert loader.wait(loader.submit(lambda: 9, "expert 5 of layer 1")) == 9  # helped by the waiting thread
+    loader.close()
+
+
+def test_closing_fails_what_is_queued_and_later_submissions() -> None:
+    loader = Loader(threads=0)
+    load = loader.submit(lambda: 1, "expert 0 of layer 0")
+    loader.close()
+    loader.close()
+    with pytest.raises(ReadError, match="the model was closed"):
+        loader.wait(load)
+    with pytest.raises(ReadError, match="the model was closed"):
+        loader.submit(lambda: 1, "expert 1 of layer 0")
+
+
+def test_cancelling_drops_what_has_not_started() -> None:
+    loader = Loader(threads=0)
+    ran: list[int] = []
+    load = loader.submit(lambda: ran.append(1) or 1, "expert 0 of layer 0")
+    loader.cancel(load)
+    assert load.done.is_set() and not ran
+    loader.close()
