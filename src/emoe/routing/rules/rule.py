@@ -184,7 +184,8 @@ class _Restriction:
         same = (
             routed.weights.dtype == call.weights.dtype
             and torch.equal(routed.ids, call.ids)
-            and torch.allclose(routed.weights, call.weights, rtol=0, atol=0, equal_nan=True)
+            # Where all a token's weights underflow, some routers return nan and the rule returns 0.
+            and torch.equal(routed.weights.nan_to_num(0), call.weights.nan_to_num(0))
         )
         if not same:
             raise UnsupportedModelError(
