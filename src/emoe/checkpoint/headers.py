@@ -1,7 +1,7 @@
 """What a safetensors checkpoint holds, from its headers alone: no weight is read here.
 
-The format: 8 bytes, little endian, the header's length N; N bytes of JSON, for each tensor its dtype, shape and
-byte range; then the data, without holes.
+The format: 8 bytes, little endian, the header's length N; N bytes of JSON, for each tensor its dtype, shape
+and byte range; then the data, without holes.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         # A path that leaves the directory would let a downloaded index point reads at any file.
         if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(
-                f"{index} places tensor {tensor!r} in {name!r}, which is not a file name inside the checkpoint's "
-                f"directory. {_REMEDY}"
+                f"{index} places tensor {tensor!r} in {name!r}, which is not a file name inside the "
+                f"checkpoint's directory. {_REMEDY}"
             )
         if not name.endswith(".safetensors"):
             raise CheckpointError(
@@ -132,12 +132,14 @@ def read_file_header(file: Path) -> dict[str, TensorEntry]:
                 )
             if length > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{file} claims a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} the format "
-                    f"allows: it is not a safetensors file, or damaged. {_REMEDY}"
+                    f"{file} claims a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} the "
+                    f"format allows: it is not a safetensors file, or damaged. {_REMEDY}"
                 )
             raw = stream.read(length)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. Check the file and its permissions.") from error
+        raise CheckpointError(
+            f"{file} cannot be read: {error}. Check the file and its permissions."
+        ) from error
     try:
         header = json.loads(raw)
     except ValueError as error:
@@ -158,8 +160,8 @@ def _entry(file: Path, name: str, info: object, start: int) -> TensorEntry:
         bits = DTYPE_BITS[dtype]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"the header of {file} describes tensor {name!r} as {info!r}, which is not a dtype, a shape and a "
-            f"byte range emoe knows ({type(error).__name__}: {error}). {_REMEDY}"
+            f"the header of {file} describes tensor {name!r} as {info!r}, which is not a dtype, a shape and "
+            f"a byte range emoe knows ({type(error).__name__}: {error}). {_REMEDY}"
         ) from error
     nbytes = end - begin
     if nbytes * 8 != prod(shape) * bits:
@@ -171,7 +173,7 @@ def _entry(file: Path, name: str, info: object, start: int) -> TensorEntry:
 
 
 def _fields(info: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
-    """dtype, shape and range of a header entry. Raises KeyError, TypeError or ValueError where it has not these."""
+    """dtype, shape and range of a header entry. Raises KeyError, TypeError or ValueError without them."""
     shape = tuple(info["shape"])
     begin, end = info["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
@@ -186,8 +188,8 @@ def _check_layout(file: Path, entries: Iterable[TensorEntry], start: int, size: 
         if entry.offset != at:
             what = "overlaps" if entry.offset < at else f"leaves {entry.offset - at:,} bytes unused after"
             raise CheckpointError(
-                f"{file}: tensor {entry.name!r} begins at byte {entry.offset:,} and {what} {previous}, which ends "
-                f"at {at:,}. {_REMEDY}"
+                f"{file}: tensor {entry.name!r} begins at byte {entry.offset:,} and {what} {previous}, which "
+                f"ends at {at:,}. {_REMEDY}"
             )
         at, previous = entry.offset + entry.nbytes, f"tensor {entry.name!r}"
         if at > size:

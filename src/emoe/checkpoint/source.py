@@ -49,7 +49,9 @@ def resolve(
     elif path.exists():
         raise UsageError(f"{path} is a file. Give the directory that holds config.json and the weights.")
     elif isinstance(path_or_id, Path) or _looks_like_a_path(path_or_id):
-        raise UsageError(f"there is no directory {path}. Give a checkpoint's directory or a hub id such as 'org/name'.")
+        raise UsageError(
+            f"there is no directory {path}. Give a checkpoint's directory or a hub id such as 'org/name'."
+        )
     else:
         directory = _download(path_or_id, revision, token, local_files_only)
     check_files(directory)
@@ -59,15 +61,18 @@ def resolve(
 def check_files(directory: Path) -> None:
     """Check that `directory` holds a configuration and safetensors weights; the errors are `resolve`'s."""
     if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory} has no config.json. Give the directory of a transformers checkpoint.")
+        raise CheckpointError(
+            f"{directory} has no config.json. Give the directory of a transformers checkpoint."
+        )
     if (directory / SINGLE_FILE).is_file() or (directory / INDEX_FILE).is_file():
         return
     pickles = sorted({file.name for pattern in _PICKLES for file in directory.glob(pattern)})
     if pickles:
         raise UnsupportedModelError(
-            f"{directory} has its weights in pickle files only ({', '.join(pickles[:3])}), which can run code when "
-            "loaded and cannot be read in parts. Convert them once: AutoModelForCausalLM.from_pretrained(directory)"
-            ".save_pretrained(new_directory) writes safetensors."
+            f"{directory} has its weights in pickle files only ({', '.join(pickles[:3])}), which can run "
+            "code when loaded and cannot be read in parts. Convert them once: "
+            "AutoModelForCausalLM.from_pretrained(directory).save_pretrained(new_directory) writes "
+            "safetensors."
         )
     others = sorted(file.name for file in directory.glob("*.safetensors"))
     hint = f" It has {', '.join(others[:3])}, which transformers does not load by itself." if others else ""
@@ -110,23 +115,23 @@ def _download(model_id: str, revision: str | None, token: str | bool | None, loc
         ) from error
     except GatedRepoError as error:
         raise CheckpointError(
-            f"the hub lets only approved accounts download {model_id!r}. Ask for access on its page, then log in "
-            "with `hf auth login` or pass token=..."
+            f"the hub lets only approved accounts download {model_id!r}. Ask for access on its page, then "
+            "log in with `hf auth login` or pass token=..."
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"there is no directory {model_id!r}, and the hub knows no such model. Check the spelling, or log in "
-            "if it is private."
+            f"there is no directory {model_id!r}, and the hub knows no such model. Check the spelling, or "
+            "log in if it is private."
         ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"the hub's {model_id!r} has no revision {revision!r}.") from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"there is no directory {model_id!r}, it is not in the hub's local cache, and the hub was not asked or "
-            f"not reached ({error}). Give a local directory, or check the connection."
+            f"there is no directory {model_id!r}, it is not in the hub's local cache, and the hub was not "
+            f"asked or not reached ({error}). Give a local directory, or check the connection."
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"downloading {model_id!r} failed: {error}. Check the connection and the free disk space, then run "
-            "again: finished files are kept."
+            f"downloading {model_id!r} failed: {error}. Check the connection and the free disk space, then "
+            "run again: finished files are kept."
         ) from error
