@@ -72,7 +72,7 @@ def config(shape: Shape, pad: int, eos: int) -> Qwen3MoeConfig:
 
 
 def prompts(examples: list[Example]) -> list[dict[str, str]]:
-    """Held-out items where the licence allows it, own texts where not; each task ends in held-out phrasings."""
+    """Held-out items where the licence allows it, own texts where not; the last two in held-out phrasings."""
     own = {
         "classify": [({"text": t, "labels": labels}, answer) for t, labels, answer in CLASSIFY],
         "compare": [({"a": a, "b": b}, answer) for a, b, answer in COMPARE],

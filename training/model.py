@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Shape:
 class SortedExperts(torch.autograd.Function):
     """Experts over tokens sorted by expert, one product per expert written into its rows of one buffer.
 
-    A token has exactly k rows, so both directions gather with the inverse permutation, so nothing scatters."""
+    A token has exactly k rows, so both directions gather with the inverse permutation and never scatter."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -190,6 +191,7 @@ class Layer(nn.Module):
 
     def compile_parts(self) -> None:
         """Fuse the element-wise work around attention; the experts' data-dependent sizes stay outside."""
+        inductor.cpp.dynamic_threads = True  # or the thread count of now is compiled in
         vars(self)["before"] = torch.compile(self.before)
         vars(self)["after"] = torch.compile(self.after)
 

@@ -3,7 +3,7 @@
     python -m training.train --data ../shared/data/tasks --out /tmp/nano --minutes 95
 
 The learning rate follows the share of the time that is used up, so the run always ends annealed and on time.
-A paused process does not use it up: a step longer than five times the median counts as the median."""
+A paused process hardly uses it up: no step counts for more than six median steps."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from training.data import Example, load
 from training.model import Layer, NanoMoe, Shape
 from training.optimiser import Optimiser
 from training.templates import TASKS, TRAIN, render
+from training.threads import Threads
 from training.tokenizer import train_tokenizer
 
 BALANCE = 0.012  # Switch's loss over the whole mixed batch, mean over layers; 0.003 left dead experts
@@ -108,7 +109,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=95.0)
     parser.add_argument("--batch", type=int, default=8192, help="tokens per step")
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument(
+        "--threads", type=int, default=0, help="0: the machine's cores less those busy elsewhere"
+    )
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.003)
     parser.add_argument("--decay", type=float, default=0.15)
@@ -119,6 +122,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.threads:
         torch.set_num_threads(args.threads)
+    crowd = Threads(torch.get_num_threads())
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     (args.out / "train.pid").write_text(str(os.getpid()))
@@ -151,7 +155,7 @@ def main() -> None:
         save(state_path, {
             "shape": shape.as_dict(), "model": model.state_dict(), "optimiser": optimiser.state_dict(),
             "mixer": mixer.state(), "rng": torch.get_rng_state(), "step": step, "tokens": tokens,
-            "elapsed": elapsed, "history": history, "threads": torch.get_num_threads(), "device": str(device),
+            "elapsed": elapsed, "history": history, "threads": crowd.most, "device": str(device),
             "epochs": mixer.epochs(), "arguments": settings,
         })  # fmt: skip
 
@@ -169,6 +173,8 @@ def main() -> None:
     print(f"{parameters:,} parameters, {torch.get_num_threads()} threads, {device}", flush=True)
     while elapsed < budget and not stop:
         began = time.monotonic()
+        if not args.threads and device.type == "cpu":
+            crowd.adapt()
         batch = pack(mixer.next(), args.batch, device)
         hidden, probs, chosen = model(batch.ids, batch.buckets)
         loss, losses = model.loss_sum(hidden, batch.targets, batch.weights / batch.weights.sum())
@@ -183,7 +189,8 @@ def main() -> None:
                 f"step {step} tokens {tokens / 1e6:.2f}M min {elapsed / 60:.1f} "
                 f"lr {schedule(elapsed / budget):.3f} loss {float(loss.detach()):.3f} "
                 f"answer ppl {math.exp(min(answer, 20)):.2f} "
-                f"smallest {' '.join(f'{float(s):.2f}' for s in smallest)} tok/s {rate:.0f}",
+                f"smallest {' '.join(f'{float(s):.2f}' for s in smallest)} tok/s {rate:.0f} "
+                f"threads {torch.get_num_threads()}",
                 flush=True,
             )
         if step % 250 == 0:
@@ -191,8 +198,8 @@ def main() -> None:
             history.append({"step": step, "tokens": tokens, "minutes": round(elapsed / 60, 1), **figures})
             print("held out", json.dumps(history[-1]), flush=True)
         took = time.monotonic() - began
-        if len(recent) >= 5 and took > 5 * statistics.median(recent):
-            took = statistics.median(recent)
+        if len(recent) >= 5:
+            took = min(took, 6 * statistics.median(recent))
         recent = [*recent[-200:], took]
         elapsed += took
         if elapsed - saved > 180 or step == 30:
