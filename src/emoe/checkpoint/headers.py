@@ -98,18 +98,16 @@ def _weight_map(index: Path) -> dict[str, str]:
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{index} cannot be read as JSON: {error}. {_REMEDY}") from error
     weight_map = loaded.get("weight_map") if isinstance(loaded, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no 'weight_map' of tensors to files. {_REMEDY}")
-    for tensor, name in weight_map.items():
+    for name in set(weight_map.values()):
         # A path that leaves the directory would let a downloaded index point reads at any file.
-        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not inside or not name.endswith(".safetensors"):
+            tensor = next(tensor for tensor, file in weight_map.items() if file == name)
             raise CheckpointError(
-                f"{index} places tensor {tensor!r} in {name!r}, which is not a file name inside the "
+                f"{index} places tensor {tensor!r} in {name!r}, which is not a safetensors file inside the "
                 f"checkpoint's directory. {_REMEDY}"
-            )
-        if not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{index} places tensor {tensor!r} in {name!r}, which is not a safetensors file. {_REMEDY}"
             )
     return weight_map
 

@@ -1,0 +1,309 @@
+"""Reading experts: positional reads of their pieces into a slot's memory.
+
+Three ways. "cached" reads through the page cache, which then serves the next read at memory speed. "direct"
+bypasses it (O_DIRECT) by way of a small aligned buffer, so that streamed experts neither push out dense
+weights nor lie in memory twice. "advised" reads through the cache and asks the kernel to forget the pages at
+once; it stands in where the file system has no O_DIRECT. None of them maps files: a page fault that fails
+inside a kernel cannot be reported, only die.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from emoe.checkpoint.headers import FileStamp
+from emoe.checkpoint.memory_room import READER_KINDS, MemoryRoom, ReaderKind, choose_reader, memory_room
+from emoe.checkpoint.pieces import Piece
+from emoe.checkpoint.segments import (
+    ALIGNMENT,
+    Bytes,
+    Segment,
+    align_down,
+    align_up,
+    finish,
+    gather_nbytes,
+    runs,
+    segments_of,
+)
+from emoe.errors import ReadError, UsageError
+
+__all__ = ["MemoryRoom", "Reader", "ReaderKind", "choose_reader", "memory_room", "staging_nbytes"]
+
+_log = logging.getLogger(__name__)
+
+Preadv = Callable[[int, Sequence[Bytes], int], int]
+"""`os.preadv`: (file descriptor, buffers, file offset) to bytes read. Tests inject faults here."""
+
+# One O_DIRECT read. Larger gains nothing on the disks tried, and each reading thread holds one such buffer.
+CHUNK_BYTES = 4 << 20
+# Linux's limit of buffers in one preadv.
+_IOV_MAX = 1024
+
+
+class Reader:
+    """Reads pieces of the files it was opened on; any number of threads may share it.
+
+    `kind` is how it reads, which is "advised" where "direct" was asked for and a file system refused;
+    `notice` then says so (and a warning is logged), else it is empty.
+    """
+
+    def __init__(
+        self,
+        kind: ReaderKind,
+        files: Mapping[Path, FileStamp],
+        *,
+        max_bytes_per_s: float | None = None,
+        pread: Preadv | None = None,
+    ) -> None:
+        """Open `files` (an index's `files`) and check that they are still the ones that were indexed.
+
+        `max_bytes_per_s` slows all reads together to a store of that bandwidth, for benchmarks.
+
+        Raises:
+            UsageError: no such kind, or a bandwidth that is not positive.
+            ReadError: a file has gone, cannot be opened or has changed.
+        """
+        if kind not in READER_KINDS:
+            raise UsageError(f"{kind!r} is no way to read; use one of {str(READER_KINDS)[1:-1]}")
+        if max_bytes_per_s is not None and not max_bytes_per_s > 0:
+            raise UsageError(f"max_bytes_per_s must be positive, not {max_bytes_per_s}")
+        self.kind: ReaderKind = kind
+        self.notice = ""
+        self._pread: Preadv = cast("Preadv", os.preadv) if pread is None else pread
+        self._throttle = None if max_bytes_per_s is None else _Throttle(max_bytes_per_s)
+        self._local = threading.local()
+        self._idle = threading.Condition()
+        self._reading = 0
+        self._closed = False
+        self._files: dict[Path, int] = {}
+        try:
+            self._open(files)
+        except BaseException:
+            self.close()
+            raise
+
+    def read_into(self, pieces: Sequence[Piece], parts: Mapping[str, torch.Tensor]) -> int:
+        """Read `pieces` (of one expert) into `parts`, one contiguous CPU tensor per part of a slot.
+
+        Returns the bytes of the checkpoint that were read. On an error the parts' content is undefined.
+
+        Raises:
+            ReadError: the read failed, the file ended early, or the reader is closed.
+            UsageError: a part is missing, or is not what the pieces were made for.
+        """
+        with self._idle:
+            if self._closed:
+                raise ReadError("the reader of experts is closed; load the model again.")
+            self._reading += 1
+        try:
+            total = 0
+            for run in runs(segments_of(pieces, parts), self._scratch):
+                nbytes = sum(segment.nbytes for segment in run)
+                if self._throttle is not None:
+                    self._throttle.take(nbytes)
+                self._read(run)
+                for segment in run:
+                    finish(segment, parts)
+                total += nbytes
+            return total
+        finally:
+            with self._idle:
+                self._reading -= 1
+                self._idle.notify_all()
+
+    def close(self) -> None:
+        """Wait for reads under way, then close the files. Later reads raise ReadError."""
+        with self._idle:
+            self._closed = True
+            self._idle.wait_for(lambda: self._reading == 0)
+            files, self._files = self._files, {}
+        for descriptor in files.values():
+            os.close(descriptor)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self, files: Mapping[Path, FileStamp]) -> None:
+        """Open every file, in the way `kind` needs; `kind` may become "advised"."""
+        tried: set[int] = set()
+        for file in files if self.kind == "direct" else ():
+            refusal = _direct_refusal(file, tried)
+            if refusal is not None:
+                self.kind = "advised"
+                self.notice = (
+                    f"{file.parent} is on a file system without O_DIRECT ({refusal}); experts are read "
+                    "through the page cache, and their pages given back after each read"
+                )
+                _log.warning("%s", self.notice)
+                break
+        flags = os.O_RDONLY | (os.O_DIRECT if self.kind == "direct" else 0)
+        for file, stamp in files.items():
+            try:
+                descriptor = os.open(file, flags)
+            except OSError as error:
+                hint = (
+                    "Raise `ulimit -n`."
+                    if error.errno == errno.EMFILE
+                    else "Check the file and its permissions."
+                )
+                raise ReadError(f"{file} cannot be opened: {error.strerror}. {hint}") from error
+            self._files[file] = descriptor
+            status = os.fstat(descriptor)
+            found = FileStamp(status.st_size, status.st_mtime_ns)
+            if found != stamp:
+                raise ReadError(
+                    f"{file} has changed since it was indexed (then {stamp.nbytes:,} bytes, now "
+                    f"{found.nbytes:,}; modified "
+                    f"{'earlier' if found.mtime_ns < stamp.mtime_ns else 'later'}). Load the model again."
+                )
+            if self.kind == "advised":
+                # Read-ahead would bring in pages that nobody gives back.
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def _scratch(self, nbytes: int) -> Bytes:
+        """This thread's memory for what cannot go straight to its part; valid until the next call."""
+        memory: Bytes | None = getattr(self._local, "gather", None)
+        if memory is None or memory.size < nbytes:
+            memory = self._local.gather = np.empty(nbytes, dtype=np.uint8)
+        return memory
+
+    def _staging(self) -> Bytes:
+        """This thread's aligned buffer for O_DIRECT."""
+        buffer: Bytes | None = getattr(self._local, "staging", None)
+        if buffer is None:
+            # Anonymous maps start at a page.
+            buffer = self._local.staging = np.frombuffer(mmap.mmap(-1, CHUNK_BYTES), dtype=np.uint8)
+        return buffer
+
+    def _read(self, run: Sequence[Segment]) -> None:
+        """Read adjoining segments of one file."""
+        file, begin = run[0].file, run[0].offset
+        buffers = [segment.memory for segment in run if segment.memory is not None]
+        descriptor = self._files.get(file)
+        if descriptor is None:
+            raise ReadError(f"{file} is not among the files this reader was opened on; load the model again.")
+        if self.kind == "direct":
+            self._read_direct(file, descriptor, begin, buffers)
+            return
+        self._read_buffered(file, descriptor, begin, buffers)
+        if self.kind == "advised":
+            first, last = align_down(begin), align_up(run[-1].offset + run[-1].nbytes)
+            os.posix_fadvise(descriptor, first, last - first, os.POSIX_FADV_DONTNEED)
+
+    def _read_buffered(self, file: Path, descriptor: int, offset: int, buffers: list[Bytes]) -> None:
+        """Fill `buffers` from `offset` on."""
+        while buffers:
+            got = self._once(file, descriptor, buffers[:_IOV_MAX], offset)
+            if got == 0:
+                raise self._ended(file, descriptor, offset, sum(buffer.size for buffer in buffers))
+            offset += got
+            while buffers and got >= buffers[0].size:
+                got -= buffers.pop(0).size
+            if got:
+                buffers[0] = buffers[0][got:]
+
+    def _read_direct(self, file: Path, descriptor: int, offset: int, buffers: list[Bytes]) -> None:
+        """Fill `buffers` from `offset` on, in aligned chunks by way of the staging buffer."""
+        staging = self._staging()
+        end = offset + sum(buffer.size for buffer in buffers)
+        while offset < end:
+            base = align_down(offset)
+            length = min(align_up(end) - base, staging.size)
+            # A short read may end anywhere; the next one must start at a block again, so take what is there.
+            got = self._once(file, descriptor, [staging[:length]], base)
+            if base + got <= offset:
+                raise self._ended(file, descriptor, offset, end - offset)
+            fresh = staging[offset - base : min(got, end - base)]
+            offset += fresh.size
+            while fresh.size:
+                size = min(buffers[0].size, fresh.size)
+                np.copyto(buffers[0][:size], fresh[:size])  # releases the interpreter lock, unlike memoryview
+                fresh, buffers[0] = fresh[size:], buffers[0][size:]
+                if not buffers[0].size:
+                    buffers.pop(0)
+
+    def _once(self, file: Path, descriptor: int, buffers: Sequence[Bytes], offset: int) -> int:
+        """One preadv, again where a signal interrupted it."""
+        while True:
+            try:
+                return self._pread(descriptor, buffers, offset)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                raise ReadError(
+                    f"{file}: reading {sum(buffer.size for buffer in buffers):,} bytes at byte {offset:,} "
+                    f"failed: {error.strerror or error} (errno {error.errno}). Check the disk, then load the "
+                    "model again."
+                ) from error
+
+    def _ended(self, file: Path, descriptor: int, offset: int, missing: int) -> ReadError:
+        """The error for a file that ends before the bytes its header promised."""
+        return ReadError(
+            f"{file} ends early: {missing:,} bytes were wanted at byte {offset:,}, and the file now has "
+            f"{os.fstat(descriptor).st_size:,}. It was truncated or replaced since it was indexed; restore "
+            "it and load the model again."
+        )
+
+
+def staging_nbytes(kind: ReaderKind, pieces: Sequence[Piece]) -> int:
+    """Bytes that each reading thread needs beside the slots to read such an expert."""
+    return gather_nbytes(pieces) + (CHUNK_BYTES if kind == "direct" else 0)
+
+
+def _direct_refusal(file: Path, tried: set[int]) -> str | None:
+    """Why the file system of `file` refuses O_DIRECT; None where it does not, or was asked before.
+
+    Any other fault is reported where the file is opened or read.
+    """
+    try:
+        device = file.stat().st_dev
+        if device in tried:
+            return None
+        tried.add(device)
+        descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return error.strerror
+        return None
+    try:
+        os.preadv(descriptor, [mmap.mmap(-1, ALIGNMENT)], 0)
+    except OSError as error:
+        return error.strerror if error.errno in (errno.EINVAL, errno.EOPNOTSUPP) else None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+class _Throttle:
+    """Makes all threads together read no faster than a bandwidth."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def take(self, nbytes: int) -> None:
+        """Wait until a store of that bandwidth would have delivered `nbytes` more."""
+        with self._lock:
+            self._free_at = max(self._free_at, time.monotonic()) + nbytes / self._bytes_per_s
+            wait = self._free_at - time.monotonic()
+        time.sleep(max(wait, 0))

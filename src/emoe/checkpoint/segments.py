@@ -1,0 +1,123 @@
+"""One expert's reads: ranges of files, the memory each goes to, and what is made from them afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from emoe.checkpoint.layout import contiguous_strides
+from emoe.checkpoint.pieces import Piece
+from emoe.checkpoint.skeleton import TORCH_DTYPES
+from emoe.errors import UsageError
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+# Offsets, lengths and addresses of O_DIRECT reads are multiples of the device's block, at most this.
+ALIGNMENT = 4096
+# Pieces that are converted or rearranged pass through memory of at most about this size per thread.
+GATHER_BYTES = 16 << 20
+
+
+@dataclass(slots=True)
+class Segment:
+    """One range of a file and the memory it goes to. `pieces` are those to make from it afterwards, if any."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    memory: Bytes | None
+    pieces: list[Piece]
+
+
+def segments_of(pieces: Sequence[Piece], parts: Mapping[str, torch.Tensor]) -> list[Segment]:
+    """What to read, by file and offset. Pieces that share a range share a segment."""
+    segments: dict[tuple[Path, int, int], Segment] = {}
+    for piece in pieces:
+        part = parts.get(piece.part)
+        if part is None or part.device.type != "cpu" or not part.is_contiguous():
+            raise UsageError(f"part {piece.part!r} must be given as a contiguous CPU tensor")
+        if len(piece.dst_index) != part.ndim or any(
+            index.stop > size for index, size in zip(piece.dst_index, part.shape, strict=True)
+        ):
+            raise UsageError(
+                f"part {piece.part!r} has shape {list(part.shape)}, too small for {piece.dst_index}"
+            )
+        segment = Segment(piece.file, piece.offset, piece.nbytes, None, [piece])
+        if piece.direct:
+            segment.memory, segment.pieces = _region_bytes(piece, part), []
+            segments[piece.file, piece.offset, -piece.nbytes] = segment  # never shared
+        else:
+            known = segments.setdefault((piece.file, piece.offset, piece.nbytes), segment)
+            if known is not segment:
+                known.pieces.append(piece)
+    return sorted(segments.values(), key=lambda segment: (segment.file, segment.offset))
+
+
+def _region_bytes(piece: Piece, part: torch.Tensor) -> Bytes:
+    """The bytes of the part that a direct piece fills."""
+    if part.dtype != TORCH_DTYPES[piece.dtype]:
+        raise UsageError(f"part {piece.part!r} is {part.dtype}, but its piece is to be read as {piece.dtype}")
+    strides = contiguous_strides(tuple(part.shape))
+    start = sum(index.start * stride for index, stride in zip(piece.dst_index, strides, strict=True))
+    memory: Bytes = part.view(-1).view(torch.uint8).numpy()
+    return memory[start * part.itemsize : start * part.itemsize + piece.nbytes]
+
+
+def gather_nbytes(pieces: Sequence[Piece]) -> int:
+    """Bytes of scratch memory that reading `pieces` takes."""
+    shared = {(piece.file, piece.offset, piece.nbytes) for piece in pieces if not piece.direct}
+    sizes = [align_up(nbytes) for _, _, nbytes in shared]
+    return min(sum(sizes), max(GATHER_BYTES, *sizes, 0))
+
+
+def runs(segments: Sequence[Segment], scratch: Callable[[int], Bytes]) -> Iterator[list[Segment]]:
+    """Segments that adjoin in one file, together; those without memory of their own are given some.
+
+    A run's scratch memory is reused by the next, so each run is finished before the next is asked for.
+    """
+    run: list[Segment] = []
+    gathered = 0
+    for segment in segments:
+        size = 0 if segment.memory is not None else align_up(segment.nbytes)
+        adjoins = run and run[-1].file == segment.file and run[-1].offset + run[-1].nbytes == segment.offset
+        if run and (not adjoins or gathered + size > GATHER_BYTES):
+            yield _with_memory(run, gathered, scratch)
+            run, gathered = [], 0
+        run.append(segment)
+        gathered += size
+    if run:
+        yield _with_memory(run, gathered, scratch)
+
+
+def _with_memory(run: list[Segment], nbytes: int, scratch: Callable[[int], Bytes]) -> list[Segment]:
+    """The run, with scratch memory for the segments that have none, each at an aligned place."""
+    memory = scratch(nbytes) if nbytes else None
+    at = 0
+    for segment in run:
+        if segment.memory is None and memory is not None:
+            segment.memory = memory[at : at + segment.nbytes]
+            at += align_up(segment.nbytes)
+    return run
+
+
+def finish(segment: Segment, parts: Mapping[str, torch.Tensor]) -> None:
+    """Rearrange and convert what was read into the parts of the segment's pieces."""
+    for piece in segment.pieces:
+        stored = torch.from_numpy(segment.memory).view(TORCH_DTYPES[piece.dtype])
+        view = stored.as_strided(piece.shape, piece.src_strides, piece.src_offset)
+        parts[piece.part][piece.dst_index].copy_(view)
+
+
+def align_down(offset: int) -> int:
+    """The last block boundary at or before `offset`."""
+    return offset // ALIGNMENT * ALIGNMENT
+
+
+def align_up(offset: int) -> int:
+    """The first block boundary at or after `offset`."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
