@@ -1,0 +1,77 @@
+"""The command line: it parses, calls and prints. Nothing is decided here.
+
+    emoe plan MODEL --memory 16GiB       what fits, from headers alone
+    emoe generate MODEL -p "Hello"       stream an answer
+    emoe chat MODEL                      talk to it
+    emoe inspect MODEL                   where the experts lie, and how they would be read
+    emoe demo                            the embedded model with all, and with 40 % of its experts
+    emoe bench decode                    measure
+
+Exit codes: 0 done; 1 a defect; 2 usage; 3 damaged checkpoint; 4 unsupported model; 5 budget too small;
+6 read error while running; 130 interrupted; 141 the reader of the output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import emoe
+from emoe.cli import bench, chat, demo, generate, inspect, plan
+from emoe.cli.output import note
+from emoe.errors import EmoeError, UsageError
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+_COMMANDS = (plan, generate, chat, inspect, demo, bench)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `emoe` and all its commands. Each command's module adds its own."""
+    parser = argparse.ArgumentParser(
+        prog="emoe",
+        description="Runs Mixture-of-Experts language models in a fraction of their memory.",
+        epilog="`emoe COMMAND --help` explains a command. Without MODEL the embedded emoe-nano is used.",
+    )
+    parser.add_argument("--version", action="version", version=f"emoe {emoe.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. argparse's own usage errors exit with 2."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return UsageError.exit_code
+    if not args.debug:
+        # Before transformers is imported: its advice on optional packages is no answer to the command.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()  # a reader that went away shows here, not after main
+    except EmoeError as error:
+        if args.debug:
+            raise
+        note(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        note("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # `emoe inspect | head` ends here. Python would complain once more while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return code
+
+
+def run() -> NoReturn:
+    """The console script."""
+    sys.exit(main())

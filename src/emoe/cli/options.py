@@ -1,0 +1,131 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from emoe.config import MODES, ExpertMemory, parse_bytes
+from emoe.errors import UsageError
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+READERS = ("auto", "cached", "direct", "advised")
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, **kwargs: Any
+) -> argparse.ArgumentParser:
+    """Add a command whose namespace has `run` and `debug`."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, **kwargs)
+    parser.set_defaults(run=run)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and warnings")
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL and what chooses its files."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a checkpoint's folder or a hub id; without it, the embedded emoe-nano",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="what the weights run in (default: as stored)"
+    )
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded."""
+    parser.add_argument(
+        "--expert-memory",
+        type=expert_memory,
+        metavar="SIZE",
+        help="memory for experts: 8GiB, 512MB, 40%% of them or 12/layer (default: all of them)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="exact",
+        help="exact: load a missing expert and wait; resident: use the best resident one (lossy)",
+    )
+    parser.add_argument("--reader", choices=READERS, default="auto", help="how experts are read from disk")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--trace", metavar="FILE", help="record the routing to FILE")
+    parser.add_argument("--task", metavar="LABEL", help="label of the recorded prompts")
+
+
+def add_sampling(parser: argparse.ArgumentParser, default_tokens: int | None = None) -> None:
+    """How tokens are chosen. What is left out comes from the model's generation configuration."""
+    parser.add_argument(
+        "-n",
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        default=default_tokens,
+        help=f"tokens of an answer at most (default: {default_tokens or 'as the model says, else 256'})",
+    )
+    parser.add_argument(
+        "--temperature",
+        "--temp",
+        type=float,
+        metavar="T",
+        help="0 takes the likeliest token, 1 samples as trained",
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this share"
+    )
+    parser.add_argument("--top-k", type=positive, metavar="K", help="sample from this many likeliest tokens")
+    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords for `Session.generate` from the sampling options. Raises UsageError for impossible ones."""
+    if args.temperature is not None and args.temperature < 0:
+        raise UsageError(f"--temperature must be at least 0, not {args.temperature:g}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UsageError(f"--top-p must be above 0 and at most 1, not {args.top_p:g}")
+    chosen = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if args.temperature == 0:
+        if len(given) > 1:
+            raise UsageError(
+                "--temperature 0 takes the likeliest token: --top-p and --top-k have no effect with it"
+            )
+        given = {"do_sample": False}
+    elif given:
+        given["do_sample"] = True
+    return given | {"seed": args.seed, "max_new_tokens": args.max_new_tokens}
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object (docs/cli.md) instead of text"
+    )
+
+
+def size(text: str) -> int:
+    """argparse type for bytes."""
+    try:
+        return parse_bytes(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def expert_memory(text: str) -> ExpertMemory:
+    """argparse type for expert memory."""
+    try:
+        return ExpertMemory.parse(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def positive(text: str) -> int:
+    """argparse type for a whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)

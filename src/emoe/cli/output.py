@@ -1,0 +1,79 @@
+"""What every command prints with: notes on stderr, tables, JSON on stdout, and progress while loading."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from emoe.config import format_bytes
+
+REDRAW_S = 0.1  # on a terminal
+REPORT_S = 10.0  # elsewhere (a log): seldom enough to be read, often enough to show that nothing hangs
+
+
+def note(text: str) -> None:
+    """One line for the user, beside the output proper."""
+    print(f"emoe: {text}", file=sys.stderr, flush=True)
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """The one JSON object of a command with --json."""
+    print(json.dumps(values, default=str))
+
+
+def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), indent: str = "  ") -> str:
+    """Rows of equal length as aligned columns; columns in `right` are aligned to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(f"{indent}{line}".rstrip() for line in lines)
+
+
+class ProgressLine:
+    """Bytes, rate and remaining time on stderr; call it with (bytes done, bytes in all)."""
+
+    def __init__(self, what: str, stream: TextIO | None = None) -> None:
+        self._what = what
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal = self._stream.isatty()
+        self._start = time.monotonic()
+        self._shown = self._start if not self._terminal else 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show the state, if it is time to, or everything is done."""
+        now = time.monotonic()
+        finished = done >= total
+        if now - self._shown < (REDRAW_S if self._terminal else REPORT_S) and not (
+            finished and self._terminal
+        ):
+            return
+        self._shown = now
+        line = self.line(done, total, now - self._start)
+        if self._terminal:
+            print(f"\r\x1b[K{line}", end="\n" if finished else "", file=self._stream, flush=True)
+        else:
+            print(f"emoe: {line}", file=self._stream, flush=True)
+
+    def line(self, done: int, total: int, seconds: float) -> str:
+        """The text for `done` of `total` bytes after `seconds`."""
+        rate = done / seconds if seconds > 0 else 0.0
+        left = (total - done) / rate if rate > 0 else 0.0
+        share = done / total if total else 1.0
+        end = f"{_clock(left)} left" if done < total else f"in {seconds:.1f} s"
+        return (
+            f"{self._what} {format_bytes(done)} of {format_bytes(total)} ({share:.0%})  "
+            f"{format_bytes(int(rate))}/s  {end}"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,127 @@
+"""`emoe plan`: what a model needs and what fits, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from emoe.cli.options import add_command, add_json, add_model, expert_memory, positive, size
+from emoe.cli.output import print_json, table
+from emoe.config import format_bytes
+from emoe.errors import BudgetError
+from emoe.planner import Plan, plan, verdict
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands, "plan", run, "Say what a model needs and what fits, from headers and config alone."
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--memory",
+        type=size,
+        metavar="SIZE",
+        help="what the process may use, e.g. 16GiB (default: what is free here)",
+    )
+    parser.add_argument(
+        "--expert-memory",
+        type=expert_memory,
+        metavar="SIZE",
+        help="give the experts this much instead of what is left",
+    )
+    parser.add_argument(
+        "-c",
+        "--context",
+        type=positive,
+        metavar="N",
+        help="tokens a sequence may grow to (default: 8192, or the model's most)",
+    )
+    parser.add_argument(
+        "--batch", type=positive, default=1, metavar="N", help="sequences at once (default: 1)"
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=positive,
+        metavar="N",
+        help="the longest prompt, read in one pass (default: the context)",
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan. Exit code 5 when the model does not fit."""
+    start = time.perf_counter()
+    made = plan(
+        args.model,
+        memory=args.memory,
+        expert_memory=args.expert_memory,
+        context=args.context,
+        batch=args.batch,
+        prompt=args.prompt_tokens,
+        dtype=None if args.dtype == "auto" else args.dtype,
+        revision=args.revision,
+    )
+    seconds = time.perf_counter() - start
+    if args.json:
+        print_json(made.as_dict() | {"seconds": round(seconds, 3)})
+    else:
+        print(plan_text(made))
+    return BudgetError.exit_code if made.fit == "none" else 0
+
+
+def plan_text(made: Plan) -> str:
+    """The plan for people."""
+    size = format_bytes
+    many = f"{made.layers} layers x {made.experts_per_layer}, {size(made.expert_nbytes)} each"
+    rows = [
+        ("dense weights", size(made.dense_bytes), "read for every token, always in memory"),
+        ("key-value cache", size(made.cache_bytes), f"{made.batch} x {made.context} tokens{_kinds(made)}"),
+        (
+            "activations",
+            size(made.activation_bytes),
+            f"at most, {made.batch} x {made.prompt} prompt tokens in one pass",
+        ),
+        ("read buffers", size(made.buffer_bytes), "experts on their way into memory"),
+        ("Python and torch", size(made.import_bytes), "before any weight is loaded"),
+        ("experts, resident", size(made.resident_bytes), _resident(made)),
+    ]
+    if made.fit != "none":
+        rows.append(("in all", size(made.total_bytes), _of_memory(made)))
+    lines = [
+        f"{made.model} ({made.model_type}, {made.dtype}): {size(made.checkpoint_bytes)} at rest",
+        f"  all {made.experts} experts: {size(made.expert_bytes)}  ({many}, {made.top_k} per token)",
+        f"  smallest that works: {size(made.smallest_bytes)} "
+        f"(experts: {size(made.floor_bytes)}, one token's of one layer)",
+        "",
+        table(rows, right=(1,)),
+        "",
+        verdict(made),
+    ]
+    if made.fit == "some":
+        lines.append(f"Run it with --expert-memory {made.resident_bytes // 2**20}MiB.")
+    lines.extend(f"note: {text}" for text in made.assumed)
+    return "\n".join(lines)
+
+
+def _kinds(made: Plan) -> str:
+    kinds = [kind for kind in made.cache_layers if kind != "full"]
+    return (
+        ", " + " + ".join(f"{made.cache_layers[k]} {k}" for k in made.cache_layers) + " layers"
+        if kinds
+        else ""
+    )
+
+
+def _resident(made: Plan) -> str:
+    if made.fit == "none":
+        return "the smallest that works"
+    each = made.resident_experts / made.layers
+    return f"{made.resident_experts} of {made.experts} ({made.resident_share:.0%}), {each:.1f} per layer"
+
+
+def _of_memory(made: Plan) -> str:
+    if made.memory_bytes is None:
+        return ""
+    return f"of {format_bytes(made.memory_bytes)} {made.memory_source}"

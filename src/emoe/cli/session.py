@@ -1,0 +1,263 @@
+"""A loaded model as the commands use it: notes, streaming with times, a Ctrl-C that stops cleanly."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+import transformers
+from transformers import StoppingCriteria, TextStreamer
+
+import emoe
+from emoe.cli.output import ProgressLine, note
+from emoe.config import format_bytes
+from emoe.errors import UsageError
+from emoe.model import close
+
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass
+class Answer:
+    """One generated answer and what it took. Times are seconds from the call."""
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    first_token_s: float = 0.0
+    seconds: float = 0.0
+    stopped: bool = False
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens after the first, per second after the first; None with fewer than two."""
+        if self.new_tokens < 2 or self.seconds <= self.first_token_s:
+            return None
+        return (self.new_tokens - 1) / (self.seconds - self.first_token_s)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures, for JSON."""
+        return {
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "time_to_first_token_s": round(self.first_token_s, 4),
+            "decode_tokens_per_s": self.decode_tokens_per_s and round(self.decode_tokens_per_s, 2),
+            "seconds": round(self.seconds, 4),
+            "stopped": self.stopped,
+        }
+
+
+class Session:
+    """A model, its tokenizer and how to ask it. Use it as a context manager: it ends the loader threads."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        close(self.model)
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """emoe.stats of the model."""
+        return emoe.stats(self.model)
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence the model was made for, where it says so."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None)
+
+    def encode(self, prompt: str | Sequence[dict[str, str]], raw: bool = False) -> list[int]:
+        """Token ids of a prompt or conversation, in the chat template unless `raw` or there is none."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise UsageError(
+                f"{self.name} has no tokenizer, so it cannot be given text; use emoe.load and token ids"
+            )
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if raw or tokenizer.chat_template is None:
+            return list(tokenizer("\n".join(message["content"] for message in messages)).input_ids)
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+    def generate(
+        self, ids: Sequence[int], *, show: bool = True, seed: int | None = None, **options: Any
+    ) -> Answer:
+        """Answer the prompt `ids`, streaming the text to stdout when `show`. Ctrl-C stops after the current
+        token.
+
+        `options` go to transformers' generate(). Raises UsageError for a prompt the model has no room for.
+        """
+        if not ids:
+            raise UsageError("the prompt is empty")
+        if seed is not None:
+            transformers.set_seed(seed)
+        options["max_new_tokens"] = self._new_tokens(len(ids), options.get("max_new_tokens"))
+        answer = Answer(prompt_tokens=len(ids))
+        stream = _Stream(self.tokenizer, answer, show)
+        device = self.model.get_input_embeddings().weight.device
+        tokens = torch.tensor([list(ids)], device=device)
+        with stop_on_interrupt() as interrupt:
+            output = self.model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                streamer=stream,
+                stopping_criteria=[interrupt],
+                **options,
+            )
+            answer.stopped = interrupt.requested
+        answer.ids = output[0].tolist()
+        answer.text = self.tokenizer.decode(answer.ids[len(ids) :], skip_special_tokens=True)
+        return answer
+
+    def _new_tokens(self, prompt_tokens: int, wanted: int | None) -> int:
+        """How long the answer may become: what was asked for, within the model's context."""
+        if wanted is None:
+            wanted = self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+        if self.context is None:
+            return int(wanted)
+        room = self.context - prompt_tokens
+        if room < 1:
+            raise UsageError(
+                f"the prompt has {prompt_tokens} tokens, and {self.name} was made for {self.context} in all; "
+                "shorten it"
+            )
+        if room < wanted:
+            note(
+                f"the answer ends after {room} tokens at the latest: {self.name} was made for {self.context} "
+                "in all"
+            )
+        return min(int(wanted), room)
+
+
+class _Stream(TextStreamer):  # type: ignore[misc]
+    """Prints tokens as they come and keeps the times."""
+
+    def __init__(self, tokenizer: Any, answer: Answer, show: bool) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._answer = answer
+        self._show = show
+        self._start = time.perf_counter()
+        self._prompt_seen = False
+
+    def put(self, value: Any) -> None:
+        """Take the prompt first, then one token at a time."""
+        if self._prompt_seen:
+            self._answer.seconds = time.perf_counter() - self._start
+            self._answer.new_tokens += 1
+            if self._answer.new_tokens == 1:
+                self._answer.first_token_s = self._answer.seconds
+        self._prompt_seen = True
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print finished text at once."""
+        if self._show:
+            print(text, end="\n" if stream_end else "", flush=True)
+
+
+class Interrupt(StoppingCriteria):  # type: ignore[misc]
+    """Asks generation to end after the current token."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Whether to stop, for each sequence."""
+        return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device, dtype=torch.bool)
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Interrupt]:
+    """The first Ctrl-C ends the answer after its token, leaving nothing half-made; the second leaves."""
+    interrupt = Interrupt()
+
+    def request(signum: int, frame: FrameType | None) -> None:
+        if interrupt.requested:
+            raise KeyboardInterrupt
+        interrupt.requested = True
+
+    previous = signal.signal(signal.SIGINT, request)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def open_session(args: argparse.Namespace, **overrides: Any) -> Session:
+    """Load the model that a command's options describe. `overrides` replace emoe.load's keywords."""
+    bars_on_terminals_only()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    name = args.model or "emoe-nano"
+    options: dict[str, Any] = {
+        "expert_memory": args.expert_memory,
+        "mode": args.mode,
+        "reader": args.reader,
+        "trace": args.trace,
+        "task": args.task,
+        "dtype": args.dtype,
+        "progress": ProgressLine("reading experts"),
+    }
+    if args.revision is not None:
+        options["revision"] = args.revision
+    if args.trust_remote_code:
+        options["trust_remote_code"] = True
+    model, tokenizer = emoe.load(args.model, **options | overrides)
+    return Session(model, tokenizer, name)
+
+
+def announce(session: Session) -> None:
+    """Say what was loaded and how; a lossy mode is always named."""
+    s = session.stats
+    note(
+        f"{session.name}: {format_bytes(s['budget_bytes'])} for experts of "
+        f"{format_bytes(s['total_expert_bytes'])}, "
+        f"{s['slots']} slots; reader {s['reader']}: {s['reader_reason']}"
+    )
+    warn_if_lossy(s)
+
+
+def warn_if_lossy(stats: dict[str, Any]) -> None:
+    """One line that no option silences."""
+    if stats["lossy"]:
+        note(
+            f"LOSSY: in mode {stats['mode']!r} tokens go to resident experts instead of the chosen ones, so "
+            "the text "
+            "can differ from the full model's"
+        )
+
+
+def figures(answer: Answer, stats: dict[str, Any]) -> str:
+    """One line about an answer and the experts behind it."""
+    rate = f"{answer.decode_tokens_per_s:.1f} tokens/s" if answer.decode_tokens_per_s else "one token"
+    hits = "no routes" if stats["hit_rate"] is None else f"{stats['hit_rate']:.1%} hits"
+    rerouted = f", {stats['rerouted_share']:.1%} rerouted" if stats["lossy"] else ""
+    return (
+        f"{answer.prompt_tokens} + {answer.new_tokens} tokens, first after {answer.first_token_s:.2f} s, "
+        f"then {rate}; "
+        f"{hits}{rerouted}, {format_bytes(stats['bytes_read'])} read, "
+        f"{format_bytes(stats['resident_bytes'])} of experts resident"
+    )
+
+
+def bars_on_terminals_only() -> None:
+    """Keep transformers' progress bars out of logs."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()

@@ -1,0 +1,115 @@
+"""What a model needs and what a machine can hold, before anything is loaded.
+
+>>> from emoe.planner import plan
+>>> plan("path-or-hub-id", memory="16GiB").resident_share
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from emoe.checkpoint.headers import TensorEntry, read_headers
+from emoe.checkpoint.memory_room import memory_room
+from emoe.checkpoint.source import resolve
+from emoe.config import ExpertMemory, parse_bytes
+from emoe.errors import UnsupportedModelError
+from emoe.planner.facts import Facts
+from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
+from emoe.planner.plan import Plan, make_plan, verdict
+from emoe.planner.remote import is_hub_id, remote_checkpoint
+
+__all__ = ["Facts", "Plan", "facts_of", "plan", "verdict"]
+
+
+def plan(
+    model_id: str | Path | None = None,
+    *,
+    memory: str | int | None = None,
+    expert_memory: str | int | ExpertMemory | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    prompt: int | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Plan:
+    """Plan a checkpoint from its headers and configuration; of a hub model only those are fetched.
+
+    Args:
+        model_id: a checkpoint's folder or a hub id; None is the embedded emoe-nano.
+        memory: what the process may use ("16GiB"); None asks the machine what is free.
+        expert_memory: give the experts this much instead of what is left.
+        context: tokens that each sequence may grow to; None: 8192, or what the model was made for if less.
+        batch: sequences at once.
+        prompt: the longest prompt, read in one pass; None: the context.
+        dtype: run in this dtype; None: the checkpoint's own.
+        revision: branch, tag or commit of a hub model.
+        token: for private hub models.
+
+    Raises:
+        UsageError: an argument that cannot be meant.
+        CheckpointError: files missing, truncated or inconsistent.
+        UnsupportedModelError: a model that emoe cannot run.
+        BudgetError: `expert_memory` below the floor.
+    """
+    name, facts = facts_of(model_id, dtype=dtype, revision=revision, token=token)
+    if memory is not None:
+        allowed, source = parse_bytes(memory), "allowed"
+    else:
+        room = memory_room()
+        allowed, source = room.available_bytes, f"free ({room.bound})"
+    return make_plan(
+        facts,
+        model=name,
+        memory_bytes=allowed,
+        memory_source=source,
+        expert_memory=None if expert_memory is None else ExpertMemory.parse(expert_memory),
+        context=context,
+        batch=batch,
+        prompt=prompt,
+    )
+
+
+def facts_of(
+    model_id: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> tuple[str, Facts]:
+    """A model's name for people and its facts, from headers where they suffice, else from a dry run."""
+    if model_id is None:
+        from emoe import nano
+
+        return "emoe-nano", _local_facts(nano.path(), dtype)
+    if isinstance(model_id, str) and is_hub_id(model_id):
+        path, config, entries = remote_checkpoint(model_id, revision=revision, token=token)
+        if path is not None:
+            return model_id, _local_facts(path, dtype)
+        return model_id, _remote_facts(model_id, config, entries, dtype)
+    path = resolve(model_id)
+    return str(model_id), _local_facts(path, dtype)
+
+
+def _local_facts(path: Path, dtype: str | None) -> Facts:
+    try:
+        return facts_from_headers(path, read_config(path), read_headers(path), dtype)
+    except Unsure as doubt:
+        from emoe.planner.dry_run import facts_by_dry_run
+
+        return facts_by_dry_run(path, dtype, reason=str(doubt))
+
+
+def _remote_facts(
+    model_id: str, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], dtype: str | None
+) -> Facts:
+    try:
+        return facts_from_headers(Path(model_id), config, entries, dtype)
+    except Unsure as doubt:
+        raise UnsupportedModelError(
+            f"{model_id} cannot be planned without its files, because {doubt}. Download it (`hf download "
+            f"{model_id}`) "
+            "and plan again."
+        ) from doubt

@@ -1,0 +1,139 @@
+"""Facts through transformers itself: the model is built and run on the meta device, where tensors have no
+bytes.
+
+Right for every family, since the caches are measured on the model's own code, but it costs transformers'
+import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from emoe.checkpoint.headers import read_headers
+from emoe.checkpoint.index import ExpertIndex, build_index, skeleton
+from emoe.errors import UnsupportedModelError
+from emoe.planner.facts import CacheKind, CacheLayer, ExpertLayer, Facts, Widths, by_size, max_context
+
+# Long enough that convolution states are full, short enough for layers that loop over tokens in Python.
+_LENGTHS = (64, 128)  # the second twice the first
+
+
+def facts_by_dry_run(path: Path, dtype: str | None = None, reason: str = "") -> Facts:
+    """Facts about the checkpoint in `path`, run in `dtype` (None: its own).
+
+    `reason` says why the headers did not settle it. Raises what `build_index` raises for models it refuses.
+    """
+    config, model = skeleton(path, dtype=dtype or "auto")
+    index = build_index(path, model)
+    text = config.get_text_config(decoder=True)
+    cache = _measure_cache(model, index)
+    stored = sum(entry.nbytes for entry in read_headers(path).values())
+    run_dtype = str(model.dtype).removeprefix("torch.")
+    return Facts(
+        path=path,
+        model_type=config.model_type,
+        dtype=run_dtype,
+        top_k=_top_k(text),
+        max_context=max_context(getattr(text, "max_position_embeddings", None)),
+        checkpoint_bytes=stored,
+        dense_bytes=index.dense_nbytes,
+        expert_layers=tuple(
+            ExpertLayer(layer.layer, layer.num_experts, by_size(part.nbytes for part in layer.parts))
+            for layer in index.layers
+        ),
+        cache_layers=cache,
+        widths=_widths(model, text, index),
+        source="dry run",
+        assumed=(f"measured on a dry run, because {reason}",) if reason else (),
+    )
+
+
+def _top_k(config: Any) -> int:
+    """Experts per token, by the names the families give it."""
+    for name in (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_k",
+        "moe_topk",
+        "top_k_experts",
+        "moe_top_k",
+    ):
+        value = getattr(config, name, None)
+        if isinstance(value, list) and value:
+            value = max(value)
+        if isinstance(value, int):
+            return value
+    raise UnsupportedModelError(
+        f"the configuration of {config.model_type!r} does not say how many experts a token takes; "
+        "emoe cannot tell the smallest budget"
+    )
+
+
+def _widths(model: nn.Module, config: Any, index: ExpertIndex) -> Widths:
+    """Sizes per token of what the widest block makes."""
+    experts = {layer.module for layer in index.layers}
+    widest = 0
+    for name, module in model.named_modules():
+        if ".layers." in name and not name.startswith(tuple(experts)):
+            outputs = [child.out_features for child in module.children() if isinstance(child, nn.Linear)]
+            widest = max(widest, sum(outputs))
+    inner = max(max(part.shape) for layer in index.layers for part in layer.parts)
+    return Widths(config.hidden_size, config.vocab_size, widest, inner)
+
+
+def _measure_cache(model: nn.Module, index: ExpertIndex) -> tuple[CacheLayer, ...]:
+    """What each layer's cache holds, from two runs of different length without experts."""
+    for layer in index.layers:
+        # Experts change no shape, and most ways of running them ask for values, which meta tensors have not.
+        model.get_submodule(layer.module).forward = lambda hidden, *_, **__: torch.empty_like(hidden)
+    # The other attentions look at the mask's values.
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    short, long = (_run(model, length) for length in _LENGTHS)
+    found = []
+    for number, (a, b) in enumerate(zip(_layers(short), _layers(long), strict=True)):
+        window = getattr(a, "sliding_window", None)
+        if window is None:
+            grown = _nbytes(b) - _nbytes(a)
+            token, state = grown // (_LENGTHS[1] - _LENGTHS[0]), _nbytes(a) - grown
+        else:  # both lengths may be beyond the window: keys and values are all that grows
+            held = min(_LENGTHS[0], window - 1)
+            token = (a.keys.nbytes + a.values.nbytes) // held
+            state = _nbytes(a) - token * held
+        kind: CacheKind = "state" if token == 0 else "full" if window is None else "sliding"
+        if token or state:
+            found.append(CacheLayer(number, kind, token, None if window is None else window - 1, state))
+    return tuple(found)
+
+
+def _run(model: nn.Module, length: int) -> Any:
+    """The cache after a prompt of `length` tokens."""
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _layers(cache: Any) -> list[Any]:
+    """The cache's layers, and whatever tensors it keeps beside them as one more."""
+    beside = {name: value for name, value in vars(cache).items() if name != "layers"}
+    return [*cache.layers, beside]
+
+
+def _nbytes(holder: Any) -> int:
+    """Bytes of the floating-point tensors in an object's attributes."""
+    values = holder if isinstance(holder, dict) else vars(holder)
+    return sum(tensor.nbytes for tensor in _tensors(list(values.values())) if tensor.is_floating_point())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))

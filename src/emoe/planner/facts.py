@@ -1,0 +1,124 @@
+"""What a plan has to know about a checkpoint: plain numbers, wherever they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from emoe.errors import UsageError
+from emoe.residency.budget import LayerNeed, align_up
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one element of the dtypes that models run in."""
+
+CacheKind = Literal["full", "sliding", "latent", "state"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayer:
+    """One layer's experts. `part_nbytes`: bytes of each part of one expert in the run dtype, descending."""
+
+    layer: int
+    experts: int
+    part_nbytes: tuple[int, ...]
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of one expert in the run dtype."""
+        return sum(self.part_nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayer:
+    """What one decoder layer keeps between tokens, for each sequence.
+
+    `token_nbytes` for each token it remembers (at most `window`, None: all), `state_nbytes` whatever the
+    length.
+    """
+
+    layer: int
+    kind: CacheKind
+    token_nbytes: int
+    window: int | None = None
+    state_nbytes: int = 0
+
+    def nbytes(self, tokens: int, whole: bool = False) -> int:
+        """Bytes for one sequence of `tokens`; `whole` counts those beyond the window too."""
+        held = tokens if whole or self.window is None else min(tokens, self.window)
+        return self.state_nbytes + held * self.token_nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Sizes of the tensors that a forward pass makes for each token, in elements."""
+
+    hidden: int
+    vocabulary: int
+    projections: int  # outputs of the projections of one block (attention or MLP), the widest there is
+    expert_inner: int  # output of an expert's first product: gate and up together where it has both
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """A checkpoint in numbers. `source` says how they were found, `assumed` what had to be supposed."""
+
+    path: Path
+    model_type: str
+    dtype: str
+    top_k: int
+    max_context: int | None
+    checkpoint_bytes: int
+    dense_bytes: int
+    expert_layers: tuple[ExpertLayer, ...]
+    cache_layers: tuple[CacheLayer, ...]
+    widths: Widths
+    source: Literal["headers", "dry run"]
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts in the run dtype."""
+        return sum(layer.experts * layer.expert_nbytes for layer in self.expert_layers)
+
+    @property
+    def experts(self) -> int:
+        """Number of experts in all layers."""
+        return sum(layer.experts for layer in self.expert_layers)
+
+    def cache_bytes(self, context: int, batch: int) -> int:
+        """Bytes the model keeps for `batch` sequences of `context` tokens each."""
+        return batch * sum(layer.nbytes(context) for layer in self.cache_layers)
+
+
+def layer_needs(facts: Facts) -> list[LayerNeed]:
+    """The experts as the budget arithmetic takes them: aligned slot sizes, layers of equal parts grouped."""
+    groups: dict[tuple[int, ...], int] = {}
+    return [
+        LayerNeed(
+            layer=layer.layer,
+            experts=layer.experts,
+            top_k=min(facts.top_k, layer.experts),
+            slot_nbytes=sum(align_up(part) for part in layer.part_nbytes),
+            group=groups.setdefault(layer.part_nbytes, len(groups)),
+        )
+        for layer in facts.expert_layers
+    ]
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one element of `dtype` ("bfloat16"). Raises UsageError for one that models do not run in."""
+    if dtype not in DTYPE_BYTES:
+        raise UsageError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPE_BYTES)}")
+    return DTYPE_BYTES[dtype]
+
+
+def max_context(stated: object) -> int | None:
+    """The longest sequence a configuration states, None where it states none."""
+    return stated if isinstance(stated, int) and stated > 0 else None
+
+
+def by_size(part_nbytes: Iterable[int]) -> tuple[int, ...]:
+    """Parts in the order of ExpertLayer."""
+    return tuple(sorted(part_nbytes, reverse=True))

@@ -1,0 +1,241 @@
+"""The plan: what a model needs, what a memory holds of it, and the sentence that says so. Arithmetic."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from emoe.config import ExpertMemory, format_bytes
+from emoe.errors import UsageError
+from emoe.planner.facts import Facts, Widths, dtype_bytes, layer_needs
+from emoe.residency.budget import SlotPlan, floor_bytes, plan_slots, total_bytes
+
+IMPORT_BYTES = 350 * 2**20
+"""Resident memory of a process that imported torch, transformers and one model class, before any weight: 332
+MiB
+measured with torch 2.13 (CPU build) and transformers 5.23, and a little for threads' stacks and the
+allocator."""
+
+READ_BUFFER_BYTES = 2 * (4 << 20)
+"""One buffer for each of model.load.LOADER_THREADS, of checkpoint.readers.CHUNK_BYTES."""
+
+COMBINE_TOKENS = 1024
+"""Tokens whose expert outputs are added at once (emoe.model.kernels.COMBINE_TOKENS)."""
+
+DEFAULT_CONTEXT = 8192
+
+Fit = Literal["all", "some", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes by purpose. `memory_bytes` is what the process may use, None when nothing was asked about it."""
+
+    model: str
+    model_type: str
+    dtype: str
+    context: int
+    batch: int
+    prompt: int
+    checkpoint_bytes: int
+    dense_bytes: int
+    expert_bytes: int
+    cache_bytes: int
+    cache_layers: dict[str, int]
+    activation_bytes: int
+    buffer_bytes: int
+    import_bytes: int
+    experts: int
+    layers: int
+    experts_per_layer: int
+    expert_nbytes: int
+    top_k: int
+    floor_bytes: int
+    memory_bytes: int | None
+    memory_source: str
+    budget_bytes: int
+    resident_bytes: int
+    resident_experts: int
+    fit: Fit
+    source: str
+    assumed: tuple[str, ...]
+
+    @property
+    def rest_bytes(self) -> int:
+        """Everything but the experts."""
+        return (
+            self.dense_bytes
+            + self.cache_bytes
+            + self.activation_bytes
+            + self.buffer_bytes
+            + self.import_bytes
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """The process with the experts this plan keeps resident."""
+        return self.rest_bytes + self.resident_bytes
+
+    @property
+    def full_bytes(self) -> int:
+        """The process with every expert resident."""
+        return self.rest_bytes + self.expert_bytes
+
+    @property
+    def smallest_bytes(self) -> int:
+        """The process with as few experts resident as work at all."""
+        return self.rest_bytes + self.floor_bytes
+
+    @property
+    def resident_share(self) -> float:
+        """Resident experts, 0 to 1."""
+        return self.resident_experts / self.experts
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers, for JSON."""
+        return asdict(self) | {
+            "rest_bytes": self.rest_bytes,
+            "total_bytes": self.total_bytes,
+            "full_bytes": self.full_bytes,
+            "smallest_bytes": self.smallest_bytes,
+            "resident_share": self.resident_share,
+            "verdict": verdict(self),
+        }
+
+
+def make_plan(
+    facts: Facts,
+    *,
+    model: str,
+    memory_bytes: int | None = None,
+    memory_source: str = "given",
+    expert_memory: ExpertMemory | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    prompt: int | None = None,
+) -> Plan:
+    """Plan `facts` for `batch` sequences of `context` tokens (None: 8192 or the model's most, whichever is
+    less), with prompts of `prompt` tokens at most (None: the context).
+
+    With `expert_memory` the experts get that much; else what `memory_bytes` leaves beside everything else;
+    else all.
+
+    Raises:
+        UsageError: a number that cannot be meant.
+        BudgetError: `expert_memory` is below the floor.
+    """
+    if context is None:
+        context = min(DEFAULT_CONTEXT, facts.max_context or DEFAULT_CONTEXT)
+    prompt = context if prompt is None else prompt
+    for name, value in (("context", context), ("batch", batch), ("prompt", prompt)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
+    if prompt > context:
+        raise UsageError(f"a prompt of {prompt} tokens does not fit a context of {context}; raise --context")
+    needs = layer_needs(facts)
+    floor, total = floor_bytes(needs), total_bytes(needs)
+    cache = facts.cache_bytes(context, batch)
+    activations = activation_bytes(facts, prompt, batch)
+    rest = facts.dense_bytes + cache + activations + READ_BUFFER_BYTES + IMPORT_BYTES
+    if expert_memory is not None:
+        slots = plan_slots(expert_memory, needs)
+    else:
+        left = total if memory_bytes is None else min(memory_bytes - rest, total)
+        slots = plan_slots(ExpertMemory("bytes", max(left, floor)), needs)
+    fits = memory_bytes is None or rest + slots.resident_bytes <= memory_bytes
+    return Plan(
+        model=model,
+        model_type=facts.model_type,
+        dtype=facts.dtype,
+        context=context,
+        batch=batch,
+        prompt=prompt,
+        checkpoint_bytes=facts.checkpoint_bytes,
+        dense_bytes=facts.dense_bytes,
+        expert_bytes=total,
+        cache_bytes=cache,
+        cache_layers=dict(Counter(layer.kind for layer in facts.cache_layers)),
+        activation_bytes=activations,
+        buffer_bytes=READ_BUFFER_BYTES,
+        import_bytes=IMPORT_BYTES,
+        experts=facts.experts,
+        layers=len(needs),
+        experts_per_layer=max(need.experts for need in needs),
+        expert_nbytes=max(need.slot_nbytes for need in needs),
+        top_k=facts.top_k,
+        floor_bytes=floor,
+        memory_bytes=memory_bytes,
+        memory_source="" if memory_bytes is None else memory_source,
+        budget_bytes=slots.budget_bytes,
+        resident_bytes=slots.resident_bytes,
+        resident_experts=slots.slots,
+        fit=_fit(slots, fits),
+        source=facts.source,
+        assumed=(*facts.assumed, *_beyond(context, facts.max_context)),
+    )
+
+
+def _beyond(context: int, most: int | None) -> tuple[str, ...]:
+    if most is None or context <= most:
+        return ()
+    return (f"the model was made for {most} tokens; a context of {context} is beyond that",)
+
+
+def _fit(slots: SlotPlan, fits: bool) -> Fit:
+    if not fits:
+        return "none"
+    return "all" if slots.all_resident else "some"
+
+
+def activation_bytes(facts: Facts, prompt: int, batch: int) -> int:
+    """Upper bound of what one pass over `batch` prompts of `prompt` tokens holds at its fullest moment.
+
+    The fullest moment is either inside a decoder layer (the residual and the normed hidden states, and beside
+    them the block's projections, in attention with a copy for rotary positions, or the experts' outputs: one
+    row of hidden for each token and choice, and one expert's intermediate, at worst for all tokens), or the
+    logits of the last token of each sequence, in the run dtype, in float32 and once more for sampling.
+    Sliding layers keep the whole prompt's keys and values until the next step cuts them.
+    """
+    w, tokens, itemsize = facts.widths, prompt * batch, dtype_bytes(facts.dtype)
+    stream = 2 * tokens * w.hidden * itemsize
+    dense_block = 2 * tokens * w.projections * itemsize
+    logits = batch * w.vocabulary * (itemsize + 2 * 4)
+    beyond_window = sum(
+        layer.nbytes(prompt, whole=True) - layer.nbytes(prompt) for layer in facts.cache_layers
+    )
+    return (
+        stream
+        + max(dense_block, _experts_bytes(w, tokens, facts.top_k, itemsize), logits)
+        + batch * beyond_window
+    )
+
+
+def _experts_bytes(w: Widths, tokens: int, top_k: int, itemsize: int) -> int:
+    """What one layer's experts hold for a chunk: see emoe.model.kernels.many_tokens."""
+    rows = tokens * top_k * w.hidden * itemsize
+    one_expert = tokens * (2 * w.hidden + 2 * w.expert_inner) * itemsize
+    combine = min(tokens, COMBINE_TOKENS) * top_k * w.hidden * 4
+    return rows + max(one_expert, combine + tokens * w.hidden * itemsize)
+
+
+def verdict(plan: Plan) -> str:
+    """One or two sentences: does it fit, how, and what to do next."""
+    full, smallest = format_bytes(plan.full_bytes), format_bytes(plan.smallest_bytes)
+    if plan.memory_bytes is None:
+        return f"Needs {full} with every expert resident, {smallest} at the least."
+    memory = format_bytes(plan.memory_bytes)
+    if plan.fit == "all":
+        return f"Everything fits in {memory}: {format_bytes(plan.total_bytes)} with every expert resident."
+    if plan.fit == "some":
+        per_layer = plan.resident_experts / plan.layers
+        return (
+            f"{plan.resident_share:.0%} of the experts fit in {memory} ({per_layer:.1f} of "
+            f"{plan.experts_per_layer} per layer); the others are read when a token needs them."
+        )
+    return (
+        f"Does not fit in {memory}: {format_bytes(plan.rest_bytes)} is needed beside the experts, and "
+        f"{format_bytes(plan.floor_bytes)} for one token's experts of one layer. The smallest memory that "
+        "works is "
+        f"{smallest}; a shorter context, prompt or a smaller batch lowers it."
+    )
