@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 import numpy as np
 import torch
@@ -45,8 +46,9 @@ _log = logging.getLogger(__name__)
 Preadv = Callable[[int, Sequence[Bytes], int], int]
 """`os.preadv`: (file descriptor, buffers, file offset) to bytes read. Tests inject faults here."""
 
-# One O_DIRECT read. Larger gains nothing on the disks tried, and each reading thread holds one such buffer.
-CHUNK_BYTES = 4 << 20
+# One O_DIRECT read. 1 MiB read as fast as 4 or 16 (0.8 to 1.5 GB/s by 1 to 4 threads), and each reading thread
+# holds one such buffer.
+CHUNK_BYTES = 1 << 20
 # Linux's limit of buffers in one preadv.
 _IOV_MAX = 1024
 

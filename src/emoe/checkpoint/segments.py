@@ -25,7 +25,7 @@ GATHER_BYTES = 16 << 20
 
 @dataclass(slots=True)
 class Segment:
-    """One range of a file and the memory it goes to. `pieces` are those to make from it afterwards, if any."""
+    """One range of a file and the memory it goes to; `pieces` are those to make from it afterwards."""
 
     file: Path
     offset: int
