@@ -244,7 +244,9 @@ class NanoMoe(nn.Module):
     def loss_sum(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of cross-entropies, and (without gradient) the loss of each token."""
         vocab = self.embed_tokens.weight
-        result: tuple[Tensor, Tensor] = chunked_loss(hidden.bfloat16(), vocab, targets, weights)
+        result: tuple[Tensor, Tensor] = chunked_loss(
+            hidden.bfloat16(), vocab, targets, weights, self.training
+        )
         return result
 
 
@@ -256,7 +258,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, vocab: Tensor, targets: Tensor, weights: Tensor
+        ctx: Any, x: Tensor, vocab: Tensor, targets: Tensor, weights: Tensor, train: bool
     ) -> tuple[Tensor, Tensor]:
         v16 = vocab.bfloat16()
         losses = torch.empty(len(x), device=x.device)
@@ -270,7 +272,7 @@ class ChunkedLoss(torch.autograd.Function):
             probs.exp_()
             total = probs.sum(-1, keepdim=True)
             losses[part] = total.squeeze(1).log() - picked
-            if x.requires_grad or vocab.requires_grad:
+            if train:
                 probs.mul_(weights[part, None] / total)
                 probs[rows, targets[part]] -= weights[part]
                 g = probs.bfloat16()
@@ -281,9 +283,9 @@ class ChunkedLoss(torch.autograd.Function):
         return (losses * weights).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         gx, gv = ctx.saved_tensors
-        return gx * grad.to(gx.dtype), gv * grad, None, None
+        return gx * grad.to(gx.dtype), gv * grad, None, None, None
 
 
 chunked_loss: Callable[..., Any] = ChunkedLoss.apply

@@ -108,14 +108,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=95.0)
-    parser.add_argument("--batch", type=int, default=8192, help="tokens per step")
+    parser.add_argument("--batch", type=int, default=4096, help="tokens per step")
     parser.add_argument(
         "--threads", type=int, default=0, help="0: the machine's cores less those busy elsewhere"
     )
-    parser.add_argument("--muon-lr", type=float, default=0.02)
-    parser.add_argument("--adam-lr", type=float, default=0.003)
+    parser.add_argument("--muon-lr", type=float, default=0.015)
+    parser.add_argument("--adam-lr", type=float, default=0.0025)
     parser.add_argument("--decay", type=float, default=0.15)
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -193,7 +193,7 @@ def main() -> None:
                 f"threads {torch.get_num_threads()}",
                 flush=True,
             )
-        if step % 250 == 0:
+        if step % 400 == 0:
             figures = held_out_figures(model, documents, args.batch, device)
             history.append({"step": step, "tokens": tokens, "minutes": round(elapsed / 60, 1), **figures})
             print("held out", json.dumps(history[-1]), flush=True)
