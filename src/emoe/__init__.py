@@ -12,12 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from emoe.model import load, stats
+    from emoe.model import close, load, stats
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "stats"]
+__all__ = ["__version__", "close", "load", "stats"]
 
-_LAZY = {"load": "emoe.model", "stats": "emoe.model"}
+_LAZY = {"close": "emoe.model", "load": "emoe.model", "stats": "emoe.model"}
 
 
 def __getattr__(name: str) -> Any:

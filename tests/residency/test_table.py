@@ -14,7 +14,9 @@ RULES = sorted(EVICTION_RULES)
 Visits = list[tuple[int, tuple[int, ...]]]
 
 
-def make_table(layers: int, experts: int, slots: int, rule: str, top_k: int = 2, shared: bool = False) -> ResidencyTable:
+def make_table(
+    layers: int, experts: int, slots: int, rule: str, top_k: int = 2, shared: bool = False
+) -> ResidencyTable:
     needs = [LayerNeed(layer, experts, top_k, 64) for layer in range(layers)]
     quotas = {layer: 0 for layer in range(layers)} if shared else uniform_quotas(slots, needs)
     plan = PoolPlan(0, slots, 64, quotas)
@@ -111,7 +113,7 @@ def test_a_layer_keeps_its_quota_under_decode(visits: Visits, rule: str, slots: 
 
 
 def test_least_stale_keeps_what_lru_throws_away_below_the_working_set() -> None:
-    """Layers are visited cyclically: LRU hits nothing below one pass, least-stale most of what fits (design, lessons)."""
+    """Layers are visited cyclically: below one pass LRU hits nothing, least-stale most of what fits."""
     visits = [(layer, (0, 1)) for _ in range(50) for layer in range(3)]
     total = sum(len(experts) for _, experts in visits)
     assert run(make_table(3, 6, 4, "lru", shared=True), visits) == total

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from emoe.checkpoint.index import build_index, skeleton
     from emoe.checkpoint.readers import choose_reader
     from emoe.checkpoint.source import resolve
-    from emoe.model.load import layer_needs
+    from emoe.model.bind import layer_needs
     from emoe.residency.budget import plan_slots
 
     path = nano.path() if args.model is None else resolve(args.model, revision=args.revision)

@@ -47,7 +47,11 @@ class Weights:
     __slots__ = ("down", "down_bias", "first", "first_bias")
 
     def __init__(
-        self, first: torch.Tensor, first_bias: torch.Tensor | None, down: torch.Tensor, down_bias: torch.Tensor | None
+        self,
+        first: torch.Tensor,
+        first_bias: torch.Tensor | None,
+        down: torch.Tensor,
+        down_bias: torch.Tensor | None,
     ) -> None:
         self.first = first
         self.first_bias = first_bias
@@ -62,9 +66,7 @@ def _project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, o
         torch.addmm(bias, x, weight, out=out)
 
 
-def one_token(
-    math: ExpertMath, hidden: torch.Tensor, weights: list[Weights], gates: torch.Tensor
-) -> torch.Tensor:
+def one_token(math: ExpertMath, hidden: torch.Tensor, weights: list[Weights], gates: torch.Tensor) -> torch.Tensor:
     """Run one token through its experts.
 
     Args:
@@ -140,25 +142,20 @@ def many_tokens(
     Returns:
         [tokens, hidden].
     """
-    tokens = hidden.shape[0]
-    outer: torch.Tensor | None = None
+    if not grouping.spans:
+        return torch.zeros_like(hidden)
+    rows = hidden.index_select(0, grouping.rows // grouping.top_k)
+    outer = torch.empty_like(rows)
     for expert, w in ready:
         start, end = grouping.spans[expert]
-        rows = grouping.rows[start:end]
-        x = hidden.index_select(0, rows // grouping.top_k)
-        inner = hidden.new_empty(end - start, w.first.shape[1])
-        _project(x, w.first, w.first_bias, inner)
-        inner = math.activate(inner)
-        result = hidden.new_empty(end - start, w.down.shape[1])
-        _project(inner, w.down, w.down_bias, result)
-        if outer is None:
-            outer = hidden.new_empty(tokens * grouping.top_k, w.down.shape[1])
-        outer.index_copy_(0, rows, result)
-    if outer is None:  # no tokens at all
-        return torch.zeros_like(hidden)
+        inner = rows.new_empty(end - start, w.first.shape[1])
+        _project(rows[start:end], w.first, w.first_bias, inner)
+        _project(math.activate(inner), w.down, w.down_bias, outer[start:end])
     if math.post_norm is not None:
         outer = math.post_norm(outer)
-    return combine(outer, gates, hidden.dtype)
+    restored = rows  # its inputs are not needed any more
+    restored.index_copy_(0, grouping.rows, outer)
+    return combine(restored, gates, hidden.dtype)
 
 
 def combine(outer: torch.Tensor, gates: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

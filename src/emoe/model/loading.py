@@ -51,7 +51,7 @@ class ExpertsAtRestQuantizer(HfQuantizer):  # type: ignore[misc]
             module = model.get_submodule(layer.module)
             for part in layer.parts:
                 module._parameters.pop(part.name)
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            module._is_hf_initialized = True
         patterns = {rf"{re.escape(name)}$" for name in index.expert_param_names}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | patterns
         return model
@@ -86,9 +86,21 @@ def load_dense(path: Path, index: ExpertIndex, implementation: str, **kwargs: An
         ),
     )
     _forget_quantizer(model)
+    _own_memory(model)
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+def _own_memory(model: PreTrainedModel) -> None:
+    """Copy dense weights out of the checkpoint's memory map, on a CPU.
+
+    transformers leaves them mapped: under memory pressure the kernel would drop them and read them again for every
+    token, and a file truncated while the model runs would end the process with SIGBUS instead of an error.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def _forget_quantizer(model: PreTrainedModel) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from emoe.model.load import binding_of
+from emoe.model.bind import binding_of
 
 
 def stats(model: PreTrainedModel) -> dict[str, Any]:
@@ -50,7 +50,12 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
     def total(name: str) -> int:
         return sum(int(layer[name]) for layer in layers.values())
 
-    hits, misses, tokens, rerouted = total("hits"), total("misses"), total("routed_tokens"), total("rerouted_tokens")
+    hits, misses, tokens, rerouted = (
+        total("hits"),
+        total("misses"),
+        total("routed_tokens"),
+        total("rerouted_tokens"),
+    )
     return {
         "mode": runtime.mode,
         "lossy": runtime.mode != "exact",

@@ -108,7 +108,7 @@ class Runtime:
                 batch=batch,
                 tokens=length,
                 new_prompt=seen == 0,
-                mask=mask[:, -length:].reshape(-1).bool() if usable else None,
+                mask=mask[:, -length:].reshape(-1).bool() if mask is not None and usable else None,
                 input_ids=ids,
             )
         )
@@ -146,17 +146,17 @@ class Runtime:
             if self.observing:
                 return  # nothing is rerouted; the pool counts
             counters = layer.pool.table.counters[layer.layer]
-            chosen = ids.unique().tolist() if ids.shape[0] > 1 else ids[0].tolist()
+            chosen = torch.unique(ids).tolist() if ids.shape[0] > 1 else ids[0].tolist()
             missing = [e for e in chosen if not layer.pool.table.is_resident((layer.layer, e))]
             counters.hits += len(chosen) - len(missing)
             counters.misses += len(missing)
-            if missing:
+            if missing and ids.shape[0] == 1:
+                counters.rerouted += 1
+            elif missing:
                 gone = torch.tensor(missing, device=ids.device)
                 counters.rerouted += int(torch.isin(ids, gone).any(dim=-1).sum())
 
-    def run(
-        self, layer: LayerRuntime, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor
-    ) -> torch.Tensor:
+    def run(self, layer: LayerRuntime, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Compute one MoE layer.
 
         Args:
@@ -201,9 +201,7 @@ class Runtime:
             for expert, n in grouping.counts.items():
                 layer.prompt_counts[expert] += n
             wanted = layer.wanted()
-        stream = layer.pool.stream(
-            layer.layer, grouping.by_count(), prefill=prefill, wanted=wanted, count=self.counts
-        )
+        stream = layer.pool.stream(layer.layer, grouping.by_count(), prefill=prefill, wanted=wanted, count=self.counts)
         try:
             ready = ((expert, layer.weights[slot]) for expert, slot in stream)
             return many_tokens(layer.math, hidden, grouping, ready, gates)

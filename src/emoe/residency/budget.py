@@ -12,6 +12,10 @@ SLOT_ALIGN_BYTES = 64
 """Every part of a slot starts on a cache line: the kernels' vector path then never depends on which slot is used."""
 
 
+MAX_LANE = 4
+"""Slots kept for experts that pass through: as many as loads are in flight."""
+
+
 def align_up(nbytes: int, to: int = SLOT_ALIGN_BYTES) -> int:
     """Return `nbytes` rounded up to a multiple of `to`."""
     return -(-nbytes // to) * to
@@ -34,12 +38,17 @@ class LayerNeed:
 
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
-    """The slots of one bank: `quotas[layer]` slots belong to a layer; all zero means one pool shared by all layers."""
+    """The slots of one bank.
+
+    `quotas[layer]` slots belong to a layer; all zero means one pool shared by all layers. `lane` slots belong to none:
+    they are kept for experts that only pass through (mode `resident` needs them to read a prompt with its own routes).
+    """
 
     group: int
     slots: int
     slot_nbytes: int
     quotas: dict[int, int]
+    lane: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -85,12 +94,13 @@ def total_bytes(layers: Sequence[LayerNeed]) -> int:
     return sum(need.experts * need.slot_nbytes for need in layers)
 
 
-def plan_slots(memory: ExpertMemory | None, layers: Sequence[LayerNeed]) -> SlotPlan:
+def plan_slots(memory: ExpertMemory | None, layers: Sequence[LayerNeed], *, lane: bool = False) -> SlotPlan:
     """Turn a budget into banks of slots and per-layer quotas.
 
     Args:
         memory: the budget; None makes every expert resident.
         layers: one entry per MoE layer, in any order.
+        lane: keep up to MAX_LANE slots of each bank that does not hold everything out of the quotas.
 
     Raises:
         BudgetError: the budget is below one step's experts of one layer; the message names the smallest that works.
@@ -114,11 +124,11 @@ def plan_slots(memory: ExpertMemory | None, layers: Sequence[LayerNeed]) -> Slot
             f"{format_bytes(largest.slot_nbytes)} in layer {largest.layer} at once. The smallest budget that works is "
             f"{floor} bytes ({format_bytes(floor)}, {floor / total:.1%} of all experts)."
         )
-    pools = _split(budget, layers, per_layer)
+    pools = _split(budget, layers, per_layer, lane)
     return SlotPlan(budget_bytes=budget, floor_bytes=floor, total_bytes=total, pools=tuple(pools))
 
 
-def _split(budget: int, layers: Sequence[LayerNeed], per_layer: int | None) -> list[PoolPlan]:
+def _split(budget: int, layers: Sequence[LayerNeed], per_layer: int | None, lane: bool) -> list[PoolPlan]:
     """Give each bank its floor, then share what is left by the bytes of the experts each still has outside."""
     groups: dict[int, list[LayerNeed]] = {}
     for need in sorted(layers, key=lambda need: need.layer):
@@ -136,7 +146,11 @@ def _split(budget: int, layers: Sequence[LayerNeed], per_layer: int | None) -> l
         else:
             share = spare * wants[group] // want_all if want_all else 0
             slots = min((floors[group] + share) // size, sum(need.experts for need in needs))
-        pools.append(PoolPlan(group, slots, size, uniform_quotas(slots, needs)))
+        kept_out = 0
+        if lane and slots < sum(need.experts for need in needs):
+            # What an even share leaves over costs no layer anything; one slot is the least that works.
+            kept_out = max(1, min(MAX_LANE, slots % len(needs)))
+        pools.append(PoolPlan(group, slots, size, uniform_quotas(slots - kept_out, needs), kept_out))
     return pools
 
 

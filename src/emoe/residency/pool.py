@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from emoe.checkpoint.index import ExpertIndex
+from emoe.checkpoint.pieces import Piece
 from emoe.checkpoint.readers import Reader
 from emoe.errors import BudgetError
 from emoe.residency.bank import Bank, carve
@@ -36,7 +37,13 @@ class ExpertPool:
     """
 
     def __init__(
-        self, table: ResidencyTable, bank: Bank, index: ExpertIndex, reader: Reader, loader: Loader, depth: int = 4
+        self,
+        table: ResidencyTable,
+        bank: Bank,
+        index: ExpertIndex,
+        reader: Reader,
+        loader: Loader,
+        depth: int = 4,
     ) -> None:
         """Bind the parts; `depth` loads are in flight at most."""
         self.table = table
@@ -176,6 +183,8 @@ class ExpertPool:
                 slot = self._slot_of(layer, expert)
                 table.pin(slot)
                 pinned.add(slot)
+                if wanted is not None and expert in wanted:
+                    table.adopt((layer, expert), protect)
             fill()
             for expert in hits:
                 slot = self._slot_of(layer, expert)
@@ -265,7 +274,7 @@ class ExpertPool:
 
     def _unpin(self, slot: int) -> None:
         if self._cuda:
-            event = self._last_use.get(slot) or torch.cuda.Event()
+            event = self._last_use.get(slot) or torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self.bank.device))
             self._last_use[slot] = event
         self.table.unpin(slot)
@@ -276,11 +285,11 @@ class ExpertPool:
             return self._reader.read_into(pieces, self.bank.views[slot])
         return self._read_cuda(pieces, slot)
 
-    def _read_cuda(self, pieces: tuple[object, ...], slot: int) -> int:
+    def _read_cuda(self, pieces: Sequence[Piece], slot: int) -> int:
         """Read into pinned host memory, then copy on this thread's stream once the slot's last use has ended."""
         local = self._local
         if not hasattr(local, "stream"):
-            local.stream = torch.cuda.Stream(self.bank.device)
+            local.stream = torch.cuda.Stream(self.bank.device)  # type: ignore[no-untyped-call]
             pinned = torch.empty(self.bank.slot_nbytes, dtype=torch.uint8, pin_memory=True)
             local.staging = carve(pinned, self.bank.parts)
         nbytes = self._reader.read_into(pieces, local.staging)

@@ -65,7 +65,8 @@ class ResidencyTable:
 
     A *transient* slot holds an expert that a prefill streamed through; transient slots are reused before any other
     resident expert is touched, and at most `max_transient` exist, so that decode's residency survives a prefill.
-    A transient expert that decode hits becomes an ordinary resident.
+    A transient expert that decode hits becomes an ordinary resident. With a lane (`plan.lane`) transient slots are
+    those and no others, so that no resident is ever touched by a prefill.
     """
 
     plan: PoolPlan
@@ -80,6 +81,7 @@ class ResidencyTable:
     _stats: dict[Key, UseStats] = field(init=False, default_factory=dict)
     _free: list[int] = field(init=False)
     _by_layer: dict[int, set[int]] = field(init=False)
+    _kept: dict[int, int] = field(init=False)
     _rank: dict[int, int] = field(init=False)
     _layer: int = field(init=False)
     _passing: set[int] = field(init=False, default_factory=set)
@@ -90,9 +92,10 @@ class ResidencyTable:
         self.counters = {layer: LayerCounters() for layer in layers}
         self._free = list(range(self.plan.slots - 1, -1, -1))
         self._by_layer = {layer: set() for layer in layers}
+        self._kept = dict.fromkeys(layers, 0)
         self._rank = {layer: rank for rank, layer in enumerate(layers)}
         self._layer = layers[0]
-        self.max_transient = max(1, min(self.max_transient, self.plan.slots))
+        self.max_transient = max(1, min(self.plan.lane or self.max_transient, self.plan.slots))
 
     # -- time ---------------------------------------------------------------------------------------------
 
@@ -156,7 +159,7 @@ class ResidencyTable:
         stats.last_pass = self.pass_no
         stats.uses += 1
         slot = self._where.get(key)
-        if keep and slot is not None:
+        if keep and slot is not None and self.slots[slot].transient and not self.plan.lane:
             self._mark(slot, False)
 
     def pin(self, slot: int) -> None:
@@ -187,9 +190,10 @@ class ResidencyTable:
         entry = self.slots[slot]
         self._move(slot, SlotState.LOADING)
         entry.key = key
-        self._mark(slot, transient)
         self._where[key] = slot
         self._by_layer[key[0]].add(slot)
+        self._kept[key[0]] += 1
+        self._mark(slot, transient)
         return slot
 
     def commit(self, slot: int, nbytes: int) -> None:
@@ -214,29 +218,46 @@ class ResidencyTable:
     def _forget(self, slot: int) -> None:
         entry = self.slots[slot]
         if entry.key is not None:
+            self._mark(slot, False)
             del self._where[entry.key]
             self._by_layer[entry.key[0]].discard(slot)
+            self._kept[entry.key[0]] -= 1
         entry.key = None
-        self._mark(slot, False)
         self._free.append(slot)
 
     def _mark(self, slot: int, transient: bool) -> None:
-        self.slots[slot].transient = transient
+        entry = self.slots[slot]
+        if entry.transient == transient or entry.key is None:
+            return
+        entry.transient = transient
+        self._kept[entry.key[0]] += -1 if transient else 1
         (self._passing.add if transient else self._passing.discard)(slot)
+
+    def adopt(self, key: Key, protect: frozenset[Key]) -> None:
+        """Make a transient expert a resident, in place of one of its layer's own that is not in `protect`."""
+        slot = self._where[key]
+        if not self.slots[slot].transient:
+            return
+        if self._kept[key[0]] >= self.plan.quotas[key[0]]:
+            own = self._evictable(self._by_layer[key[0]] - self._passing, protect)
+            if not own:
+                return
+            self.evict(self._lowest(own))
+        self._mark(slot, False)
 
     # -- choice -------------------------------------------------------------------------------------------
 
     def below_quota(self, layer: int) -> bool:
         """Whether `layer` may take a free slot for good."""
         quota = self.plan.quotas[layer]
-        return bool(self._free) and (quota == 0 or len(self._by_layer[layer]) < quota)
+        return bool(self._free) and (quota == 0 or self._kept[layer] < quota)
 
     def _pick(self, key: Key, transient: bool, protect: frozenset[Key]) -> int | None:
         if self.all_fit:
             return self._free.pop() if self._free else None
         held = self._by_layer[key[0]]
         quota = self.plan.quotas[key[0]]
-        at_quota = bool(quota) and len(held) >= quota
+        at_quota = bool(quota) and self._kept[key[0]] >= quota
         if transient:
             if ready := self._evictable(self._passing, protect):
                 return self._lowest(ready)
@@ -244,7 +265,7 @@ class ResidencyTable:
                 return None
         elif at_quota:
             # None when the layer's own are all in use: they come free as it runs, and other layers keep theirs.
-            own = self._evictable(held, protect)
+            own = self._evictable(held if not self.plan.lane else held - self._passing, protect)
             return self._lowest(own) if own else None
         if self._free:
             return self._free.pop()
@@ -260,7 +281,12 @@ class ResidencyTable:
     def _others(self, protect: frozenset[Key]) -> list[int]:
         """Evictable slots of layers above their quotas, else of all."""
         quotas = self.plan.quotas
-        over = [s for ly, held in self._by_layer.items() if len(held) > quotas[ly] for s in self._evictable(held, protect)]
+        over = [
+            s
+            for ly, held in self._by_layer.items()
+            if self._kept[ly] > quotas[ly]
+            for s in self._evictable(held, protect)
+        ]
         return over or [s for held in self._by_layer.values() for s in self._evictable(held, protect)]
 
     def _lowest(self, candidates: list[int]) -> int:
@@ -268,6 +294,10 @@ class ResidencyTable:
 
         def score(slot: int) -> tuple[bool, tuple[float, ...], Key]:
             key = self.slots[slot].key or (-1, -1)
-            return (not self.slots[slot].transient, self.eviction.score(self.stats(key), self._rank[key[0]], now), key)
+            return (
+                not self.slots[slot].transient,
+                self.eviction.score(self.stats(key), self._rank[key[0]], now),
+                key,
+            )
 
         return min(candidates, key=score)

@@ -11,15 +11,16 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from emoe.checkpoint.index import ExpertIndex, LayerIndex, build_index, skeleton
-from emoe.checkpoint.readers import Reader, choose_reader, open_reader
+from emoe.checkpoint.index import ExpertIndex, LayerIndex, build_index
+from emoe.checkpoint.memory_room import choose_reader
+from emoe.checkpoint.readers import Reader
+from emoe.checkpoint.skeleton import skeleton
 from emoe.checkpoint.source import resolve
 from emoe.config import MODES, ExpertMemory, Mode, format_bytes
 from emoe.errors import BudgetError, UnsupportedModelError, UsageError
 from emoe.model.kernels import ExpertMath
 from emoe.model.loading import device_of, load_dense
 from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Pass, Runtime
-from emoe.model.tracing import record_trace
 from emoe.residency.bank import Bank, slot_nbytes
 from emoe.residency.budget import LayerNeed, SlotPlan, plan_slots
 from emoe.residency.eviction import make_eviction
@@ -43,7 +44,13 @@ class Binding:
     """What emoe keeps beside a model: found by `emoe.stats` and `emoe.close`."""
 
     def __init__(
-        self, runtime: Runtime, index: ExpertIndex, plan: SlotPlan, reader: Reader, reason: str, loader: Loader
+        self,
+        runtime: Runtime,
+        index: ExpertIndex,
+        plan: SlotPlan,
+        reader: Reader,
+        reason: str,
+        loader: Loader,
     ) -> None:
         self.runtime = runtime
         self.index = index
@@ -131,26 +138,30 @@ def load(
     _, empty = skeleton(path, **config_kwargs)
     index = build_index(path, empty)
     needs = layer_needs(index, empty)
-    plan = plan_slots(memory, needs)
+    plan = plan_slots(memory, needs, lane=mode == "resident")
     _check_resident(mode, plan, needs, empty, index)
     del empty
-    kind, reason = choose_reader(index, plan.resident_bytes, reader)
+    kind, reason = choose_reader(
+        index, plan.resident_bytes, reader, reserved_bytes=plan.resident_bytes + index.dense_nbytes
+    )
     local = {name: value for name, value in kwargs.items() if name not in hub}
     model = load_dense(path, index, IMPLEMENTATION, **local)
-    opened = open_reader(kind, index, max_bytes_per_s=max_read_bytes_per_s)
+    opened = Reader(kind, index.files, max_bytes_per_s=max_read_bytes_per_s)
     loader = Loader(LOADER_THREADS)
     runtime = Runtime(mode, replan_prompts)
-    binding = Binding(runtime, index, plan, opened, reason, loader)
+    binding = Binding(runtime, index, plan, opened, opened.notice or reason, loader)
     try:
         _bind(model, binding, needs, eviction, opened)
         if plan.all_resident:
             _preload(binding, progress)
         if trace is not None:
+            from emoe.model.tracing import record_trace
+
             binding.finishers.append(record_trace(runtime, index, needs, Path(trace), task))
     except BaseException:
         binding.close()
         raise
-    model._emoe_binding = binding  # type: ignore[assignment]
+    model._emoe_binding = binding
     weakref.finalize(model, binding.close)
     return Loaded(model, _tokenizer(path, kwargs))
 
@@ -196,11 +207,12 @@ def _check_resident(
         experts = model.get_submodule(entry.module)
         rule_for(model.get_submodule(entry.module.rpartition(".")[0]), experts)
     if not plan.all_resident and any(quota == 0 for pool in plan.pools for quota in pool.quotas.values()):
-        least = sum(need.top_k * need.slot_nbytes for need in needs)
+        lanes = {need.group: need.slot_nbytes for need in needs}
+        least = sum(need.top_k * need.slot_nbytes for need in needs) + sum(lanes.values())
         raise BudgetError(
-            f"mode 'resident' needs room for one token's experts in every layer, {least} bytes "
-            f"({format_bytes(least)}), and the budget is {format_bytes(plan.budget_bytes)}. Give that much, or use "
-            f"mode 'exact', which works from {format_bytes(plan.floor_bytes)} up."
+            f"mode 'resident' needs room for one token's experts in every layer and one to read through, {least} "
+            f"bytes ({format_bytes(least)}), and the budget is {format_bytes(plan.budget_bytes)}. Give that much, or "
+            f"use mode 'exact', which works from {format_bytes(plan.floor_bytes)} up."
         )
 
 
@@ -222,7 +234,7 @@ def _bind(model: PreTrainedModel, binding: Binding, needs: list[LayerNeed], evic
             module = model.get_submodule(entries[need.layer].module)
             layer = LayerRuntime(need.layer, need.experts, pool, ExpertMath(module), runtime, weights)
             runtime.layers[need.layer] = layer
-            module._emoe_layer = layer  # type: ignore[assignment]
+            module._emoe_layer = layer
             if runtime.mode == "resident":
                 binding.handles.append(_attach_rule(model, entries[need.layer], layer))
     runtime.watch(model)

@@ -1,0 +1,169 @@
+"""Invariants 2, 3 and 8: bytes are bounded and add up; a fault ends one request with a message, and hangs nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from families import make_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import emoe
+from emoe.errors import CheckpointError, ReadError, UnsupportedModelError, UsageError
+from emoe.model.bind import binding_of
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("mixtral", tmp_path_factory.mktemp("mixtral"), seed=2)
+
+
+def tokens(seed: int, length: int = 10, batch: int = 1) -> torch.Tensor:
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=20)
+@given(share=st.integers(26, 100), seed=st.integers(0, 999), batch=st.integers(1, 3), length=st.integers(1, 12))
+def test_bytes_read_are_the_sum_of_the_loads(path: Path, share: int, seed: int, batch: int, length: int) -> None:
+    """Invariant 3 (there are no prefetches yet), and that a chunk reads an expert at most once per layer."""
+    model, _ = emoe.load(path, expert_memory=f"{share}%")
+    index = binding_of(model).index
+    with torch.no_grad():
+        before = emoe.stats(model)["layers"]
+        model(tokens(seed, length, batch))
+        after = emoe.stats(model)
+    for layer, entry in after["layers"].items():
+        loads = entry["loads"] - before[layer]["loads"]
+        assert loads == entry["misses"] - before[layer]["misses"] <= entry["experts"]
+        assert entry["bytes_read"] == entry["loads"] * index.stored_nbytes(layer, 0)
+    assert after["bytes_read"] == sum(entry["bytes_read"] for entry in after["layers"].values())
+    assert after["peak_resident_bytes"] <= after["budget_bytes"]
+    emoe.close(model)
+
+
+def _failing(model: object, fault: object) -> None:
+    binding_of(model).reader._pread = fault  # type: ignore[arg-type,assignment]
+
+
+@pytest.mark.parametrize("length", [1, 10])
+def test_a_read_error_ends_the_request_and_the_next_one_works(path: Path, length: int) -> None:
+    model, _ = emoe.load(path, expert_memory="30%")
+    whole, _ = emoe.load(path)
+    working = os.preadv
+    countdown = [3]
+
+    def faulty(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        countdown[0] -= 1
+        if countdown[0] < 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return working(descriptor, buffers, offset)
+
+    _failing(model, faulty)
+    with torch.no_grad(), pytest.raises(ReadError, match="safetensors"):
+        for seed in range(20):
+            model(tokens(seed, length))
+    _failing(model, working)
+    with torch.no_grad():
+        for seed in range(5):
+            assert torch.equal(model(tokens(seed, 10)).logits, whole(tokens(seed, 10)).logits)
+    for pool in binding_of(model).pools:
+        assert all(slot.state.value in ("empty", "ready") for slot in pool.table.slots)
+
+
+def test_a_shard_truncated_while_running_is_named(tmp_path: Path) -> None:
+    path = make_checkpoint("mixtral", tmp_path, seed=2)
+    model, _ = emoe.load(path, expert_memory="30%", reader="cached")
+    shard = path / "model.safetensors"
+    os.truncate(shard, shard.stat().st_size // 4)
+    with torch.no_grad(), pytest.raises(ReadError, match=r"model\.safetensors"):
+        for seed in range(20):
+            model(tokens(seed))
+
+
+def test_a_truncated_shard_is_refused_before_any_work(tmp_path: Path) -> None:
+    path = make_checkpoint("mixtral", tmp_path, seed=2)
+    shard = path / "model.safetensors"
+    os.truncate(shard, shard.stat().st_size - 8)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        emoe.load(path)
+
+
+def test_a_slow_disk_changes_nothing_but_time(path: Path) -> None:
+    model, _ = emoe.load(path, expert_memory="30%")
+    whole, _ = emoe.load(path)
+
+    def slow(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        time.sleep(0.003)
+        return os.preadv(descriptor, buffers, offset)
+
+    _failing(model, slow)
+    with torch.no_grad():
+        for seed in range(3):
+            assert torch.equal(model(tokens(seed)).logits, whole(tokens(seed)).logits)
+    assert emoe.stats(model)["load_wait_s"] > 0.003
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_loader_threads_that_die_do_not_hang_a_request(path: Path) -> None:
+    model, _ = emoe.load(path, expert_memory="30%")
+    main = threading.get_ident()
+
+    def deadly(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if threading.get_ident() != main:
+            raise SystemExit  # ends the loader thread, as nothing catches it
+        return os.preadv(descriptor, buffers, offset)
+
+    _failing(model, deadly)
+    failures = 0
+    with torch.no_grad():
+        for seed in range(8):
+            try:
+                model(tokens(seed))
+            except ReadError as error:
+                failures += 1
+                assert "layer" in str(error)
+        whole, _ = emoe.load(path)
+        assert torch.equal(model(tokens(99)).logits, whole(tokens(99)).logits)
+    assert failures <= 2  # one for each loader thread: afterwards the request's own thread reads
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"Llama.* is a dense model"):
+        emoe.load(tmp_path)
+
+
+def test_training_a_closed_model_and_a_foreign_model_are_refused(path: Path) -> None:
+    model, _ = emoe.load(path, expert_memory="50%")
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(UsageError, match="inference only"):
+        model(tokens(0))
+    with torch.no_grad():
+        model(tokens(0))
+    emoe.close(model)
+    emoe.close(model)
+    with torch.no_grad(), pytest.raises(UsageError, match="closed"):
+        model(tokens(0))
+    with pytest.raises(UsageError, match=r"not made by emoe\.load"):
+        emoe.stats(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_no_expert_byte_is_allocated_outside_the_slots(path: Path) -> None:
+    model, _ = emoe.load(path, expert_memory="30%")
+    names = {name for name, _ in model.named_parameters()}
+    assert not any(".experts." in name for name in names)
+    assert all(parameter.device.type != "meta" for parameter in model.parameters())
+    assert not model.config.to_dict().get("quantization_config")
+    assert not getattr(model, "is_quantized", False)
