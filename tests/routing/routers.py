@@ -128,7 +128,8 @@ class TinyRouter:
 
     def without(self, kept: list[int]) -> TinyRouter:
         """The same router where experts other than `kept` never existed: their rows deleted."""
-        top_k = min(self.top_k, len(kept))
+        choices = len(kept) + (self.key == "zaya.ZayaRouter")  # "no expert" can be chosen there too
+        top_k = min(self.top_k, choices)
         small = build(self.key, len(kept), top_k, **self.changes)
         mine, its = dict(_tensors(self.module)), dict(_tensors(small.module))
         with torch.no_grad():

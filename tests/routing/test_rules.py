@@ -115,12 +115,10 @@ def test_groups_thinned_evenly_are_the_router_with_rows_deleted(
 ) -> None:
     """Four groups of four; the same number stays in each, so that the family's own code can run on them."""
     router = build(key, 16, seed=seed, **changes)
+    if key.startswith("axk2."):  # positive scores: its 0 for experts outside then never wins, so never ties
+        router.module.e_score_correction_bias += 3
     stay = data.draw(st.integers(2, 4))
-    kept = [
-        4 * group + member
-        for group in range(4)
-        for member in sorted(data.draw(st.permutations(range(4)))[:stay])
-    ]
+    kept = [4 * group + member for group in range(4) for member in sorted(data.draw(st.permutations(range(4)))[:stay])]
     mask = torch.zeros(16, dtype=torch.bool)
     mask[kept] = True
     hidden = hidden_states(5, seed)
@@ -140,10 +138,13 @@ def scores_of(router: TinyRouter, hidden: Tensor, mask: Tensor) -> tuple[Tensor,
 
 
 @pytest.mark.parametrize("key", GROUPED)
-@pytest.mark.parametrize("level", [-3.0, 0.0, 3.0])
-@settings(max_examples=25)
-@given(seed=st.integers(0, 2**16), mask=st.lists(st.booleans(), min_size=12, max_size=12).filter(any))
-def test_grouped_choice_against_plain_python(key: str, level: float, seed: int, mask: list[bool]) -> None:
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 2**16),
+    level=st.sampled_from([-3.0, 0.0, 3.0]),
+    mask=st.lists(st.booleans(), min_size=12, max_size=12).filter(any),
+)
+def test_grouped_choice_against_plain_python(key: str, seed: int, level: float, mask: list[bool]) -> None:
     """Any mask over four groups of three, with correction biases around `level`."""
     router = build(key, 12, seed=seed)
     if hasattr(router.module, "e_score_correction_bias"):
@@ -191,9 +192,7 @@ def plain_python(
 
 @settings(max_examples=50)
 @given(seed=st.integers(0, 2**16), mask=masks)
-def test_prescribed_experts_stay_and_forbidden_ones_go_to_the_best_scored(
-    seed: int, mask: list[bool]
-) -> None:
+def test_prescribed_experts_stay_and_forbidden_ones_go_to_the_best_scored(seed: int, mask: list[bool]) -> None:
     router = build(TABLED, EXPERTS, seed=seed)
     hidden = hidden_states(5, seed)
     scores = router.module.score_fn(router.logits(hidden)).tolist()
@@ -212,7 +211,7 @@ def test_prescribed_experts_stay_and_forbidden_ones_go_to_the_best_scored(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("key", "changes"), CASES, ids=case_id)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(
     seed=st.integers(0, 2**16),
     scale=st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e3]),

@@ -74,9 +74,7 @@ def test_logits_of_one_call_never_serve_the_next(key: str) -> None:
     assert torch.equal(router.call(first)[2], fresh.call(first)[2])
 
 
-@pytest.mark.parametrize(
-    "mask", [torch.ones(7, dtype=torch.bool), torch.ones(8), torch.ones(3, 8, dtype=torch.bool)]
-)
+@pytest.mark.parametrize("mask", [torch.ones(7, dtype=torch.bool), torch.ones(8), torch.ones(3, 8, dtype=torch.bool)])
 def test_a_mask_of_wrong_shape_or_type_is_named(mask: Tensor) -> None:
     router = build(MIXTRAL)
     rule_of(router.module).attach(lambda: mask)
@@ -124,9 +122,7 @@ def test_a_router_without_a_setting_the_rule_reads_is_refused() -> None:
 
 def test_groups_too_small_for_k_are_refused() -> None:
     router = build("deepseek_v3.DeepseekV3TopkRouter", top_k=5)  # 2 of 4 groups of 2
-    with pytest.raises(
-        UnsupportedModelError, match="chooses 5 experts from 2 of 4 groups, which hold only 4"
-    ):
+    with pytest.raises(UnsupportedModelError, match="chooses 5 experts from 2 of 4 groups, which hold only 4"):
         rule_of(router.module)
 
 
@@ -206,9 +202,7 @@ def test_whole_models_with_rules_in_place(name: str) -> None:
     assert not torch.equal(fewer, plain)
 
 
-@pytest.mark.skipif(
-    not transformers.__version__.startswith("5.23."), reason="the survey is of transformers 5.23"
-)
+@pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="the survey is of transformers 5.23")
 def test_every_router_beside_interface_experts_has_a_rule() -> None:
     """Reads transformers' sources: a family added there without a rule here shows up by name."""
     spec = find_spec("transformers.models")
