@@ -167,3 +167,31 @@ def test_no_expert_byte_is_allocated_outside_the_slots(path: Path) -> None:
     assert all(parameter.device.type != "meta" for parameter in model.parameters())
     assert not model.config.to_dict().get("quantization_config")
     assert not getattr(model, "is_quantized", False)
+
+
+def test_saving_would_lose_the_experts_and_is_refused(path: Path, tmp_path: Path) -> None:
+    model, _ = emoe.load(path, expert_memory="50%")
+    with pytest.raises(UsageError, match="lose the experts"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_follow_a_cast_of_the_dense_weights(path: Path) -> None:
+    model, _ = emoe.load(path, expert_memory="50%")
+    expected = model(tokens(0)).logits
+    model.to(torch.bfloat16)
+    assert model(tokens(0)).logits.dtype == torch.bfloat16
+    torch.testing.assert_close(model(tokens(0)).logits.float(), expected, rtol=0.2, atol=0.2)
+
+
+def test_a_collected_model_stops_its_threads_and_frees_its_bank(path: Path) -> None:
+    import gc
+    import weakref
+
+    model, _ = emoe.load(path, expert_memory="50%")
+    loader = binding_of(model).loader
+    bank = weakref.ref(binding_of(model).pools[0].bank)
+    del model
+    gc.collect()
+    assert not any(thread.is_alive() for thread in loader._threads)
+    assert bank() is None

@@ -162,6 +162,9 @@ def load(
         binding.close()
         raise
     model._emoe_binding = binding
+    # Which experts run is decided in Python, layer by layer: there is no whole graph to compile.
+    model._can_compile_fullgraph = False
+    model.save_pretrained = _refuse_to_save
     weakref.finalize(model, binding.close)
     return Loaded(model, _tokenizer(path, kwargs))
 
@@ -232,7 +235,8 @@ def _bind(model: PreTrainedModel, binding: Binding, needs: list[LayerNeed], evic
         weights = [math.bind(views) for views in bank.views]
         for need in members:
             module = model.get_submodule(entries[need.layer].module)
-            layer = LayerRuntime(need.layer, need.experts, pool, ExpertMath(module), runtime, weights)
+            dtype = weights[0].down.dtype
+            layer = LayerRuntime(need.layer, need.experts, pool, ExpertMath(module), runtime, weights, dtype)
             runtime.layers[need.layer] = layer
             module._emoe_layer = layer
             if runtime.mode == "resident":
@@ -281,6 +285,13 @@ def _preload_with_bar(pool: ExpertPool, keys: list[tuple[int, int]]) -> None:
 
     with tqdm(total=pool.bank.nbytes, unit="B", unit_scale=True, unit_divisor=1024, desc="Loading experts") as bar:
         pool.preload(keys, lambda done, _: cast(None, bar.update(done - bar.n)))
+
+
+def _refuse_to_save(*args: object, **kwargs: object) -> None:
+    raise UsageError(
+        "a model made by emoe.load holds its dense weights only, so saving it would lose the experts. Copy the "
+        "checkpoint's folder, or load it with transformers to save it."
+    )
 
 
 def _nano() -> Path:

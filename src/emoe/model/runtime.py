@@ -46,7 +46,8 @@ class LayerRuntime:
     pool: ExpertPool
     math: ExpertMath
     owner: Runtime
-    weights: list[Weights] = field(default_factory=list)
+    weights: list[Weights]
+    dtype: torch.dtype
     prompt_counts: list[int] = field(default_factory=list)
     _mask_key: tuple[int, ...] = ()
     _mask: torch.Tensor | None = None
@@ -176,6 +177,13 @@ class Runtime:
             raise UsageError("this model was closed with emoe.close: load it again with emoe.load.")
         if hidden.requires_grad and torch.is_grad_enabled():
             raise UsageError("emoe runs inference only: call the model under torch.no_grad(), and do not train it.")
+        if hidden.device != layer.pool.bank.device:
+            raise UsageError(
+                f"the model was moved to {hidden.device} and its experts are on {layer.pool.bank.device}. Load it where "
+                f"it is to run: emoe.load(..., device_map={str(hidden.device)!r})."
+            )
+        if hidden.dtype != layer.dtype:  # as transformers' own implementations do, under autocast or after .half()
+            return self.run(layer, hidden.to(layer.dtype), ids, gates).to(hidden.dtype)
         with self.lock:
             table = layer.pool.table
             table.counters[layer.layer].tokens += hidden.shape[0]

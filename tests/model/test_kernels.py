@@ -1,0 +1,85 @@
+"""Kernels: the order in which experts become ready changes no bit, and the arithmetic is the plain formula's."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from emoe.model.kernels import COMBINE_TOKENS, ExpertMath, Grouping, Weights, combine, many_tokens, one_token
+
+
+class Experts(nn.Module):
+    """What transformers' decorator leaves on a gated experts module."""
+
+    has_gate, has_bias, is_transposed, has_post_expert_norm = True, False, False, False
+    act_fn = nn.SiLU()
+
+    def _apply_gate(self, inner: torch.Tensor) -> torch.Tensor:
+        gate, up = inner.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+
+def make(experts: int, hidden: int, width: int, dtype: torch.dtype, seed: int) -> tuple[ExpertMath, list[Weights]]:
+    generator = torch.Generator().manual_seed(seed)
+    math = ExpertMath(Experts())
+    weights = []
+    for _ in range(experts):
+        first = torch.randn(2 * width, hidden, generator=generator).to(dtype)
+        down = torch.randn(hidden, width, generator=generator).to(dtype)
+        weights.append(math.bind({"gate_up_proj": first, "down_proj": down}))
+    return math, weights
+
+
+@given(
+    tokens=st.integers(1, 40),
+    top_k=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_the_order_of_arrival_changes_no_bit(tokens: int, top_k: int, seed: int, dtype: torch.dtype) -> None:
+    experts, hidden = 6, 32
+    math, weights = make(experts, hidden, 24, dtype, seed)
+    x = torch.randn(tokens, hidden).to(dtype)
+    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
+    gates = torch.rand(tokens, top_k).softmax(-1).to(dtype)
+    grouping = Grouping(ids, experts)
+    order = list(grouping.spans)
+    one = many_tokens(math, x, grouping, [(e, weights[e]) for e in order], gates)
+    random.Random(seed).shuffle(order)
+    assert torch.equal(one, many_tokens(math, x, grouping, [(e, weights[e]) for e in order], gates))
+
+    expected = torch.zeros(tokens, hidden)
+    for t in range(tokens):
+        for choice in range(top_k):
+            w = weights[int(ids[t, choice])]
+            gate, up = (x[t].float() @ w.first.float()).chunk(2)
+            out = (torch.nn.functional.silu(gate) * up) @ w.down.float()
+            expected[t] += gates[t, choice].float() * out
+    tolerance = 1e-3 if dtype is torch.float32 else 0.08
+    torch.testing.assert_close(one.float(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    if tokens == 1:
+        alone = one_token(math, x, [weights[int(e)] for e in ids[0]], gates)
+        torch.testing.assert_close(alone.float(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+@given(tokens=st.integers(0, 30), top_k=st.integers(1, 4), experts=st.integers(4, 9), seed=st.integers(0, 999))
+def test_grouping_is_a_partition_of_the_routes(tokens: int, top_k: int, experts: int, seed: int) -> None:
+    ids = torch.randint(0, experts, (tokens, top_k), generator=torch.Generator().manual_seed(seed))
+    grouping = Grouping(ids, experts)
+    assert sorted(grouping.rows.tolist()) == list(range(tokens * top_k))
+    for expert, (start, end) in grouping.spans.items():
+        assert all(ids.reshape(-1)[row] == expert for row in grouping.rows[start:end].tolist())
+    counts = [grouping.counts[expert] for expert in grouping.by_count()]
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_combining_in_blocks_is_combining_at_once() -> None:
+    tokens, k = COMBINE_TOKENS + 7, 2
+    outer = torch.randn(tokens * k, 8)
+    gates = torch.rand(tokens, k)
+    whole = (outer.view(tokens, k, 8) * gates[..., None]).sum(1)
+    assert torch.equal(combine(outer, gates, torch.float32), whole)
