@@ -206,9 +206,7 @@ def make_model(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A tiny random float32 model of the family, the same for the same seed and settings."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            make_config(name, **overrides), dtype=torch.float32
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(make_config(name, **overrides), dtype=torch.float32)
         _randomise(model)
     return model.eval()
 

@@ -95,9 +95,7 @@ def assign(entries: Mapping[str, TensorEntry], model: PreTrainedModel) -> Assign
     by_target: dict[str, Assignment] = {}
     unused: list[str] = []
 
-    def add(
-        name: str, target: str, pattern: str | None, number: int | None = None, again: bool = False
-    ) -> None:
+    def add(name: str, target: str, pattern: str | None, number: int | None = None, again: bool = False) -> None:
         if target not in state:
             unused.append(name)
             return

@@ -135,9 +135,7 @@ def read_file_header(file: Path) -> dict[str, TensorEntry]:
                 )
             raw = stream.read(length)
     except OSError as error:
-        raise CheckpointError(
-            f"{file} cannot be read: {error}. Check the file and its permissions."
-        ) from error
+        raise CheckpointError(f"{file} cannot be read: {error}. Check the file and its permissions.") from error
     try:
         header = json.loads(raw)
     except ValueError as error:
@@ -192,13 +190,10 @@ def _check_layout(file: Path, entries: Iterable[TensorEntry], start: int, size: 
         at, previous = entry.offset + entry.nbytes, f"tensor {entry.name!r}"
         if at > size:
             raise CheckpointError(
-                f"{file} is truncated: tensor {entry.name!r} ends at byte {at:,}, and the file has {size:,}. "
-                f"{_REMEDY}"
+                f"{file} is truncated: tensor {entry.name!r} ends at byte {at:,}, and the file has {size:,}. {_REMEDY}"
             )
     if at != size:
-        raise CheckpointError(
-            f"{file} has {size:,} bytes, {size - at:,} more than its header accounts for. {_REMEDY}"
-        )
+        raise CheckpointError(f"{file} has {size:,} bytes, {size - at:,} more than its header accounts for. {_REMEDY}")
 
 
 @dataclass(frozen=True, slots=True)

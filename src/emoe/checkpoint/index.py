@@ -43,9 +43,7 @@ __all__ = ["ExpertIndex", "LayerIndex", "PartSpec", "Piece", "build_index", "ske
 
 _SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 # Names of the tensors that quantisation methods keep beside, or instead of, a weight.
-_QUANTISED_NAME = re.compile(
-    r"(_scales?|_scale_inv|_blocks|_absmax|qweight|qzeros|weight_packed|weight_scale)$"
-)
+_QUANTISED_NAME = re.compile(r"(_scales?|_scale_inv|_blocks|_absmax|qweight|qzeros|weight_packed|weight_scale)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +354,6 @@ def _dense_nbytes(model: PreTrainedModel, experts: frozenset[str]) -> int:
     saved = model.state_dict(keep_vars=True)
     dense = {id(tensor): (name, tensor) for name, tensor in saved.items() if name not in experts}
     return sum(
-        tensor.numel()
-        * (run_dtype(model, name, tensor.dtype) if tensor.is_floating_point() else tensor.dtype).itemsize
+        tensor.numel() * (run_dtype(model, name, tensor.dtype) if tensor.is_floating_point() else tensor.dtype).itemsize
         for name, tensor in dense.values()
     )

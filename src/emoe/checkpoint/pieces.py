@@ -117,9 +117,7 @@ def _steps(blocks: Sequence[Block], shape: tuple[int, ...], target: str) -> tupl
                 )
                 region = tuple(slice(s, s + n) for s, n in zip(block.start, block.sizes, strict=True))
                 exact = len(span) == 1 and _row_major(block) and _contiguous_region(block.sizes, shape)
-                steps.append(
-                    Step(source, begin, length, block.offset - begin, strides, block.sizes, region, exact)
-                )
+                steps.append(Step(source, begin, length, block.offset - begin, strides, block.sizes, region, exact))
     return tuple(steps)
 
 

@@ -162,11 +162,7 @@ class Reader:
             try:
                 descriptor = os.open(file, flags)
             except OSError as error:
-                hint = (
-                    "Raise `ulimit -n`."
-                    if error.errno == errno.EMFILE
-                    else "Check the file and its permissions."
-                )
+                hint = "Raise `ulimit -n`." if error.errno == errno.EMFILE else "Check the file and its permissions."
                 raise ReadError(f"{file} cannot be opened: {error.strerror}. {hint}") from error
             self._files[file] = descriptor
             status = os.fstat(descriptor)

@@ -44,9 +44,7 @@ def segments_of(pieces: Sequence[Piece], parts: Mapping[str, torch.Tensor]) -> l
         if len(piece.dst_index) != part.ndim or any(
             index.stop > size for index, size in zip(piece.dst_index, part.shape, strict=True)
         ):
-            raise UsageError(
-                f"part {piece.part!r} has shape {list(part.shape)}, too small for {piece.dst_index}"
-            )
+            raise UsageError(f"part {piece.part!r} has shape {list(part.shape)}, too small for {piece.dst_index}")
         segment = Segment(piece.file, piece.offset, piece.nbytes, None, [piece])
         if piece.direct:
             segment.memory, segment.pieces = _region_bytes(piece, part), []

@@ -53,28 +53,25 @@ def skeleton(
         UnsupportedModelError: transformers has no causal language model for it, or the checkpoint is
         quantised. UsageError: no such dtype.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    # What comes out of transformers for a configuration it does not know or believe, or code it may not run.
+    refusals = (ValueError, KeyError, ImportError, OSError, TypeError, AttributeError, StrictDataclassError)
     try:
         config, _ = AutoConfig.from_pretrained(
             directory, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **settings
         )
-    except _TRANSFORMERS_REFUSALS as error:
+    except refusals as error:
         raise _unknown_model(directory, error) from error
     refuse_quantised(directory, config)
     run_dtype = _run_dtype(directory, config, dtype)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=run_dtype, trust_remote_code=trust_remote_code
-            )
-    except _TRANSFORMERS_REFUSALS as error:
+            model = AutoModelForCausalLM.from_config(config, dtype=run_dtype, trust_remote_code=trust_remote_code)
+    except refusals as error:
         raise _unknown_model(directory, error) from error
     return config, model.eval()
-
-
-# What transformers raises for a configuration it does not know, or code it may not run.
-_TRANSFORMERS_REFUSALS = (ValueError, KeyError, ImportError, OSError, TypeError, AttributeError)
 
 
 def _unknown_model(directory: Path, error: Exception) -> UnsupportedModelError:
@@ -169,8 +166,7 @@ def _refuse_without_experts(model: PreTrainedModel) -> None:
             "transformers alone."
         )
     raise UnsupportedModelError(
-        f"{type(model).__name__} is a dense model: it has no experts to keep at rest. Run it with "
-        "transformers alone."
+        f"{type(model).__name__} is a dense model: it has no experts to keep at rest. Run it with transformers alone."
     )
 
 

@@ -44,14 +44,14 @@ def resolve(
         UnsupportedModelError: the weights are pickle files only.
     """
     path = Path(path_or_id).expanduser()
+    if not str(path_or_id).strip():
+        raise UsageError("there is no directory '': give a checkpoint's directory or a hub id such as 'org/name'.")
+    if path.is_file():
+        raise UsageError(f"{path} is a file. Give the directory that holds config.json and the weights.")
     if path.is_dir():
         directory = path
-    elif path.exists():
-        raise UsageError(f"{path} is a file. Give the directory that holds config.json and the weights.")
     elif isinstance(path_or_id, Path) or _looks_like_a_path(path_or_id):
-        raise UsageError(
-            f"there is no directory {path}. Give a checkpoint's directory or a hub id such as 'org/name'."
-        )
+        raise UsageError(f"there is no directory {path}. Give a checkpoint's directory or a hub id such as 'org/name'.")
     else:
         directory = _download(path_or_id, revision, token, local_files_only)
     check_files(directory)
@@ -61,9 +61,7 @@ def resolve(
 def check_files(directory: Path) -> None:
     """Check that `directory` holds a configuration and safetensors weights; the errors are `resolve`'s."""
     if not (directory / "config.json").is_file():
-        raise CheckpointError(
-            f"{directory} has no config.json. Give the directory of a transformers checkpoint."
-        )
+        raise CheckpointError(f"{directory} has no config.json. Give the directory of a transformers checkpoint.")
     if (directory / SINGLE_FILE).is_file() or (directory / INDEX_FILE).is_file():
         return
     pickles = sorted({file.name for pattern in _PICKLES for file in directory.glob(pattern)})
@@ -84,7 +82,7 @@ def check_files(directory: Path) -> None:
 
 def _looks_like_a_path(text: str) -> bool:
     """Whether `text` cannot be a hub id ("name" or "org/name")."""
-    return text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/") or not text.strip()
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/")
 
 
 def _download(model_id: str, revision: str | None, token: str | bool | None, local_files_only: bool) -> Path:

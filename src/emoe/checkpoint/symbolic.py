@@ -69,9 +69,7 @@ class SymbolicTensor(torch.Tensor):
         return wrap(result) if isinstance(result, Layout) else tuple(wrap(layout) for layout in result)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return (
-            f"SymbolicTensor({self.label!r}, shape={self.layout_.shape}, blocks={len(self.layout_.blocks)})"
-        )
+        return f"SymbolicTensor({self.label!r}, shape={self.layout_.shape}, blocks={len(self.layout_.blocks)})"
 
 
 def _labels(tensors: Sequence[Any]) -> str:
@@ -159,9 +157,7 @@ def _getitem(tensor: SymbolicTensor, key: Any) -> Layout:
             begin, end, _ = part.indices(layout.shape[dim])
             layout, dim = layout.narrow(dim, begin, max(end - begin, 0)), dim + 1
         else:
-            raise UnsupportedModelError(
-                f"unsupported layout: the conversion of {tensor.label!r} indexes with {part!r}"
-            )
+            raise UnsupportedModelError(f"unsupported layout: the conversion of {tensor.label!r} indexes with {part!r}")
     return layout
 
 
@@ -175,9 +171,7 @@ _RULES: dict[str, Callable[..., Layout | list[Layout]]] = {
         ("cat", "concat", "concatenate"),
         lambda tensors, dim=0: Layout.cat([tensor.layout_ for tensor in tensors], dim),
     ),
-    **dict.fromkeys(
-        ("transpose", "swapaxes"), lambda tensor, dim0, dim1: tensor.layout_.transpose(dim0, dim1)
-    ),
+    **dict.fromkeys(("transpose", "swapaxes"), lambda tensor, dim0, dim1: tensor.layout_.transpose(dim0, dim1)),
     "permute": lambda tensor, dims, *rest: tensor.layout_.permute(_sizes(dims, rest)),
     "reshape": lambda tensor, shape, *rest: tensor.layout_.reshape(_sizes(shape, rest)),
     "view": lambda tensor, shape, *rest: tensor.layout_.reshape(_sizes(shape, rest)),
