@@ -20,7 +20,8 @@ from emoe.config import MODES, ExpertMemory, Mode, format_bytes
 from emoe.errors import BudgetError, UnsupportedModelError, UsageError
 from emoe.model.kernels import ExpertMath
 from emoe.model.loading import device_of, load_dense
-from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Pass, Runtime
+from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Runtime
+from emoe.model.tracing import record_trace
 from emoe.residency.bank import Bank, slot_nbytes
 from emoe.residency.budget import LayerNeed, SlotPlan, plan_slots
 from emoe.residency.eviction import make_eviction
@@ -115,7 +116,7 @@ def load(
         replan_prompts: p of the paper (section 2.3). In mode "resident" every p-th prompt is read with its own routes
             (its experts stream through) and what it routed most becomes resident until the next such prompt.
         trace: a file to record the routing to, written when the model is closed or collected.
-        task: the label that the recorded prompts carry.
+        task: the label that the recorded prompts carry; `label_task` changes it between prompts.
         progress: True for a progress bar, or a function called with (bytes done, bytes in all).
         max_read_bytes_per_s: slows the store down, to measure what a slower disk would do.
         **kwargs: go to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, token, ...).
@@ -141,6 +142,8 @@ def load(
     plan = plan_slots(memory, needs, lane=mode == "resident")
     _check_resident(mode, plan, needs, empty, index)
     del empty
+    runtime = Runtime(mode, replan_prompts, task)
+    finish_trace = None if trace is None else record_trace(runtime, index, needs, Path(trace))
     kind, reason = choose_reader(
         index, plan.resident_bytes, reader, reserved_bytes=plan.resident_bytes + index.dense_nbytes
     )
@@ -148,16 +151,13 @@ def load(
     model = load_dense(path, index, IMPLEMENTATION, **local)
     opened = Reader(kind, index.files, max_bytes_per_s=max_read_bytes_per_s)
     loader = Loader(LOADER_THREADS)
-    runtime = Runtime(mode, replan_prompts)
     binding = Binding(runtime, index, plan, opened, opened.notice or reason, loader)
     try:
         _bind(model, binding, needs, eviction, opened)
         if plan.all_resident:
             _preload(binding, progress)
-        if trace is not None:
-            from emoe.model.tracing import record_trace
-
-            binding.finishers.append(record_trace(runtime, index, needs, Path(trace), task))
+        if finish_trace is not None:
+            binding.finishers.append(finish_trace)
     except BaseException:
         binding.close()
         raise
@@ -176,6 +176,15 @@ def close(model: PreTrainedModel) -> None:
         UsageError: the model was not made by `load`.
     """
     binding_of(model).close()
+
+
+def label_task(model: PreTrainedModel, task: str | None) -> None:
+    """Label the prompts that follow with their task (traces carry it).
+
+    Raises:
+        UsageError: the model was not made by `load`.
+    """
+    binding_of(model).runtime.task = task
 
 
 def binding_of(model: PreTrainedModel) -> Binding:
@@ -308,4 +317,4 @@ def _tokenizer(path: Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | 
     return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path, trust_remote_code=trust))
 
 
-__all__ = ["Binding", "Loaded", "Pass", "binding_of", "close", "layer_needs", "load"]
+__all__ = ["Binding", "Loaded", "binding_of", "close", "label_task", "layer_needs", "load"]

@@ -75,8 +75,12 @@ class LayerRuntime:
 class Runtime:
     """All MoE layers of one model, and what is common to them: the pass, the mode, the counters, the lock."""
 
-    def __init__(self, mode: Mode, replan_prompts: int = 1) -> None:
-        """Start with no layers; `replan_prompts` is p: mode `resident` plans anew at every p-th prompt."""
+    def __init__(self, mode: Mode, replan_prompts: int = 1, task: str | None = None) -> None:
+        """Start with no layers.
+
+        `replan_prompts` is p: mode `resident` plans anew at every p-th prompt. `task` labels the prompts to come.
+        """
+        self.task = task
         self.mode: Mode = mode
         self.replan_prompts = replan_prompts
         self.layers: dict[int, LayerRuntime] = {}

@@ -1,0 +1,62 @@
+"""Recording a bound model's routes into a trace file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from emoe.checkpoint.index import ExpertIndex
+from emoe.model.runtime import Pass, Runtime
+from emoe.residency.budget import LayerNeed
+from emoe.routing.recorder import TraceWriter
+
+
+def record_trace(
+    runtime: Runtime, index: ExpertIndex, needs: Sequence[LayerNeed], path: Path
+) -> Callable[[], object]:
+    """Record every route from now on; return the function that writes the file.
+
+    Each sequence of a batch is a prompt of the trace, labelled with `runtime.task`; padding is left out. In mode
+    `resident` the model's own choice is recorded, not what was run in its place.
+
+    Raises:
+        UsageError: `path` cannot be written.
+    """
+    writer = TraceWriter(
+        path,
+        sorted(need.layer for need in needs),
+        num_experts=max(need.experts for need in needs),
+        top_k=max(need.top_k for need in needs),
+        source={"model": index.path.name, "mode": runtime.mode},
+    )
+    prompts: list[int] = []
+    current: list[Pass] = []
+
+    def begin(now: Pass) -> None:
+        if now.new_prompt or len(prompts) != now.batch:
+            prompts[:] = [
+                writer.add_prompt(task=runtime.task, token_ids=_tokens_of(now, row)) for row in range(now.batch)
+            ]
+        writer.begin_pass(prompts, now.phase, now.tokens, mask=now.mask, token_ids=now.input_ids)
+        current[:] = [now]
+
+    def observe(now: Pass, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        if not current or current[0] is not now:
+            begin(now)
+        writer.record(layer, ids, weights)
+
+    runtime.observers.append(observe)
+    return writer.finish
+
+
+def _tokens_of(now: Pass, row: int) -> list[int] | None:
+    """A sequence's prompt without its padding."""
+    if now.input_ids is None:
+        return None
+    ids = now.input_ids[row]
+    if now.mask is not None:
+        ids = ids[now.mask.view(now.batch, now.tokens)[row]]
+    found: list[int] = ids.tolist()
+    return found
