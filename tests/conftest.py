@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -19,3 +23,21 @@ settings.register_profile(
 )
 settings.register_profile("thorough", parent=settings.get_profile("emoe"), max_examples=1000)
 settings.load_profile("emoe")
+
+Checkpoints = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """`make_checkpoint(name, **settings)` in a folder of its own, the same one for the same arguments."""
+    from tests.families import make_checkpoint
+
+    made: dict[str, Path] = {}
+
+    def get(name: str, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
+        key = f"{name} {dtype} {sorted(settings.items())}"
+        if key not in made:
+            made[key] = make_checkpoint(name, tmp_path_factory.mktemp(name), dtype=dtype, **settings)
+        return made[key]
+
+    return get

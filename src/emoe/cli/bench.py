@@ -13,9 +13,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("bench", help="Measure.", description="Measure.")
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     summary = "Decode speed at several budgets, beside plain transformers and accelerate's disk offload."
-    decode = add_command(
-        benchmarks, "decode", run_decode, summary, add_help=False
-    )  # its own parser has --help
+    decode = add_command(benchmarks, "decode", run_decode, summary, add_help=False)  # its own parser has --help
     decode.add_argument("options", nargs=argparse.REMAINDER)
 
 

@@ -128,11 +128,7 @@ class Conversation:
         """The cache of what `ids` begins with, if that is what was computed last; else a new one."""
         from transformers import DynamicCache
 
-        usable = (
-            self._cache is not None
-            and len(self._cached) < len(ids)
-            and ids[: len(self._cached)] == self._cached
-        )
+        usable = self._cache is not None and len(self._cached) < len(ids) and ids[: len(self._cached)] == self._cached
         if not usable or self._cache.get_seq_length() != len(self._cached):
             self._cache = DynamicCache(config=self._session.model.config)
         return self._cache

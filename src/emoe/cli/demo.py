@@ -79,9 +79,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="tokens of an answer (default: 48)",
     )
-    parser.add_argument(
-        "--prompts", type=positive, default=1, metavar="N", help="prompts per task (default: 1)"
-    )
+    parser.add_argument("--prompts", type=positive, default=1, metavar="N", help="prompts per task (default: 1)")
     parser.add_argument("-t", "--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add_json(parser)
@@ -109,9 +107,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         sessions = []
         for way in ways:
-            loading = argparse.Namespace(
-                **vars(args) | {"reader": "auto", "trace": None, "task": None, "mode": way.mode}
-            )
+            loading = argparse.Namespace(**vars(args) | _LOADING, mode=way.mode)
             sessions.append(stack.enter_context(open_session(loading, expert_memory=way.memory)))
         import torch
 
@@ -171,9 +167,7 @@ def _run_prompt(
                 answer=answer,
                 resident_bytes=after["resident_bytes"],
                 hit_rate=delta["hits"] / routed if routed else 1.0,
-                rerouted_share=delta["rerouted_tokens"] / delta["routed_tokens"]
-                if delta["routed_tokens"]
-                else 0.0,
+                rerouted_share=delta["rerouted_tokens"] / delta["routed_tokens"] if delta["routed_tokens"] else 0.0,
                 bytes_read=delta["bytes_read"],
                 identical=not rows or answer.ids == rows[0].answer.ids,
             )
@@ -181,6 +175,14 @@ def _run_prompt(
     return rows
 
 
+# What the demo does not let one choose.
+_LOADING: dict[str, Any] = {
+    "replan_prompts": 1,
+    "reader": "auto",
+    "eviction": "least-stale",
+    "trace": None,
+    "task": None,
+}
 _COUNTERS = ("hits", "misses", "rerouted_tokens", "routed_tokens", "bytes_read")
 
 
@@ -195,9 +197,7 @@ def _prompt_text(prompt: dict[str, str], rows: list[Result]) -> str:
     for result in rows:
         if not result.identical or result is rows[0]:
             text = " ".join(result.answer.text.split()) or "(nothing)"
-            lines.append(
-                textwrap.fill(f"{result.way}: {text}", width, initial_indent="  ", subsequent_indent="    ")
-            )
+            lines.append(textwrap.fill(f"{result.way}: {text}", width, initial_indent="  ", subsequent_indent="    "))
     return "\n".join(lines) + "\n"
 
 
@@ -230,9 +230,7 @@ def _summary(results: list[Result]) -> list[dict[str, Any]]:
                 "rerouted_share": round(statistics.fmean(row.rerouted_share for row in rows), 4),
                 "bytes_read": sum(row.bytes_read for row in rows),
                 "decode_tokens_per_s": round(statistics.median(rates), 2) if rates else None,
-                "time_to_first_token_s": round(
-                    statistics.median(row.answer.first_token_s for row in rows), 4
-                ),
+                "time_to_first_token_s": round(statistics.median(row.answer.first_token_s for row in rows), 4),
                 "identical": sum(row.identical for row in rows),
                 "prompts": len(rows),
             }

@@ -15,14 +15,10 @@ STOPPED = 130
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser = add_command(
-        commands, "generate", run, "Answer one prompt: text streams to stdout, figures go to stderr."
-    )
+    parser = add_command(commands, "generate", run, "Answer one prompt: text streams to stdout, figures go to stderr.")
     add_model(parser)
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt (default: standard input)")
-    parser.add_argument(
-        "--raw", action="store_true", help="give the prompt as it is, without the chat template"
-    )
+    parser.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
     parser.add_argument("-q", "--quiet", action="store_true", help="no notes and figures on stderr")
     add_loading(parser)
     add_sampling(parser)

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser = add_command(
-        commands, "inspect", run, "Show where a checkpoint's experts lie and how they would be read."
-    )
+    parser = add_command(commands, "inspect", run, "Show where a checkpoint's experts lie and how they would be read.")
     add_model(parser)
     parser.add_argument("--layer", type=int, metavar="L", help="the byte ranges of this layer's experts")
     parser.add_argument("--expert", type=int, metavar="E", help="of this expert only (with --layer)")
@@ -59,9 +57,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     slots = plan_slots(args.expert_memory, layer_needs(index, model))
     reader = choose_reader(index, slots.resident_bytes, args.reader)
-    facts = _facts(
-        index, str(args.model or "emoe-nano"), config.model_type, slots, args.expert_memory, reader
-    )
+    facts = _facts(index, str(args.model or "emoe-nano"), config.model_type, slots, args.expert_memory, reader)
     if args.json:
         print_json(facts)
     else:
@@ -169,8 +165,7 @@ def _facts(
 def _layout(index: ExpertIndex, layer: LayerIndex) -> str:
     """How the layer's experts are stored, in words."""
     first, last = (
-        {piece.entry_name for piece in index.pieces(layer.layer, expert)}
-        for expert in (0, layer.num_experts - 1)
+        {piece.entry_name for piece in index.pieces(layer.layer, expert)} for expert in (0, layer.num_experts - 1)
     )
     return "one tensor for all experts" if first & last else "tensors of its own for each expert"
 

@@ -10,6 +10,7 @@ from emoe.config import MODES, ExpertMemory, parse_bytes
 from emoe.errors import UsageError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+EVICTIONS = ("least-stale", "lru", "lfu")
 READERS = ("auto", "cached", "direct", "advised")
 
 
@@ -32,9 +33,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint's folder or a hub id; without it, the embedded emoe-nano",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="what the weights run in (default: as stored)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="what the weights run in (default: as stored)")
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +50,15 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="exact: load a missing expert and wait; resident: use the best resident one (lossy)",
     )
+    parser.add_argument(
+        "--replan-prompts",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="mode resident: choose the resident experts anew at every N-th prompt (default: 1)",
+    )
     parser.add_argument("--reader", choices=READERS, default="auto", help="how experts are read from disk")
+    parser.add_argument("--eviction", choices=EVICTIONS, default="least-stale", help="which resident expert makes room")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("-t", "--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--trace", metavar="FILE", help="record the routing to FILE")
@@ -75,9 +82,7 @@ def add_sampling(parser: argparse.ArgumentParser, default_tokens: int | None = N
         metavar="T",
         help="0 takes the likeliest token, 1 samples as trained",
     )
-    parser.add_argument(
-        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this share"
-    )
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this share")
     parser.add_argument("--top-k", type=positive, metavar="K", help="sample from this many likeliest tokens")
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
 
@@ -92,9 +97,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in chosen.items() if value is not None}
     if args.temperature == 0:
         if len(given) > 1:
-            raise UsageError(
-                "--temperature 0 takes the likeliest token: --top-p and --top-k have no effect with it"
-            )
+            raise UsageError("--temperature 0 takes the likeliest token: --top-p and --top-k have no effect with it")
         given = {"do_sample": False}
     elif given:
         given["do_sample"] = True
@@ -103,9 +106,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json."""
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object (docs/cli.md) instead of text"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object (docs/cli.md) instead of text")
 
 
 def size(text: str) -> int:

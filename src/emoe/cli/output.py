@@ -51,9 +51,7 @@ class ProgressLine:
         """Show the state, if it is time to, or everything is done."""
         now = time.monotonic()
         finished = done >= total
-        if now - self._shown < (REDRAW_S if self._terminal else REPORT_S) and not (
-            finished and self._terminal
-        ):
+        if now - self._shown < (REDRAW_S if self._terminal else REPORT_S) and not (finished and self._terminal):
             return
         self._shown = now
         line = self.line(done, total, now - self._start)
@@ -64,7 +62,7 @@ class ProgressLine:
 
     def line(self, done: int, total: int, seconds: float) -> str:
         """The text for `done` of `total` bytes after `seconds`."""
-        rate = done / seconds if seconds > 0 else 0.0
+        rate = done / max(seconds, 1e-3)
         left = (total - done) / rate if rate > 0 else 0.0
         share = done / total if total else 1.0
         end = f"{_clock(left)} left" if done < total else f"in {seconds:.1f} s"

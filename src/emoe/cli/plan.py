@@ -15,9 +15,7 @@ from emoe.planner import Plan, plan, verdict
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser = add_command(
-        commands, "plan", run, "Say what a model needs and what fits, from headers and config alone."
-    )
+    parser = add_command(commands, "plan", run, "Say what a model needs and what fits, from headers and config alone.")
     add_model(parser)
     parser.add_argument(
         "--memory",
@@ -38,9 +36,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="tokens a sequence may grow to (default: 8192, or the model's most)",
     )
-    parser.add_argument(
-        "--batch", type=positive, default=1, metavar="N", help="sequences at once (default: 1)"
-    )
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at once (default: 1)")
     parser.add_argument(
         "--prompt-tokens",
         type=positive,
@@ -99,23 +95,25 @@ def plan_text(made: Plan) -> str:
         "",
         verdict(made),
     ]
-    if made.fit == "some":
-        lines.append(f"Run it with --expert-memory {made.resident_bytes // 2**20}MiB.")
+    if made.fit == "some" and made.expert_memory is None:
+        lines.append(f"  emoe generate {made.model} --expert-memory {_argument(made.budget_bytes)} -p ...")
     lines.extend(f"note: {text}" for text in made.assumed)
     return "\n".join(lines)
 
 
+def _argument(nbytes: int) -> str:
+    """A size to copy into a command, at most `nbytes`: whole MiB where that loses little."""
+    return f"{nbytes >> 20}MiB" if nbytes >= 100 << 20 else str(nbytes)
+
+
 def _kinds(made: Plan) -> str:
-    kinds = [kind for kind in made.cache_layers if kind != "full"]
-    return (
-        ", " + " + ".join(f"{made.cache_layers[k]} {k}" for k in made.cache_layers) + " layers"
-        if kinds
-        else ""
-    )
+    if set(made.cache_layers) == {"full"}:
+        return ""
+    return f", {' + '.join(f'{count} {kind}' for kind, count in made.cache_layers.items())} layers"
 
 
 def _resident(made: Plan) -> str:
-    if made.fit == "none":
+    if made.fit == "none" and made.expert_memory is None:
         return "the smallest that works"
     each = made.resident_experts / made.layers
     return f"{made.resident_experts} of {made.experts} ({made.resident_share:.0%}), {each:.1f} per layer"

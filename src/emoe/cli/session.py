@@ -86,17 +86,13 @@ class Session:
         """Token ids of a prompt or conversation, in the chat template unless `raw` or there is none."""
         tokenizer = self.tokenizer
         if tokenizer is None:
-            raise UsageError(
-                f"{self.name} has no tokenizer, so it cannot be given text; use emoe.load and token ids"
-            )
+            raise UsageError(f"{self.name} has no tokenizer, so it cannot be given text; use emoe.load and token ids")
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if raw or tokenizer.chat_template is None:
             return list(tokenizer("\n".join(message["content"] for message in messages)).input_ids)
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
-    def generate(
-        self, ids: Sequence[int], *, show: bool = True, seed: int | None = None, **options: Any
-    ) -> Answer:
+    def generate(self, ids: Sequence[int], *, show: bool = True, seed: int | None = None, **options: Any) -> Answer:
         """Answer the prompt `ids`, streaming the text to stdout when `show`. Ctrl-C stops after the current
         token.
 
@@ -133,14 +129,10 @@ class Session:
         room = self.context - prompt_tokens
         if room < 1:
             raise UsageError(
-                f"the prompt has {prompt_tokens} tokens, and {self.name} was made for {self.context} in all; "
-                "shorten it"
+                f"the prompt has {prompt_tokens} tokens, and {self.name} was made for {self.context} in all; shorten it"
             )
         if room < wanted:
-            note(
-                f"the answer ends after {room} tokens at the latest: {self.name} was made for {self.context} "
-                "in all"
-            )
+            note(f"the answer ends after {room} tokens at the latest: {self.name} was made for {self.context} in all")
         return min(int(wanted), room)
 
 
@@ -200,6 +192,8 @@ def stop_on_interrupt() -> Iterator[Interrupt]:
 
 def open_session(args: argparse.Namespace, **overrides: Any) -> Session:
     """Load the model that a command's options describe. `overrides` replace emoe.load's keywords."""
+    if args.task is not None and args.trace is None:
+        raise UsageError("--task labels recorded prompts, and nothing is recorded: give --trace FILE too")
     bars_on_terminals_only()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -207,7 +201,9 @@ def open_session(args: argparse.Namespace, **overrides: Any) -> Session:
     options: dict[str, Any] = {
         "expert_memory": args.expert_memory,
         "mode": args.mode,
+        "replan_prompts": args.replan_prompts,
         "reader": args.reader,
+        "eviction": args.eviction,
         "trace": args.trace,
         "task": args.task,
         "dtype": args.dtype,

@@ -105,6 +105,12 @@ def _local_facts(path: Path, dtype: str | None) -> Facts:
 def _remote_facts(
     model_id: str, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], dtype: str | None
 ) -> Facts:
+    quantised = config.get("quantization_config")
+    if quantised:
+        from emoe.checkpoint.skeleton import QUANTISED_REMEDY
+
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UnsupportedModelError(f"{model_id} is quantised ({method}). {QUANTISED_REMEDY}")
     try:
         return facts_from_headers(Path(model_id), config, entries, dtype)
     except Unsure as doubt:

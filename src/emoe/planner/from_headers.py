@@ -65,9 +65,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{file} holds a {type(config).__name__}, not an object; fetch the checkpoint again"
-        )
+        raise CheckpointError(f"{file} holds a {type(config).__name__}, not an object; fetch the checkpoint again")
     return config
 
 
@@ -188,9 +186,7 @@ def _numbered_layer(module: str, experts: Mapping[int, Mapping[str, int]]) -> Ex
     return ExpertLayer(_layer_number(module), len(experts), by_size(parts.values()))
 
 
-def _fused_layers(
-    count: int, used: Mapping[str, TensorEntry], itemsize: int
-) -> tuple[list[ExpertLayer], set[str]]:
+def _fused_layers(count: int, used: Mapping[str, TensorEntry], itemsize: int) -> tuple[list[ExpertLayer], set[str]]:
     """Tensors that hold all experts: three dimensions, or a bias beside such, the first their number."""
     modules: dict[str, dict[str, int]] = defaultdict(dict)
     matrices = [name for name, entry in used.items() if len(entry.shape) == 3 and entry.shape[0] == count]
@@ -200,9 +196,7 @@ def _fused_layers(
         is_bias = len(entry.shape) == 2 and entry.shape[0] == count and "bias" in name
         if owner in owners and (name in matrices or is_bias):
             modules[owner][name] = _elements(entry) * itemsize // count
-    layers = [
-        ExpertLayer(_layer_number(owner), count, by_size(parts.values())) for owner, parts in modules.items()
-    ]
+    layers = [ExpertLayer(_layer_number(owner), count, by_size(parts.values())) for owner, parts in modules.items()]
     return layers, {name for parts in modules.values() for name in parts}
 
 
@@ -226,9 +220,7 @@ def _tied_copy(config: Mapping[str, Any], dense: Mapping[str, TensorEntry]) -> s
 def _assumptions(unused: set[str], tied: str | None) -> tuple[str, ...]:
     notes = []
     if unused:
-        notes.append(
-            f"{len(unused)} tensors that transformers does not load (e.g. {min(unused)}) are left out"
-        )
+        notes.append(f"{len(unused)} tensors that transformers does not load (e.g. {min(unused)}) are left out")
     if tied:
         notes.append(f"{tied} is tied to the embedding and counted once")
     return tuple(notes)

@@ -17,8 +17,8 @@ MiB
 measured with torch 2.13 (CPU build) and transformers 5.23, and a little for threads' stacks and the
 allocator."""
 
-READ_BUFFER_BYTES = 2 * (4 << 20)
-"""One buffer for each of model.load.LOADER_THREADS, of checkpoint.readers.CHUNK_BYTES."""
+READ_BUFFER_BYTES = 2 * (1 << 20)
+"""One buffer for each of model.bind.LOADER_THREADS, of checkpoint.readers.CHUNK_BYTES."""
 
 COMBINE_TOKENS = 1024
 """Tokens whose expert outputs are added at once (emoe.model.kernels.COMBINE_TOKENS)."""
@@ -54,6 +54,7 @@ class Plan:
     floor_bytes: int
     memory_bytes: int | None
     memory_source: str
+    expert_memory: str | None
     budget_bytes: int
     resident_bytes: int
     resident_experts: int
@@ -64,13 +65,7 @@ class Plan:
     @property
     def rest_bytes(self) -> int:
         """Everything but the experts."""
-        return (
-            self.dense_bytes
-            + self.cache_bytes
-            + self.activation_bytes
-            + self.buffer_bytes
-            + self.import_bytes
-        )
+        return self.dense_bytes + self.cache_bytes + self.activation_bytes + self.buffer_bytes + self.import_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -167,6 +162,7 @@ def make_plan(
         floor_bytes=floor,
         memory_bytes=memory_bytes,
         memory_source="" if memory_bytes is None else memory_source,
+        expert_memory=None if expert_memory is None else str(expert_memory),
         budget_bytes=slots.budget_bytes,
         resident_bytes=slots.resident_bytes,
         resident_experts=slots.slots,
@@ -201,14 +197,8 @@ def activation_bytes(facts: Facts, prompt: int, batch: int) -> int:
     stream = 2 * tokens * w.hidden * itemsize
     dense_block = 2 * tokens * w.projections * itemsize
     logits = batch * w.vocabulary * (itemsize + 2 * 4)
-    beyond_window = sum(
-        layer.nbytes(prompt, whole=True) - layer.nbytes(prompt) for layer in facts.cache_layers
-    )
-    return (
-        stream
-        + max(dense_block, _experts_bytes(w, tokens, facts.top_k, itemsize), logits)
-        + batch * beyond_window
-    )
+    beyond_window = sum(layer.nbytes(prompt, whole=True) - layer.nbytes(prompt) for layer in facts.cache_layers)
+    return stream + max(dense_block, _experts_bytes(w, tokens, facts.top_k, itemsize), logits) + batch * beyond_window
 
 
 def _experts_bytes(w: Widths, tokens: int, top_k: int, itemsize: int) -> int:
@@ -222,6 +212,8 @@ def _experts_bytes(w: Widths, tokens: int, top_k: int, itemsize: int) -> int:
 def verdict(plan: Plan) -> str:
     """One or two sentences: does it fit, how, and what to do next."""
     full, smallest = format_bytes(plan.full_bytes), format_bytes(plan.smallest_bytes)
+    if plan.expert_memory is not None:
+        return _verdict_as_asked(plan)
     if plan.memory_bytes is None:
         return f"Needs {full} with every expert resident, {smallest} at the least."
     memory = format_bytes(plan.memory_bytes)
@@ -239,3 +231,17 @@ def verdict(plan: Plan) -> str:
         "works is "
         f"{smallest}; a shorter context, prompt or a smaller batch lowers it."
     )
+
+
+def _verdict_as_asked(plan: Plan) -> str:
+    """The verdict when the experts' memory was given."""
+    needs = (
+        f"{format_bytes(plan.total_bytes)} with {plan.expert_memory} for experts: {plan.resident_experts} of "
+        f"{plan.experts} resident ({plan.resident_share:.0%})"
+    )
+    if plan.memory_bytes is None:
+        return f"Needs {needs}."
+    memory = format_bytes(plan.memory_bytes)
+    if plan.fit == "none":
+        return f"Does not fit in {memory}: needs {needs}."
+    return f"Fits in {memory}: needs {needs}."

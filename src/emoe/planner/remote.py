@@ -36,14 +36,10 @@ def remote_checkpoint(
     except CheckpointError:
         pass  # not downloaded, or in part: the headers are enough
     try:
-        config = json.loads(
-            Path(hf_hub_download(model_id, "config.json", revision=revision, token=token)).read_text()
-        )
+        config = json.loads(Path(hf_hub_download(model_id, "config.json", revision=revision, token=token)).read_text())
         metadata = get_safetensors_metadata(model_id, revision=revision, token=token)
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        raise CheckpointError(
-            f"the hub's {model_id!r} has no readable safetensors weights: {error}"
-        ) from error
+        raise CheckpointError(f"the hub's {model_id!r} has no readable safetensors weights: {error}") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(
             f"there is no folder {model_id!r}, and asking the hub for its headers failed: {error} Check the "

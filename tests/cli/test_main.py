@@ -1,0 +1,135 @@
+"""The command itself: help, exit codes, errors in one line, interrupts and closed pipes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import emoe
+from emoe.cli import main
+from emoe.errors import UsageError
+from tests.conftest import Checkpoints
+
+
+def emoe_process(*args: str, **kwargs: object) -> subprocess.Popen[str]:
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | kwargs
+    return subprocess.Popen([sys.executable, "-m", "emoe", *args], text=True, **pipes)  # type: ignore[call-overload, no-any-return]
+
+
+def test_help_and_version_are_quick_because_torch_is_not_imported() -> None:
+    code = (
+        "import sys; from emoe.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 False"
+    assert "generate" in done.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"emoe {emoe.__version__}\n"
+
+
+def test_without_a_command_it_helps_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: emoe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plan", "--memory", "8G"], "8GiB for powers of 1024"),
+        (["plan", "--batch", "0"], "at least 1, not '0'"),
+        (["plan", "-c", "1e3"], "whole number"),
+        (["generate", "--expert-memory", "140%"], "more than all experts"),
+        (["generate", "--mode", "fast"], "invalid choice: 'fast'"),
+        (["frobnicate"], "invalid choice"),
+    ],
+)
+def test_malformed_options_exit_with_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(argv)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr; nothing on stdout."""
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("emoe: error: ")
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "./nothing"]) == 2
+    assert "there is no directory nothing" in one_line(capsys)
+
+
+def test_a_truncated_checkpoint(checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "cut"))
+    weights = path / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 10)
+    for command in ("plan", "inspect"):
+        assert main([command, str(path)]) == 3
+        assert "model.safetensors is truncated" in one_line(capsys)
+
+
+def test_a_dense_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path)]) == 4
+    assert "dense model" in one_line(capsys)
+
+
+def test_a_budget_below_the_floor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--expert-memory", "1kB"]) == 5
+    assert "smallest budget that works" in one_line(capsys)
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(UsageError):
+        main(["plan", "./nothing", "--debug"])
+
+
+def test_an_interrupt_leaves_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("emoe.cli.plan.plan_text", interrupted)
+    assert main(["plan"]) == 130
+    assert capsys.readouterr().err == "emoe: interrupted\n"
+
+
+def test_a_closed_pipe_is_no_crash() -> None:
+    process = emoe_process("inspect", "--layer", "0")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=120) == 141
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+def test_an_interrupt_while_loading_leaves_without_a_traceback() -> None:
+    process = emoe_process("generate", "-p", "Hello")
+    time.sleep(1.0)  # in the midst of the imports
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.strip() == "emoe: interrupted"

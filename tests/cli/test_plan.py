@@ -1,0 +1,69 @@
+"""`emoe plan`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from emoe.cli import main
+from tests.checkpoint.sparse import write_sparse_qwen3_moe
+
+
+def test_the_text_names_every_purpose_and_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--memory", "1GiB"]) == 0
+    out = capsys.readouterr().out
+    for word in ("emoe-nano", "dense weights", "key-value cache", "activations", "experts, resident", "in all"):
+        assert word in out
+    assert "Everything fits in 1.00 GiB" in out
+
+
+def test_json_is_one_object_whose_parts_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--memory", "1GiB", "--context", "512", "--batch", "2", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["context"], made["batch"], made["fit"]) == (512, 2, "all")
+    parts = ("dense", "cache", "activation", "buffer", "import", "resident")
+    assert made["total_bytes"] == sum(made[f"{part}_bytes"] for part in parts)
+    assert made["total_bytes"] <= made["memory_bytes"] == 2**30
+
+
+def test_what_does_not_fit_exits_with_5_after_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--memory", "100MiB"]) == 5
+    assert "The smallest memory that works is" in capsys.readouterr().out
+
+
+def test_part_of_the_experts_comes_with_the_command_to_run(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--json"])
+    smallest = json.loads(capsys.readouterr().out)["smallest_bytes"]
+    assert main(["plan", "--memory", str(smallest + 2**22)]) == 0
+    out = capsys.readouterr().out
+    assert "of the experts fit" in out
+    size = out.split("--expert-memory ")[1].split()[0]
+    assert main(["plan", "--memory", str(smallest + 2**22), "--expert-memory", size]) == 0
+    assert "Fits in" in capsys.readouterr().out
+
+
+def test_the_machines_memory_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan"]) == 0
+    assert "free (" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_100_gb_is_planned_in_two_seconds_imports_included(tmp_path: Path) -> None:
+    nbytes = write_sparse_qwen3_moe(tmp_path, layers=94, experts=128, hidden=2048, width=704, shards=20)
+    assert nbytes > 100e9
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "emoe", "plan", str(tmp_path), "--memory", "32GiB", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seconds = time.perf_counter() - start
+    made = json.loads(done.stdout)
+    assert made["experts"] == 94 * 128
+    assert made["source"] == "headers"
+    assert seconds < 2

@@ -1,0 +1,167 @@
+"""Facts from headers, from a dry run and from a model that really ran: the same numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from emoe.checkpoint.headers import read_headers
+from emoe.errors import CheckpointError, UnsupportedModelError, UsageError
+from emoe.planner import facts_of
+from emoe.planner.dry_run import facts_by_dry_run
+from emoe.planner.facts import Facts
+from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
+from tests.conftest import Checkpoints
+from tests.families import FAMILIES
+
+# Families whose caches or names headers alone do not settle. A family that leaves this list is good news.
+DRY_RUN_ONLY = {"inkling2_text", "jamba", "minimax", "nemotron_h"}
+FUSED = ("aria_text", "gpt_oss", "granitemoe", "mixtral", "qwen3_moe")
+
+
+def from_headers(path: Path, dtype: str | None = None) -> Facts:
+    return facts_from_headers(path, read_config(path), read_headers(path), dtype)
+
+
+def edited(path: Path, to: Path, **changes: Any) -> Path:
+    """A copy of a checkpoint with other values in config.json; None removes a key."""
+    shutil.copytree(path, to)
+    config = json.loads((path / "config.json").read_text()) | changes
+    kept = {name: value for name, value in config.items() if value is not None or name not in changes}
+    (to / "config.json").write_text(json.dumps(kept))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("family", "fused"), [*((name, False) for name in FAMILIES), *((name, True) for name in FUSED)]
+)
+def test_headers_and_dry_run_agree(family: str, fused: bool, checkpoints: Checkpoints) -> None:
+    path = checkpoints(family, fused=fused)
+    slow = facts_by_dry_run(path)
+    if family in DRY_RUN_ONLY:
+        with pytest.raises(Unsure):
+            from_headers(path)
+        return
+    fast = from_headers(path)
+    assert fast.expert_layers == slow.expert_layers
+    assert (fast.top_k, fast.dtype, fast.max_context) == (slow.top_k, slow.dtype, slow.max_context)
+    assert fast.widths == slow.widths
+    for context in (1, 5, 40, 200):
+        assert fast.cache_bytes(context, 3) == slow.cache_bytes(context, 3)
+    # Routers that a family keeps in float32 are what headers do not tell.
+    names = ("gate.weight", "gate.wg.weight", "router", "bias", "gate.e_score", "moe_statics")
+    routers = sum(e.nbytes for e in read_headers(path).values() if any(name in e.name for name in names))
+    assert abs(fast.dense_bytes - slow.dense_bytes) <= routers
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "lfm2_moe", "jamba", "nemotron_h", "gemma4_text"]
+)
+def test_the_cache_of_a_model_that_ran_has_the_planned_bytes(family: str, checkpoints: Checkpoints) -> None:
+    path = checkpoints(family)
+    _, facts = facts_of(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    cache = DynamicCache(config=model.config)
+    for step in (40, 1):  # sliding layers cut at the second
+        with torch.no_grad():
+            cache = model(torch.zeros(2, step, dtype=torch.long), past_key_values=cache).past_key_values
+    held = 0
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            tensors = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            held += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point())
+    assert held == facts.cache_bytes(41, 2)
+
+
+def test_float32_doubles_everything(checkpoints: Checkpoints) -> None:
+    path = checkpoints("qwen3_moe")
+    half, full = from_headers(path), from_headers(path, "float32")
+    assert full.expert_bytes == 2 * half.expert_bytes
+    assert full.dense_bytes == 2 * half.dense_bytes
+    assert full.cache_bytes(10, 1) == 2 * half.cache_bytes(10, 1)
+    assert facts_by_dry_run(path, "float32").expert_bytes == full.expert_bytes
+
+
+def test_tied_weights_count_once(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    path = checkpoints("qwen3_moe")
+    embedding = read_headers(path)["lm_head.weight"].nbytes
+    tied = from_headers(edited(path, tmp_path / "tied", tie_word_embeddings=True))
+    assert tied.dense_bytes == from_headers(path).dense_bytes - embedding
+    assert "counted once" in tied.assumed[0]
+
+
+def test_layers_beyond_the_model_are_left_out(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """DeepSeek-V3 and GLM-4.5 ship a layer for multi-token prediction that transformers does not load."""
+    path = checkpoints("qwen3_moe")
+    fewer = from_headers(edited(path, tmp_path / "fewer", num_hidden_layers=2))
+    assert [layer.layer for layer in fewer.expert_layers] == [0, 1]
+    assert "does not load" in fewer.assumed[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"sliding_window": 16, "use_sliding_window": None}, "does not say for which layers"),
+        ({"layer_types": ["full_attention", "other", "full_attention"]}, "'other'"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok"),
+        ({"tie_word_embeddings": None}, "tied"),
+        ({"vision_config": {"depth": 1}}, "vision_config"),
+        ({"dtype": "float8_e4m3fn"}, "float8"),
+        ({"num_hidden_layers": 4}, "3 decoder layers"),
+    ],
+)
+def test_doubts_are_named(changes: dict[str, Any], reason: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    path = edited(checkpoints("qwen3_moe"), tmp_path / "edited", **changes)
+    with pytest.raises(Unsure, match=reason):
+        from_headers(path)
+
+
+def test_a_doubt_leads_to_the_dry_run_and_is_told(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    path = edited(checkpoints("qwen3_moe"), tmp_path / "edited", tie_word_embeddings=None)
+    _, facts = facts_of(path)
+    assert facts.source == "dry run"
+    assert "whether word embeddings are tied" in facts.assumed[0]
+
+
+def test_a_quantised_checkpoint_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    path = edited(
+        checkpoints("qwen3_moe"),
+        tmp_path / "fp8",
+        quantization_config={"quant_method": "fp8", "weight_block_size": None},
+    )
+    with pytest.raises(UnsupportedModelError, match="quantised"):
+        facts_of(path)
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8
+    )
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="dense model"):
+        facts_of(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[]", "not an object")])
+def test_a_damaged_config_is_a_checkpoint_error(
+    content: str, message: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    path = edited(checkpoints("qwen3_moe"), tmp_path / "damaged")
+    (path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        facts_of(path)
+
+
+def test_missing_folders_and_configs(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no directory"):
+        facts_of(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        facts_of(tmp_path)

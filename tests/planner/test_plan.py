@@ -1,0 +1,121 @@
+"""The plan's arithmetic, for models of any shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emoe.config import ExpertMemory
+from emoe.errors import BudgetError, UsageError
+from emoe.planner import plan
+from emoe.planner.facts import CacheLayer, ExpertLayer, Facts, Widths, by_size
+from emoe.planner.plan import COMBINE_TOKENS, READ_BUFFER_BYTES, make_plan, verdict
+
+parts = st.lists(st.integers(1, 1 << 20), min_size=1, max_size=4).map(by_size)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Facts:
+    experts = draw(st.integers(1, 64))
+    layers = draw(st.integers(1, 6))
+    shapes = draw(st.lists(parts, min_size=1, max_size=2))
+    cache = CacheLayer(0, "full", draw(st.integers(0, 4096)))
+    window = CacheLayer(1, "sliding", draw(st.integers(0, 4096)), draw(st.integers(1, 64)))
+    return Facts(
+        path=Path("somewhere"),
+        model_type="any",
+        dtype=draw(st.sampled_from(["bfloat16", "float32"])),
+        top_k=draw(st.integers(1, 8)),
+        max_context=draw(st.none() | st.integers(64, 4096)),
+        checkpoint_bytes=1,
+        dense_bytes=draw(st.integers(1, 1 << 24)),
+        expert_layers=tuple(ExpertLayer(i, experts, shapes[i % len(shapes)]) for i in range(layers)),
+        cache_layers=(cache, window),
+        widths=Widths(64, 1000, 128, 96),
+        source="headers",
+    )
+
+
+@given(models(), st.floats(0, 1.2), st.integers(1, 64), st.integers(1, 4))
+def test_a_plan_keeps_within_the_memory_or_says_that_it_does_not_fit(
+    facts: Facts, at: float, context: int, batch: int
+) -> None:
+    free = make_plan(facts, model="m", context=context, batch=batch)
+    assert free.fit == "all"
+    assert free.resident_experts == free.experts
+    memory = int(free.full_bytes * at)
+    made = make_plan(facts, model="m", memory_bytes=memory, context=context, batch=batch)
+    assert (made.fit == "none") == (memory < made.smallest_bytes)
+    if made.fit != "none":
+        assert made.total_bytes <= memory
+        assert made.resident_bytes >= made.floor_bytes
+    if made.fit == "all":
+        assert made.resident_experts == made.experts
+    assert verdict(made)
+
+
+@given(models(), st.integers(0, 1 << 26), st.integers(0, 1 << 26))
+def test_more_memory_never_holds_fewer_experts(facts: Facts, a: int, b: int) -> None:
+    low, high = sorted((a, b))
+    base = make_plan(facts, model="m", context=16).rest_bytes
+    fewer = make_plan(facts, model="m", memory_bytes=base + low, context=16)
+    more = make_plan(facts, model="m", memory_bytes=base + high, context=16)
+    assert fewer.resident_bytes <= more.resident_bytes
+
+
+@given(models())
+def test_the_smallest_memory_works_and_a_byte_less_does_not(facts: Facts) -> None:
+    smallest = make_plan(facts, model="m", context=16).smallest_bytes
+    assert make_plan(facts, model="m", memory_bytes=smallest, context=16).fit != "none"
+    too_small = make_plan(facts, model="m", memory_bytes=smallest - 1, context=16)
+    assert too_small.fit == "none"
+    assert "smallest memory that works" in verdict(too_small)
+
+
+@given(models(), st.integers(1, 64), st.integers(1, 4))
+def test_needs_grow_with_context_and_batch(facts: Facts, context: int, batch: int) -> None:
+    small = make_plan(facts, model="m", context=context, batch=batch)
+    assert make_plan(facts, model="m", context=context + 1, batch=batch).rest_bytes >= small.rest_bytes
+    assert make_plan(facts, model="m", context=context, batch=batch + 1).rest_bytes >= small.rest_bytes
+    assert make_plan(facts, model="m", context=context, batch=batch, prompt=1).rest_bytes <= small.rest_bytes
+
+
+def test_numbers_that_cannot_be_meant() -> None:
+    with pytest.raises(UsageError, match="batch must be at least 1, not 0"):
+        plan(batch=0)
+    with pytest.raises(UsageError, match="raise --context"):
+        plan(context=10, prompt=11)
+    with pytest.raises(UsageError, match="unknown dtype 'int8'"):
+        plan(dtype="int8")
+    with pytest.raises(BudgetError, match="smallest budget that works"):
+        plan(expert_memory="1kB")
+
+
+def test_the_embedded_model() -> None:
+    made = plan(expert_memory="40%", memory="1GiB")
+    assert made.model == "emoe-nano"
+    assert made.expert_memory == "40%"
+    assert made.resident_bytes <= 0.4 * made.expert_bytes
+    assert verdict(made).startswith("Fits in 1.00 GiB")
+    assert verdict(plan(expert_memory="40%", memory="1MiB")).startswith("Does not fit in 1.00 MiB: needs")
+
+
+def test_a_context_beyond_the_models_is_told() -> None:
+    assert any("beyond" in text for text in plan(context=100_000, prompt=10).assumed)
+    assert plan().assumed == ()
+
+
+def test_numbers_repeated_here_are_those_of_the_code_that_uses_them() -> None:
+    from emoe.checkpoint.readers import CHUNK_BYTES
+    from emoe.model import kernels
+    from emoe.model.bind import LOADER_THREADS
+
+    assert READ_BUFFER_BYTES == LOADER_THREADS * CHUNK_BYTES
+    assert kernels.COMBINE_TOKENS == COMBINE_TOKENS
+
+
+def test_expert_memory_texts() -> None:
+    assert plan(expert_memory=ExpertMemory("per_layer", 4)).resident_experts == 4 * plan().layers
