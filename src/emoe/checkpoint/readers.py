@@ -194,42 +194,44 @@ class Reader:
 
     def _read(self, run: Sequence[Segment]) -> None:
         """Read adjoining segments of one file."""
-        file, begin = run[0].file, run[0].offset
-        buffers = [segment.memory for segment in run if segment.memory is not None]
-        descriptor = self._files.get(file)
+        descriptor = self._files.get(run[0].file)
         if descriptor is None:
-            raise ReadError(f"{file} is not among the files this reader was opened on; load the model again.")
+            raise ReadError(
+                f"{run[0].file} is not among the files this reader was opened on, so {_tensors(run)} cannot be "
+                "read; load the model again."
+            )
         if self.kind == "direct":
-            self._read_direct(file, descriptor, begin, buffers)
+            self._read_direct(run, descriptor)
             return
-        self._read_buffered(file, descriptor, begin, buffers)
+        self._read_buffered(run, descriptor)
         if self.kind == "advised":
-            first, last = align_down(begin), align_up(run[-1].offset + run[-1].nbytes)
+            first, last = align_down(run[0].offset), align_up(run[-1].offset + run[-1].nbytes)
             os.posix_fadvise(descriptor, first, last - first, os.POSIX_FADV_DONTNEED)
 
-    def _read_buffered(self, file: Path, descriptor: int, offset: int, buffers: list[Bytes]) -> None:
-        """Fill `buffers` from `offset` on."""
+    def _read_buffered(self, run: Sequence[Segment], descriptor: int) -> None:
+        """Fill the run's memory."""
+        offset, buffers = run[0].offset, _buffers(run)
         while buffers:
-            got = self._once(file, descriptor, buffers[:_IOV_MAX], offset)
+            got = self._once(run, descriptor, buffers[:_IOV_MAX], offset)
             if got == 0:
-                raise self._ended(file, descriptor, offset, sum(buffer.size for buffer in buffers))
+                raise _ended(run, descriptor, offset)
             offset += got
             while buffers and got >= buffers[0].size:
                 got -= buffers.pop(0).size
             if got:
                 buffers[0] = buffers[0][got:]
 
-    def _read_direct(self, file: Path, descriptor: int, offset: int, buffers: list[Bytes]) -> None:
-        """Fill `buffers` from `offset` on, in aligned chunks by way of the staging buffer."""
+    def _read_direct(self, run: Sequence[Segment], descriptor: int) -> None:
+        """Fill the run's memory in aligned chunks by way of the staging buffer."""
         staging = self._staging()
-        end = offset + sum(buffer.size for buffer in buffers)
+        offset, end, buffers = run[0].offset, run[-1].offset + run[-1].nbytes, _buffers(run)
         while offset < end:
             base = align_down(offset)
             length = min(align_up(end) - base, staging.size)
             # A short read may end anywhere; the next one must start at a block again, so take what is there.
-            got = self._once(file, descriptor, [staging[:length]], base)
+            got = self._once(run, descriptor, [staging[:length]], base)
             if base + got <= offset:
-                raise self._ended(file, descriptor, offset, end - offset)
+                raise _ended(run, descriptor, offset)
             fresh = staging[offset - base : min(got, end - base)]
             offset += fresh.size
             while fresh.size:
@@ -239,7 +241,7 @@ class Reader:
                 if not buffers[0].size:
                     buffers.pop(0)
 
-    def _once(self, file: Path, descriptor: int, buffers: Sequence[Bytes], offset: int) -> int:
+    def _once(self, run: Sequence[Segment], descriptor: int, buffers: Sequence[Bytes], offset: int) -> int:
         """One preadv, again where a signal interrupted it."""
         while True:
             try:
@@ -247,19 +249,32 @@ class Reader:
             except InterruptedError:
                 continue
             except OSError as error:
+                nbytes = sum(buffer.size for buffer in buffers)
                 raise ReadError(
-                    f"{file}: reading {sum(buffer.size for buffer in buffers):,} bytes at byte {offset:,} "
-                    f"failed: {error.strerror or error} (errno {error.errno}). Check the disk, then load the "
-                    "model again."
+                    f"{run[0].file}: reading {nbytes:,} bytes at byte {offset:,} ({_tensors(run)}) failed: "
+                    f"{error.strerror or error} (errno {error.errno}). Check the disk, then load the model again."
                 ) from error
 
-    def _ended(self, file: Path, descriptor: int, offset: int, missing: int) -> ReadError:
-        """The error for a file that ends before the bytes its header promised."""
-        return ReadError(
-            f"{file} ends early: {missing:,} bytes were wanted at byte {offset:,}, and the file now has "
-            f"{os.fstat(descriptor).st_size:,}. It was truncated or replaced since it was indexed; restore "
-            "it and load the model again."
-        )
+
+def _buffers(run: Sequence[Segment]) -> list[Bytes]:
+    return [segment.memory for segment in run if segment.memory is not None]
+
+
+def _tensors(run: Sequence[Segment]) -> str:
+    """The tensors a run reads, for errors."""
+    more = len(run) - 1
+    return f"tensor {run[0].tensor!r}" + (f" and {more} more" if more else "")
+
+
+def _ended(run: Sequence[Segment], descriptor: int, offset: int) -> ReadError:
+    """The error for a file that ends before the bytes its header promised."""
+    wanted = next(segment for segment in run if offset < segment.offset + segment.nbytes)
+    missing = wanted.offset + wanted.nbytes - offset
+    return ReadError(
+        f"{wanted.file} ends early: tensor {wanted.tensor!r} wants {missing:,} more bytes from byte {offset:,} on, "
+        f"and the file now has {os.fstat(descriptor).st_size:,}. It was truncated or replaced since it was "
+        "indexed; restore it and load the model again."
+    )
 
 
 def staging_nbytes(kind: ReaderKind, pieces: Sequence[Piece]) -> int:

@@ -27,6 +27,7 @@ GATHER_BYTES = 16 << 20
 class Segment:
     """One range of a file and the memory it goes to; `pieces` are those to make from it afterwards."""
 
+    tensor: str
     file: Path
     offset: int
     nbytes: int
@@ -45,7 +46,7 @@ def segments_of(pieces: Sequence[Piece], parts: Mapping[str, torch.Tensor]) -> l
             index.stop > size for index, size in zip(piece.dst_index, part.shape, strict=True)
         ):
             raise UsageError(f"part {piece.part!r} has shape {list(part.shape)}, too small for {piece.dst_index}")
-        segment = Segment(piece.file, piece.offset, piece.nbytes, None, [piece])
+        segment = Segment(piece.entry_name, piece.file, piece.offset, piece.nbytes, None, [piece])
         if piece.direct:
             segment.memory, segment.pieces = _region_bytes(piece, part), []
             segments[piece.file, piece.offset, -piece.nbytes] = segment  # never shared
