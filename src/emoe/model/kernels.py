@@ -146,11 +146,13 @@ def many_tokens(
         return torch.zeros_like(hidden)
     rows = hidden.index_select(0, grouping.rows // grouping.top_k)
     outer = torch.empty_like(rows)
+    sizes = [end - start for start, end in grouping.spans.values()]
+    blocks = dict(zip(grouping.spans, zip(rows.split(sizes), outer.split(sizes), strict=True), strict=True))
     for expert, w in ready:
-        start, end = grouping.spans[expert]
-        inner = rows.new_empty(end - start, w.first.shape[1])
-        _project(rows[start:end], w.first, w.first_bias, inner)
-        _project(math.activate(inner), w.down, w.down_bias, outer[start:end])
+        x, out = blocks[expert]
+        inner = x.new_empty(x.shape[0], w.first.shape[1])
+        _project(x, w.first, w.first_bias, inner)
+        _project(math.activate(inner), w.down, w.down_bias, out)
     if math.post_norm is not None:
         outer = math.post_norm(outer)
     restored = rows  # its inputs are not needed any more

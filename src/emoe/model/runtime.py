@@ -183,8 +183,8 @@ class Runtime:
             raise UsageError("emoe runs inference only: call the model under torch.no_grad(), and do not train it.")
         if hidden.device != layer.pool.bank.device:
             raise UsageError(
-                f"the model was moved to {hidden.device} and its experts are on {layer.pool.bank.device}. Load it where "
-                f"it is to run: emoe.load(..., device_map={str(hidden.device)!r})."
+                f"the model was moved to {hidden.device} and its experts lie on {layer.pool.bank.device}. Load it "
+                f"where it is to run: emoe.load(..., device_map={str(hidden.device)!r})."
             )
         if hidden.dtype != layer.dtype:  # as transformers' own implementations do, under autocast or after .half()
             return self.run(layer, hidden.to(layer.dtype), ids, gates).to(hidden.dtype)
