@@ -114,7 +114,7 @@ class TinyRouter:
         """The module's own output for hidden states [tokens, hidden]."""
         inputs = hidden[None] if self.key in _BATCHED else hidden
         if self.key == TABLED:
-            tokens = torch.arange(hidden.shape[0]) * 7 % VOCABULARY
+            tokens = torch.arange(hidden.shape[0], device=hidden.device) * 7 % VOCABULARY
             output: tuple[Tensor, ...] = self.module(inputs, tokens)
         elif self.bias is not None:
             output = self.module(inputs, self.bias)

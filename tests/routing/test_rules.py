@@ -83,6 +83,19 @@ def test_all_allowed_is_the_models_own_choice_bit_for_bit(
             assert torch.equal(a, b)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_allowed_is_the_models_own_choice_on_cuda(dtype: torch.dtype) -> None:
+    """The first restricted call compares the whole result with the router's own, and raises where it differs."""
+    for key, changes in CASES:
+        router = build(key, 64, top_k=8, **changes)
+        router.module.to("cuda", torch.float32 if key in FLOAT32_ONLY else dtype)
+        router.bias = None if router.bias is None else router.bias.cuda()
+        ids, _ = routed(router, hidden_states(33, 0).to("cuda", dtype), torch.ones(64, dtype=torch.bool))
+        assert ids.is_cuda
+
+
 @pytest.mark.parametrize(("key", "changes"), [case for case in CASES if case[0] in PLAIN], ids=case_id)
 @settings(max_examples=15)
 @given(seed=st.integers(0, 2**16), mask=masks)

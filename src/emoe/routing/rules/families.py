@@ -55,9 +55,7 @@ Rule = Callable[[RouterCall, Tensor | None], Routed]
 # A rule's `renormalise` is None where the router has a flag for it.
 
 
-def softmax(
-    call: RouterCall, allowed: Tensor | None, renormalise: bool | None, upcast: bool = False
-) -> Routed:
+def softmax(call: RouterCall, allowed: Tensor | None, renormalise: bool | None, upcast: bool = False) -> Routed:
     router = call.router
     # Casting before the softmax and inside it are different kernels on some devices: follow the family.
     logits = call.logits.float() if upcast else call.logits
@@ -211,9 +209,7 @@ def tabled(call: RouterCall, allowed: Tensor | None) -> Routed:
 def lfm2(call: RouterCall, allowed: Tensor | None) -> Routed:
     router = call.router
     bias = call.argument(1, "expert_bias") if router.use_expert_bias else None
-    ids, weights = kinds.scores_topk(
-        call.logits.sigmoid(), allowed, top_k=router.top_k, bias=bias, in_order=True
-    )
+    ids, weights = kinds.scores_topk(call.logits.sigmoid(), allowed, top_k=router.top_k, bias=bias, in_order=True)
     if router.norm_topk_prob:
         weights = kinds.normalise(weights, 1e-6)
     return Routed(ids, weights * router.routed_scaling_factor)
@@ -235,13 +231,9 @@ def phimoe(call: RouterCall, allowed: Tensor | None) -> Routed:
 
     router = call.router
     if router.training:
-        raise UsageError(
-            "the router of a PhiMoE model draws at random in training mode; call model.eval() first"
-        )
+        raise UsageError("the router of a PhiMoE model draws at random in training mode; call model.eval() first")
     logits = kinds.forbid(call.logits, allowed)
-    weights, ids = sparsemixer(
-        logits, jitter_eps=router.router_jitter_noise, training=False, top_k=router.top_k
-    )
+    weights, ids = sparsemixer(logits, jitter_eps=router.router_jitter_noise, training=False, top_k=router.top_k)
     if allowed is not None:  # with one expert allowed there is no second, and its softmax is over nothing
         filled = logits.gather(-1, ids) != kinds.NEVER
         filled[:, 1] &= ids[:, 1] != ids[:, 0]

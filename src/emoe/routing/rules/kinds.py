@@ -41,9 +41,7 @@ def forbid(values: Tensor, allowed: Tensor | None) -> Tensor:
     return values if allowed is None else values.masked_fill(~allowed, NEVER)
 
 
-def choose(
-    choice: Tensor, allowed: Tensor | None, top_k: int, in_order: bool = True
-) -> tuple[Tensor, Tensor]:
+def choose(choice: Tensor, allowed: Tensor | None, top_k: int, in_order: bool = True) -> tuple[Tensor, Tensor]:
     """The best allowed experts by `choice`: ids [tokens, k] int64, and whether each place is filled."""
     candidates = forbid(choice, allowed)
     best, ids = torch.topk(candidates, top_k, dim=-1, sorted=in_order)
@@ -115,9 +113,7 @@ def biased_softmax_topk(
     return ids, (weights / torch.clamp(weights.sum(dim=-1, keepdim=True), min=least_sum)).to(dtype)
 
 
-def topk_softmax(
-    logits: Tensor, allowed: Tensor | None, *, top_k: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def topk_softmax(logits: Tensor, allowed: Tensor | None, *, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The best k logits, then softmax over those in `dtype`."""
     ids, filled = choose(logits, allowed, top_k)
     best = logits.gather(-1, ids).masked_fill(~filled, NEVER)

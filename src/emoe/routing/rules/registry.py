@@ -146,9 +146,7 @@ _register(
     "hy_v3.HYV3TopKRouter dots3_note.Dots3NoteVisionTopKRouter",
     "top_k router_scaling_factor",
 )
-_register(
-    "sigmoid, bias, top-k", partial(rules.sigmoid, bias_is_argument=True), "minimax_m2.MiniMaxM2TopKRouter"
-)
+_register("sigmoid, bias, top-k", partial(rules.sigmoid, bias_is_argument=True), "minimax_m2.MiniMaxM2TopKRouter")
 _register(
     "sigmoid, bias, top-k",
     rules.sigmoid,
@@ -186,9 +184,7 @@ _register(
     "flint.FlintTopKRouter",
     "top_k norm_topk_prob",
 )
-_register(
-    "sigmoid, bias, top-k", rules.kolibri1, "kolibri1.Kolibri1TopKRouter", "top_k e_score_correction_bias"
-)
+_register("sigmoid, bias, top-k", rules.kolibri1, "kolibri1.Kolibri1TopKRouter", "top_k e_score_correction_bias")
 _register(
     "sigmoid, bias, top-k",
     rules.lfm2,

@@ -42,8 +42,7 @@ def rule_for(block: nn.Module, experts: nn.Module) -> RouterRule:
         seen = ", ".join(f"{name} ({class_key(child)})" for name, child in others.items()) or "nothing"
         count = "no" if not routers else "more than one"
         raise UnsupportedModelError(
-            f"{class_key(block)} has {count} router with a routing rule; beside its experts it has {seen}; "
-            f"{_EXACT}"
+            f"{class_key(block)} has {count} router with a routing rule; beside its experts it has {seen}; {_EXACT}"
         )
     router = others[routers[0]]
     key = class_key(router)
@@ -173,9 +172,7 @@ class _Restriction:
                 f"not {mask.dtype} {tuple(mask.shape)}"
             )
         if mask.device.type == "cpu" and not bool(mask.any(dim=-1).all()):
-            raise UsageError(
-                f"every token needs at least one allowed expert of {experts}; the mask allows none"
-            )
+            raise UsageError(f"every token needs at least one allowed expert of {experts}; the mask allows none")
         return mask.to(call.logits.device, non_blocking=True)
 
     def _prove(self, call: RouterCall) -> None:
