@@ -128,7 +128,10 @@ def test_a_closed_pipe_is_no_crash() -> None:
 
 def test_an_interrupt_while_loading_leaves_without_a_traceback() -> None:
     process = emoe_process("generate", "-p", "Hello")
-    time.sleep(1.0)  # in the midst of the imports
+    maps = Path(f"/proc/{process.pid}/maps")
+    deadline = time.monotonic() + 60
+    while "libtorch" not in maps.read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)  # until it is in the midst of its imports
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
