@@ -14,8 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, core_model_loading
 
 from emoe.checkpoint.index import ExpertIndex, build_index, skeleton
-from emoe.checkpoint.layout import Layout
-from emoe.checkpoint.pieces import recipe
 from emoe.checkpoint.skeleton import find_experts
 from emoe.errors import CheckpointError, EmoeError, UnsupportedModelError, UsageError
 from tests.checkpoint.conftest import Checkpoints
@@ -231,12 +229,6 @@ def test_a_parameter_made_in_two_ways(single: Path) -> None:
     fused = "model.layers.1.mlp.experts.gate_up_proj"
     message = refusal(change(single, put(fused, torch.ones(8, 48, 32))), UnsupportedModelError)
     assert f"'{fused}' would be made in two ways" in message
-
-
-def test_experts_across_a_tensor_are_not_read_with_all_the_others() -> None:
-    experts_last = Layout.of_source(0, (32, 24, 8)).permute((2, 0, 1))
-    with pytest.raises(UnsupportedModelError, match="is 768 numbers spread over 6,137 of the checkpoint's tensor"):
-        recipe(experts_last, "model.layers.0.mlp.experts.down_proj")
 
 
 @pytest.mark.parametrize("values", [{"model_type": "no_such_family"}, {"hidden_size": "many"}])

@@ -198,13 +198,10 @@ def missing_numbers(assignment: Assignment, experts: int) -> list[str]:
     """Names of the per-expert tensors that `assignment` lacks, where its names are numbered by expert."""
     missing: list[str] = []
     for source in assignment.sources.values():
-        present = [number for number in source.numbers if number is not None]
-        if not present:
-            continue
         match = _LAST_NUMBER.fullmatch(source.entries[0].name)
-        if match is None:
-            continue
-        missing += (f"{match[1]}{number}{match[3]}" for number in sorted(set(range(experts)) - set(present)))
+        if match is not None and None not in source.numbers:
+            absent = sorted(set(range(experts)) - set(source.numbers))
+            missing += (f"{match[1]}{number}{match[3]}" for number in absent)
     return missing
 
 

@@ -312,7 +312,10 @@ class _Builder:
     def _check_dense_complete(self) -> None:
         """Check that every dense parameter has its tensor: transformers would fill gaps at random."""
         covered = {name for a in self.assignments.by_target.values() for name in a.targets()}
-        covered |= self.shapes.keys() | getattr(self.model, "all_tied_weights_keys", {}).keys()
+        covered |= self.shapes.keys()
+        for pair in getattr(self.model, "all_tied_weights_keys", {}).items():
+            if covered.intersection(pair):  # transformers ties them to whichever of the two is stored
+                covered.update(pair)
         ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
         missing = [
             name
