@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import time
@@ -230,4 +231,5 @@ def test_a_hundred_gigabytes_are_indexed_fast(tmp_path: Path) -> None:
     assert len(index.keys()) == 94 * 128
     assert index.total_expert_nbytes == 94 * 128 * 3 * 2048 * 768 * 2
     # Processor time, so that a busy machine does not fail it; 0.4 s where the bound was set.
+    assert gc.isenabled()
     assert elapsed < 2.0

@@ -22,7 +22,7 @@ from emoe.checkpoint.conversion import (
     missing_numbers,
     run_dtype,
 )
-from emoe.checkpoint.headers import FileStamp, TensorEntry, read_headers, stamp_files
+from emoe.checkpoint.headers import FileStamp, TensorEntry, collector_paused, read_headers, stamp_files
 from emoe.checkpoint.layout import Layout
 from emoe.checkpoint.pieces import Piece, Recipe, recipe
 from emoe.checkpoint.skeleton import (
@@ -163,8 +163,8 @@ def build_index(directory: Path, model: PreTrainedModel, dtype: torch.dtype | No
     """
     refuse_quantised(directory, model.config)
     modules = find_experts(model)
-    entries = read_headers(directory)
-    return _Builder(directory, model, dtype, modules, entries).build()
+    with collector_paused():
+        return _Builder(directory, model, dtype, modules, read_headers(directory)).build()
 
 
 class _Builder:
