@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,8 +76,10 @@ def skeleton(
 
 
 def _unknown_model(directory: Path, error: Exception) -> UnsupportedModelError:
+    # transformers lists every family it knows in some of these.
+    said = shorten(str(error), 300, placeholder=" ...")
     return UnsupportedModelError(
-        f"transformers cannot build a causal language model from {directory / 'config.json'}: {error}. Check "
+        f"transformers cannot build a causal language model from {directory / 'config.json'}: {said}. Check "
         "model_type there; newer families need a newer transformers, families with code of their own need "
         "trust_remote_code=True."
     )
