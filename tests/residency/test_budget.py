@@ -69,3 +69,29 @@ def test_uniform_quotas_are_even(needs: list[LayerNeed], slots: int) -> None:
         assert sum(quotas.values()) == slots
         open_layers = [quotas[n.layer] for n in needs if quotas[n.layer] < n.experts]
         assert not open_layers or max(open_layers) - min(open_layers) <= 1
+
+
+@given(models(), st.floats(0.1, 0.9), st.floats(1, 4))
+def test_one_pool_replaces_quotas_from_where_the_rule_asks_for_it(
+    needs: list[LayerNeed], share: float, shared_from: float
+) -> None:
+    budget = max(floor_bytes(needs), int(share * total_bytes(needs)))
+    with_quotas = plan_slots(ExpertMemory("bytes", budget), needs)
+    pooled = plan_slots(ExpertMemory("bytes", budget), needs, shared_from=shared_from)
+    for before, after in zip(with_quotas.pools, pooled.pools, strict=True):
+        assert after.slots == before.slots
+        members = [need for need in needs if need.group == after.group]
+        enough = all(before.quotas[need.layer] >= shared_from * need.top_k for need in members)
+        partial = before.slots < sum(need.experts for need in members)
+        assert after.quotas == (dict.fromkeys(before.quotas, 0) if enough and partial else before.quotas)
+
+
+@given(models(), st.floats(0.2, 1))
+def test_a_lane_is_outside_the_quotas(needs: list[LayerNeed], share: float) -> None:
+    budget = max(floor_bytes(needs), int(share * total_bytes(needs)))
+    plan = plan_slots(ExpertMemory("bytes", budget), needs, lane=True, shared_from=1)
+    for pool in plan.pools:
+        members = [need for need in needs if need.group == pool.group]
+        everything = pool.slots == sum(need.experts for need in members)
+        assert (pool.lane == 0) == everything
+        assert sum(pool.quotas.values()) in (0, pool.slots - pool.lane)

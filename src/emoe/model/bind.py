@@ -133,7 +133,7 @@ def load(
         BudgetError: the budget is below the floor, which the message names.
     """
     _check_arguments(mode, replan_prompts, kwargs)
-    make_eviction(eviction)
+    rule = make_eviction(eviction)
     memory = None if expert_memory is None else ExpertMemory.parse(expert_memory)
     hub = {name: kwargs[name] for name in ("revision", "token", "local_files_only") if name in kwargs}
     path = resolve(_nano() if model_id is None else model_id, **hub)
@@ -141,7 +141,7 @@ def load(
     _, empty = skeleton(path, **config_kwargs)
     index = build_index(path, empty)
     needs = layer_needs(index, empty)
-    plan = plan_slots(memory, needs, lane=mode == "resident")
+    plan = plan_slots(memory, needs, lane=mode == "resident", shared_from=rule.shared_from)
     _check_resident(mode, plan, needs, empty, index)
     del empty
     runtime = Runtime(mode, replan_prompts, task)

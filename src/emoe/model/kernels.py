@@ -147,7 +147,8 @@ def many_tokens(
     rows = hidden.index_select(0, grouping.rows // grouping.top_k)
     outer = torch.empty_like(rows)
     sizes = [end - start for start, end in grouping.spans.values()]
-    blocks = dict(zip(grouping.spans, zip(rows.split(sizes), outer.split(sizes), strict=True), strict=True))
+    pairs = zip(torch.split(rows, sizes), torch.split(outer, sizes), strict=True)
+    blocks = dict(zip(grouping.spans, pairs, strict=True))
     for expert, w in ready:
         x, out = blocks[expert]
         inner = x.new_empty(x.shape[0], w.first.shape[1])

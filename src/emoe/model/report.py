@@ -19,7 +19,8 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         budget_bytes, resident_bytes (slots that hold an expert), peak_resident_bytes, total_expert_bytes, floor_bytes,
         slots, hits, misses, hit_rate (None before the first route), loads, bytes_read, load_wait_s, rerouted_tokens,
         routed_tokens, rerouted_share, prompts, passes, mode, lossy, reader, reader_reason, eviction, layers (per
-        layer: hits, misses, loads, bytes_read, rerouted, tokens, resident experts).
+        layer: hits, misses, loads, bytes_read, rerouted_tokens, routed_tokens, experts, slots (its quota; 0: the layers
+        share one pool), resident: the experts there now).
 
     Raises:
         UsageError: the model was not made by `emoe.load`.

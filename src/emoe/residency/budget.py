@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,13 +95,18 @@ def total_bytes(layers: Sequence[LayerNeed]) -> int:
     return sum(need.experts * need.slot_nbytes for need in layers)
 
 
-def plan_slots(memory: ExpertMemory | None, layers: Sequence[LayerNeed], *, lane: bool = False) -> SlotPlan:
+def plan_slots(
+    memory: ExpertMemory | None, layers: Sequence[LayerNeed], *, lane: bool = False, shared_from: float = math.inf
+) -> SlotPlan:
     """Turn a budget into banks of slots and per-layer quotas.
 
     Args:
         memory: the budget; None makes every expert resident.
         layers: one entry per MoE layer, in any order.
         lane: keep up to MAX_LANE slots of each bank that does not hold everything out of the quotas.
+        shared_from: an even share of this many times one token's experts makes one pool of the bank instead of
+            quotas (the eviction rule knows from where that is better); not with a lane, nor where the budget itself
+            is given per layer.
 
     Raises:
         BudgetError: the budget is below one step's experts of one layer; the message names the smallest that works.
@@ -124,11 +130,13 @@ def plan_slots(memory: ExpertMemory | None, layers: Sequence[LayerNeed], *, lane
             f"{format_bytes(largest.slot_nbytes)} in layer {largest.layer} at once. The smallest budget that works is "
             f"{floor} bytes ({format_bytes(floor)}, {floor / total:.1%} of all experts)."
         )
-    pools = _split(budget, layers, per_layer, lane)
+    pools = _split(budget, layers, per_layer, lane, shared_from)
     return SlotPlan(budget_bytes=budget, floor_bytes=floor, total_bytes=total, pools=tuple(pools))
 
 
-def _split(budget: int, layers: Sequence[LayerNeed], per_layer: int | None, lane: bool) -> list[PoolPlan]:
+def _split(
+    budget: int, layers: Sequence[LayerNeed], per_layer: int | None, lane: bool, shared_from: float
+) -> list[PoolPlan]:
     """Give each bank its floor, then share what is left by the bytes of the experts each still has outside."""
     groups: dict[int, list[LayerNeed]] = {}
     for need in sorted(layers, key=lambda need: need.layer):
@@ -150,7 +158,11 @@ def _split(budget: int, layers: Sequence[LayerNeed], per_layer: int | None, lane
         if lane and slots < sum(need.experts for need in needs):
             # What an even share leaves over costs no layer anything; one slot is the least that works.
             kept_out = max(1, min(MAX_LANE, slots % len(needs)))
-        pools.append(PoolPlan(group, slots, size, uniform_quotas(slots - kept_out, needs), kept_out))
+        quotas = uniform_quotas(slots - kept_out, needs)
+        partial = slots < sum(need.experts for need in needs)
+        if partial and not lane and per_layer is None and all(quotas[n.layer] >= shared_from * n.top_k for n in needs):
+            quotas = dict.fromkeys(quotas, 0)
+        pools.append(PoolPlan(group, slots, size, quotas, kept_out))
     return pools
 
 

@@ -5,11 +5,15 @@ The engine and the simulator share it, so the same sequence of visits gives the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+import numpy.typing as npt
+
 from emoe.residency.budget import PoolPlan
-from emoe.residency.eviction import Eviction, Now, UseStats
+from emoe.residency.eviction import Counts, Eviction, Now, Uses
 
 Key = tuple[int, int]
 """An expert key: (layer, expert)."""
@@ -78,13 +82,16 @@ class ResidencyTable:
     slots: list[_Slot] = field(init=False)
     counters: dict[int, LayerCounters] = field(init=False)
     _where: dict[Key, int] = field(init=False, default_factory=dict)
-    _stats: dict[Key, UseStats] = field(init=False, default_factory=dict)
     _free: list[int] = field(init=False)
     _by_layer: dict[int, set[int]] = field(init=False)
     _kept: dict[int, int] = field(init=False)
     _rank: dict[int, int] = field(init=False)
     _layer: int = field(init=False)
     _passing: set[int] = field(init=False, default_factory=set)
+    _first: dict[int, int] = field(init=False)
+    _past: Uses = field(init=False)
+    _held: Counts = field(init=False)
+    _ready: npt.NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
         layers = sorted(self.experts)
@@ -96,6 +103,14 @@ class ResidencyTable:
         self._rank = {layer: rank for rank, layer in enumerate(layers)}
         self._layer = layers[0]
         self.max_transient = max(1, min(self.plan.lane or self.max_transient, self.plan.slots))
+        # Key (layer, e) is number first[layer] + e of the statistics; a slot holds the number of its key.
+        sizes = [self.experts[layer] for layer in layers]
+        self._first = dict(zip(layers, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+        never = np.full(sum(sizes), -1, dtype=np.int64)
+        ranks = np.repeat(np.arange(len(layers)), sizes)
+        self._past = Uses(never, never.copy(), np.zeros_like(never), ranks)
+        self._held = np.zeros(self.plan.slots, dtype=np.int64)
+        self._ready = np.zeros(self.plan.slots, dtype=np.bool_)
 
     # -- time ---------------------------------------------------------------------------------------------
 
@@ -137,13 +152,6 @@ class ResidencyTable:
         """Whether every expert has a slot of its own."""
         return self.plan.slots >= sum(self.experts.values())
 
-    def stats(self, key: Key) -> UseStats:
-        """Return the (live) use statistics of `key`."""
-        found = self._stats.get(key)
-        if found is None:
-            found = self._stats[key] = UseStats(layer=key[0])
-        return found
-
     # -- moves --------------------------------------------------------------------------------------------
 
     def _move(self, slot: int, to: SlotState) -> None:
@@ -151,13 +159,14 @@ class ResidencyTable:
         if (entry.state, to) not in LEGAL_MOVES:
             raise IllegalMove(f"slot {slot} ({entry.key}) cannot go from {entry.state.value} to {to.value}")
         entry.state = to
+        self._ready[slot] = to is SlotState.READY
 
     def use(self, key: Key, *, keep: bool) -> None:
         """Note that `key` is routed to in this visit; `keep` makes a transient expert an ordinary resident."""
-        stats = self.stats(key)
-        stats.last_tick = self.tick
-        stats.last_pass = self.pass_no
-        stats.uses += 1
+        number = self._first[key[0]] + key[1]
+        self._past.last_tick[number] = self.tick
+        self._past.last_pass[number] = self.pass_no
+        self._past.uses[number] += 1
         slot = self._where.get(key)
         if keep and slot is not None and self.slots[slot].transient and not self.plan.lane:
             self._mark(slot, False)
@@ -191,6 +200,7 @@ class ResidencyTable:
         self._move(slot, SlotState.LOADING)
         entry.key = key
         self._where[key] = slot
+        self._held[slot] = self._first[key[0]] + key[1]
         self._by_layer[key[0]].add(slot)
         self._kept[key[0]] += 1
         self._mark(slot, transient)
@@ -240,7 +250,7 @@ class ResidencyTable:
             return
         if self._kept[key[0]] >= self.plan.quotas[key[0]]:
             own = self._evictable(self._by_layer[key[0]] - self._passing, protect)
-            if not own:
+            if not own.size:
                 return
             self.evict(self._lowest(own))
         self._mark(slot, False)
@@ -248,9 +258,9 @@ class ResidencyTable:
     # -- choice -------------------------------------------------------------------------------------------
 
     def below_quota(self, layer: int) -> bool:
-        """Whether `layer` may take a free slot for good."""
-        quota = self.plan.quotas[layer]
-        return bool(self._free) and (quota == 0 or self._kept[layer] < quota)
+        """Whether `layer` may take a free slot for good: it has less than its quota, or than its even share."""
+        quota = self.plan.quotas[layer] or max(1, self.plan.slots // len(self._rank))
+        return bool(self._free) and self._kept[layer] < quota
 
     def _pick(self, key: Key, transient: bool, protect: frozenset[Key]) -> int | None:
         if self.all_fit:
@@ -259,45 +269,44 @@ class ResidencyTable:
         quota = self.plan.quotas[key[0]]
         at_quota = bool(quota) and self._kept[key[0]] >= quota
         if transient:
-            if ready := self._evictable(self._passing, protect):
+            ready = self._evictable(self._passing, protect)
+            if ready.size:
                 return self._lowest(ready)
             if len(self._passing) >= self.max_transient:
                 return None
         elif at_quota:
             # None when the layer's own are all in use: they come free as it runs, and other layers keep theirs.
             own = self._evictable(held if not self.plan.lane else held - self._passing, protect)
-            return self._lowest(own) if own else None
+            return self._lowest(own) if own.size else None
         if self._free:
             return self._free.pop()
-        candidates = (self._evictable(held, protect) if at_quota else []) or self._others(protect)
-        return self._lowest(candidates) if candidates else None
+        candidates = self._evictable(held if at_quota else (), protect)
+        if not candidates.size:
+            candidates = self._others(protect)
+        return self._lowest(candidates) if candidates.size else None
 
-    def _key(self, slot: int) -> Key | None:
-        return self.slots[slot].key
+    def _evictable(self, slots: Iterable[int], protect: frozenset[Key]) -> Counts:
+        found = [s for s in slots if self._ready[s] and self.slots[s].key not in protect]
+        return np.array(found, dtype=np.int64)
 
-    def _evictable(self, slots: set[int], protect: frozenset[Key]) -> list[int]:
-        return [s for s in slots if self.slots[s].state is SlotState.READY and self._key(s) not in protect]
-
-    def _others(self, protect: frozenset[Key]) -> list[int]:
+    def _others(self, protect: frozenset[Key]) -> Counts:
         """Evictable slots of layers above their quotas, else of all."""
-        quotas = self.plan.quotas
-        over = [
-            s
-            for ly, held in self._by_layer.items()
-            if self._kept[ly] > quotas[ly]
-            for s in self._evictable(held, protect)
-        ]
-        return over or [s for held in self._by_layer.values() for s in self._evictable(held, protect)]
+        over = [layer for layer, kept in self._kept.items() if kept > self.plan.quotas[layer] > 0]
+        if over:
+            found = self._evictable((slot for layer in over for slot in self._by_layer[layer]), protect)
+            if found.size:
+                return found
+        ready = self._ready.copy()
+        ready[[slot for key in protect if (slot := self._where.get(key)) is not None]] = False
+        return np.flatnonzero(ready)
 
-    def _lowest(self, candidates: list[int]) -> int:
+    def _lowest(self, slots: Counts) -> int:
+        """The slot that goes first: a transient one where there is any, else the rule's choice."""
+        if self._passing:
+            passing = slots[np.isin(slots, list(self._passing))]
+            slots = passing if passing.size else slots
+        held = self._held[slots]
+        past = self._past
+        chosen = Uses(past.last_tick[held], past.last_pass[held], past.uses[held], past.rank[held])
         now = Now(self.tick, self.pass_no, self._rank[self._layer], len(self._rank))
-
-        def score(slot: int) -> tuple[bool, tuple[float, ...], Key]:
-            key = self.slots[slot].key or (-1, -1)
-            return (
-                not self.slots[slot].transient,
-                self.eviction.score(self.stats(key), self._rank[key[0]], now),
-                key,
-            )
-
-        return min(candidates, key=score)
+        return int(slots[self.eviction.score(chosen, now).argmin()])
