@@ -11,12 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+import emoe
 from emoe.checkpoint.headers import read_headers
 from emoe.errors import CheckpointError, UnsupportedModelError, UsageError
 from emoe.planner import facts_of
 from emoe.planner.dry_run import facts_by_dry_run
 from emoe.planner.facts import Facts
 from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
+from emoe.planner.live_bytes import LiveBytes
+from emoe.planner.plan import MASK_NBYTES, activation_bytes
 from tests.conftest import Checkpoints
 from tests.families import FAMILIES
 
@@ -51,7 +54,16 @@ def test_headers_and_dry_run_agree(family: str, fused: bool, checkpoints: Checkp
     fast = from_headers(path)
     assert fast.expert_layers == slow.expert_layers
     assert (fast.top_k, fast.dtype, fast.max_context) == (slow.top_k, slow.dtype, slow.max_context)
-    assert fast.widths == slow.widths
+    quick, measured = fast.activations, slow.activations
+    assert (quick.hidden, quick.vocabulary, quick.expert_inner) == (
+        measured.hidden,
+        measured.vocabulary,
+        measured.expert_inner,
+    )
+    for length in (64, 512, 4096):
+        bound = length * quick.token_nbytes + length**2 * (quick.pair_nbytes + MASK_NBYTES * quick.masked)
+        assert measured.token_nbytes * length + measured.pair_nbytes * length**2 <= bound
+        assert quick.token_nbytes < 2.2 * measured.token_nbytes
     for context in (1, 5, 40, 200):
         assert fast.cache_bytes(context, 3) == slow.cache_bytes(context, 3)
     # Routers that a family keeps in float32 are what headers do not tell.
@@ -77,6 +89,27 @@ def test_the_cache_of_a_model_that_ran_has_the_planned_bytes(family: str, checkp
             tensors = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
             held += sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point())
     assert held == facts.cache_bytes(41, 2)
+
+
+@pytest.mark.parametrize(
+    "family", [None, "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_next", "glm4_moe", "gemma4_text", "jamba"]
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_prompt_takes_what_is_planned_and_not_much_less(
+    family: str | None, batch: int, checkpoints: Checkpoints
+) -> None:
+    path = None if family is None else checkpoints(family)
+    _, facts = facts_of(path)
+    model, _ = emoe.load(path)
+    ids = torch.randint(5, 100, (batch, 240))
+    mask = torch.ones_like(ids)
+    mask[1:, :7] = 0
+    with torch.no_grad(), LiveBytes() as live:
+        model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
+    emoe.close(model)
+    planned = facts.cache_bytes(240, batch) + activation_bytes(facts, 240, batch)
+    assert live.peak <= planned
+    assert planned < 3 * live.peak
 
 
 def test_float32_doubles_everything(checkpoints: Checkpoints) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from emoe.config import ExpertMemory
 from emoe.errors import BudgetError, UsageError
 from emoe.planner import plan
-from emoe.planner.facts import CacheLayer, ExpertLayer, Facts, Widths, by_size
+from emoe.planner.facts import Activations, CacheLayer, ExpertLayer, Facts, by_size
 from emoe.planner.plan import COMBINE_TOKENS, READ_BUFFER_BYTES, make_plan, verdict
 
 parts = st.lists(st.integers(1, 1 << 20), min_size=1, max_size=4).map(by_size)
@@ -34,7 +34,9 @@ def models(draw: st.DrawFn) -> Facts:
         dense_bytes=draw(st.integers(1, 1 << 24)),
         expert_layers=tuple(ExpertLayer(i, experts, shapes[i % len(shapes)]) for i in range(layers)),
         cache_layers=(cache, window),
-        widths=Widths(64, 1000, 128, 96),
+        activations=Activations(
+            64, 1000, 96, draw(st.integers(0, 9999)), draw(st.integers(0, 99)), draw(st.booleans())
+        ),
         source="headers",
     )
 
@@ -113,7 +115,7 @@ def test_numbers_repeated_here_are_those_of_the_code_that_uses_them() -> None:
     from emoe.model import kernels
     from emoe.model.bind import LOADER_THREADS
 
-    assert READ_BUFFER_BYTES == LOADER_THREADS * CHUNK_BYTES
+    assert LOADER_THREADS["direct"] * CHUNK_BYTES == READ_BUFFER_BYTES
     assert kernels.COMBINE_TOKENS == COMBINE_TOKENS
 
 

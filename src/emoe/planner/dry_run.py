@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ from torch import nn
 from emoe.checkpoint.headers import read_headers
 from emoe.checkpoint.index import ExpertIndex, build_index, skeleton
 from emoe.errors import UnsupportedModelError
-from emoe.planner.facts import CacheKind, CacheLayer, ExpertLayer, Facts, Widths, by_size, max_context
+from emoe.planner.facts import Activations, CacheKind, CacheLayer, ExpertLayer, Facts, by_size, max_context
+from emoe.planner.live_bytes import LiveBytes
 
 # Long enough that convolution states are full, short enough for layers that loop over tokens in Python.
 _LENGTHS = (64, 128)  # the second twice the first
@@ -31,7 +33,7 @@ def facts_by_dry_run(path: Path, dtype: str | None = None, reason: str = "") -> 
     config, model = skeleton(path, dtype=dtype or "auto")
     index = build_index(path, model)
     text = config.get_text_config(decoder=True)
-    cache = _measure_cache(model, index)
+    cache, activations = _measure(model, text, index)
     stored = sum(entry.nbytes for entry in read_headers(path).values())
     run_dtype = str(model.dtype).removeprefix("torch.")
     return Facts(
@@ -47,7 +49,7 @@ def facts_by_dry_run(path: Path, dtype: str | None = None, reason: str = "") -> 
             for layer in index.layers
         ),
         cache_layers=cache,
-        widths=_widths(model, text, index),
+        activations=activations,
         source="dry run",
         assumed=(f"measured on a dry run, because {reason}",) if reason else (),
     )
@@ -74,28 +76,49 @@ def _top_k(config: Any) -> int:
     )
 
 
-def _widths(model: nn.Module, config: Any, index: ExpertIndex) -> Widths:
-    """Sizes per token of what the widest block makes."""
-    experts = {layer.module for layer in index.layers}
-    widest = 0
-    for name, module in model.named_modules():
-        if ".layers." in name and not name.startswith(tuple(experts)):
-            outputs = [child.out_features for child in module.children() if isinstance(child, nn.Linear)]
-            widest = max(widest, sum(outputs))
-    inner = max(max(part.shape) for layer in index.layers for part in layer.parts)
-    return Widths(config.hidden_size, config.vocab_size, widest, inner)
-
-
-def _measure_cache(model: nn.Module, index: ExpertIndex) -> tuple[CacheLayer, ...]:
-    """What each layer's cache holds, from two runs of different length without experts."""
+def _measure(model: nn.Module, config: Any, index: ExpertIndex) -> tuple[tuple[CacheLayer, ...], Activations]:
+    """What each layer's cache holds and what a pass makes on the way, from two runs without experts."""
     for layer in index.layers:
         # Experts change no shape, and most ways of running them ask for values, which meta tensors have not.
         model.get_submodule(layer.module).forward = lambda hidden, *_, **__: torch.empty_like(hidden)
-    # The other attentions look at the mask's values.
-    model.set_attn_implementation("eager")  # type: ignore[operator]
-    short, long = (_run(model, length) for length in _LENGTHS)
-    found = []
-    for number, (a, b) in enumerate(zip(_layers(short), _layers(long), strict=True)):
+    attention = _Attention()
+    if not model._supports_sdpa:
+        model.set_attn_implementation("eager")  # type: ignore[operator]
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention):
+        (short, peak_short), (long, peak_long) = (_run(model, length) for length in _LENGTHS)
+    cache = tuple(_cache_layers(_layers(short), _layers(long)))
+    # A run makes token * length + pair * length^2, and the cache, which counts apart.
+    a, b = _LENGTHS
+    made_a, made_b = (p - sum(c.nbytes(n) for c in cache) for p, n in ((peak_short, a), (peak_long, b)))
+    pair = max(0, (made_b * a - made_a * b) // (a * b * (b - a)))
+    token = made_b // b - pair * b
+    inner = max(max(part.shape) for layer in index.layers for part in layer.parts)
+    return cache, Activations(
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        expert_inner=inner,
+        token_nbytes=token,
+        pair_nbytes=pair + attention.pair_nbytes,
+        masked=getattr(config, "sliding_window", None) is not None,
+    )
+
+
+class _Attention:
+    """Stands in for torch's attention, whose fused kernel writes no scores out; notes where it cannot be used."""
+
+    def __init__(self) -> None:
+        self.pair_nbytes = 0
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+        """An output of the right shape."""
+        if value.shape[-1] != query.shape[-1]:  # the plain way then: scores in 16 bits and twice in float32
+            self.pair_nbytes = max(self.pair_nbytes, 10 * query.shape[1])
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+def _cache_layers(short: list[Any], long: list[Any]) -> Iterator[CacheLayer]:
+    """What each layer holds, from caches after both lengths."""
+    for number, (a, b) in enumerate(zip(short, long, strict=True)):
         window = getattr(a, "sliding_window", None)
         if window is None:
             grown = _nbytes(b) - _nbytes(a)
@@ -106,15 +129,15 @@ def _measure_cache(model: nn.Module, index: ExpertIndex) -> tuple[CacheLayer, ..
             state = _nbytes(a) - token * held
         kind: CacheKind = "state" if token == 0 else "full" if window is None else "sliding"
         if token or state:
-            found.append(CacheLayer(number, kind, token, None if window is None else window - 1, state))
-    return tuple(found)
+            yield CacheLayer(number, kind, token, None if window is None else window - 1, state)
 
 
-def _run(model: nn.Module, length: int) -> Any:
-    """The cache after a prompt of `length` tokens."""
+def _run(model: nn.Module, length: int) -> tuple[Any, int]:
+    """The cache after a prompt of `length` tokens, and the most bytes held at once."""
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    with torch.no_grad(), LiveBytes() as live:
+        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    return cache, live.peak
 
 
 def _layers(cache: Any) -> list[Any]:

@@ -51,13 +51,21 @@ class CacheLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class Widths:
-    """Sizes of the tensors that a forward pass makes for each token, in elements."""
+class Activations:
+    """What a forward pass makes and drops again, beside what the experts do.
+
+    `token_nbytes` for each token of the fullest moment, `pair_nbytes` for each pair of tokens of one sequence (where
+    attention scores are written out: eager attention, and keys and values of unequal size), `masked` where layers
+    need a mask even for a single sequence. `hidden`, `vocabulary` and `expert_inner` (outputs of an expert's first
+    product: gate and up together where it has both) are widths in elements.
+    """
 
     hidden: int
     vocabulary: int
-    projections: int  # outputs of the projections of one block (attention or MLP), the widest there is
-    expert_inner: int  # output of an expert's first product: gate and up together where it has both
+    expert_inner: int
+    token_nbytes: int
+    pair_nbytes: int = 0
+    masked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +81,7 @@ class Facts:
     dense_bytes: int
     expert_layers: tuple[ExpertLayer, ...]
     cache_layers: tuple[CacheLayer, ...]
-    widths: Widths
+    activations: Activations
     source: Literal["headers", "dry run"]
     assumed: tuple[str, ...] = ()
 

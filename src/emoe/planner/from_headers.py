@@ -21,11 +21,11 @@ from emoe.checkpoint.headers import TensorEntry
 from emoe.errors import CheckpointError
 from emoe.planner.facts import (
     DTYPE_BYTES,
+    Activations,
     CacheKind,
     CacheLayer,
     ExpertLayer,
     Facts,
-    Widths,
     by_size,
     dtype_bytes,
     max_context,
@@ -36,6 +36,7 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _NUMBERED = re.compile(r"^(.*\bexperts)\.(\d+)\.(.+)$")
 _LAYER = re.compile(r"\.layers\.(\d+)\.(.+)$")
+_SINKS = ("sinks", "attention_sink_bias")  # attention that only transformers' eager implementation computes
 _OTHER_INPUTS = ("vision_config", "audio_config", "encoder_config")
 
 
@@ -108,12 +109,7 @@ def facts_from_headers(
         dense_bytes=sum(_elements(entry) * itemsize for name, entry in dense.items() if name != tied),
         expert_layers=experts,
         cache_layers=cache,
-        widths=Widths(
-            hidden=_number(config, "hidden_size"),
-            vocabulary=_number(config, "vocab_size"),
-            projections=max(_projections(layer) for layer in decoder.values()),
-            expert_inner=_expert_inner(experts, _number(config, "hidden_size"), itemsize),
-        ),
+        activations=_activations(config, list(decoder.values()), cache, experts, itemsize),
         source="headers",
         assumed=_assumptions(unused, tied),
     )
@@ -264,6 +260,33 @@ def _window(config: Mapping[str, Any], number: int) -> int | None:
     if config.get("attention_chunk_size") is not None:
         raise Unsure("config.json has an attention_chunk_size")
     return None
+
+
+def _activations(
+    config: Mapping[str, Any],
+    layers: Sequence[_Layer],
+    cache: Sequence[CacheLayer],
+    experts: Sequence[ExpertLayer],
+    itemsize: int,
+) -> Activations:
+    """What a pass makes beside the experts. The factors bound what was measured on CPU runs of every family."""
+    hidden = _number(config, "hidden_size")
+    projections = max(_projections(layer) for layer in layers)
+    # A norm makes three float32 copies of the stream; a block holds it twice, and half of its projections' outputs
+    # once more (rotary positions, the activation).
+    token = 3 * 4 * hidden + itemsize * (2 * hidden + projections + projections // 2)
+    if any(layer.find("linear_attn.conv1d.weight") for layer in layers):
+        # The chunked delta rule in float32: a dozen tensors of keys and values, some of 64 x 64 within each chunk.
+        size = max(_number(config, "linear_key_head_dim"), _number(config, "linear_value_head_dim"))
+        token += 4 * _number(config, "linear_num_value_heads") * (12 * size + 4 * 64)
+    heads = _number(config, "num_attention_heads")
+    sinks = any(name.endswith(_SINKS) for layer in layers for name in layer.shapes)
+    latent = any(layer.kind == "latent" for layer in cache)
+    pair = (8 if sinks else 10 if latent else 0) * heads
+    masked = config.get("sliding_window") is not None
+    return Activations(
+        hidden, _number(config, "vocab_size"), _expert_inner(experts, hidden, itemsize), token, pair, masked
+    )
 
 
 def _projections(layer: _Layer) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from emoe.config import ExpertMemory, format_bytes
 from emoe.errors import UsageError
-from emoe.planner.facts import Facts, Widths, dtype_bytes, layer_needs
+from emoe.planner.facts import Facts, dtype_bytes, layer_needs
 from emoe.residency.budget import SlotPlan, floor_bytes, plan_slots, total_bytes
 
 IMPORT_BYTES = 350 * 2**20
@@ -17,11 +17,14 @@ MiB
 measured with torch 2.13 (CPU build) and transformers 5.23, and a little for threads' stacks and the
 allocator."""
 
-READ_BUFFER_BYTES = 2 * (1 << 20)
-"""One buffer for each of model.bind.LOADER_THREADS, of checkpoint.readers.CHUNK_BYTES."""
+READ_BUFFER_BYTES = 4 * (1 << 20)
+"""A buffer of checkpoint.readers.CHUNK_BYTES for each of the loader threads of O_DIRECT (model.bind)."""
 
 COMBINE_TOKENS = 1024
 """Tokens whose expert outputs are added at once (emoe.model.kernels.COMBINE_TOKENS)."""
+
+MASK_NBYTES = 3
+"""Of a mask for each pair of tokens: as booleans, and in a 16-bit dtype."""
 
 DEFAULT_CONTEXT = 8192
 
@@ -187,26 +190,32 @@ def _fit(slots: SlotPlan, fits: bool) -> Fit:
 def activation_bytes(facts: Facts, prompt: int, batch: int) -> int:
     """Upper bound of what one pass over `batch` prompts of `prompt` tokens holds at its fullest moment.
 
-    The fullest moment is either inside a decoder layer (the residual and the normed hidden states, and beside
-    them the block's projections, in attention with a copy for rotary positions, or the experts' outputs: one
-    row of hidden for each token and choice, and one expert's intermediate, at worst for all tokens), or the
-    logits of the last token of each sequence, in the run dtype, in float32 and once more for sampling.
-    Sliding layers keep the whole prompt's keys and values until the next step cuts them.
+    That is inside a decoder layer's attention or dense MLP, or inside its experts, or at the logits of the last token
+    of each sequence (in the run dtype, in float32 and once more for sampling). Beside it, sliding layers keep the whole
+    prompt's keys and values until the next step cuts them, and padded sequences have a mask.
     """
-    w, tokens, itemsize = facts.widths, prompt * batch, dtype_bytes(facts.dtype)
-    stream = 2 * tokens * w.hidden * itemsize
-    dense_block = 2 * tokens * w.projections * itemsize
-    logits = batch * w.vocabulary * (itemsize + 2 * 4)
+    a, tokens, itemsize = facts.activations, prompt * batch, dtype_bytes(facts.dtype)
+    block = tokens * a.token_nbytes + batch * prompt**2 * a.pair_nbytes
+    experts = 2 * tokens * a.hidden * itemsize + _experts_bytes(facts, tokens)
+    logits = batch * a.vocabulary * (itemsize + 2 * 4)
     beyond_window = sum(layer.nbytes(prompt, whole=True) - layer.nbytes(prompt) for layer in facts.cache_layers)
-    return stream + max(dense_block, _experts_bytes(w, tokens, facts.top_k, itemsize), logits) + batch * beyond_window
+    mask = MASK_NBYTES * prompt**2 * batch if a.masked or batch > 1 else 0
+    return max(block, experts, logits) + batch * beyond_window + mask
 
 
-def _experts_bytes(w: Widths, tokens: int, top_k: int, itemsize: int) -> int:
-    """What one layer's experts hold for a chunk: see emoe.model.kernels.many_tokens."""
-    rows = tokens * top_k * w.hidden * itemsize
-    one_expert = tokens * (2 * w.hidden + 2 * w.expert_inner) * itemsize
-    combine = min(tokens, COMBINE_TOKENS) * top_k * w.hidden * 4
-    return rows + max(one_expert, combine + tokens * w.hidden * itemsize)
+def _experts_bytes(facts: Facts, tokens: int) -> int:
+    """What one layer's experts hold for a chunk (emoe.model.kernels.many_tokens).
+
+    The route (probabilities of all experts in float32, the chosen ones as 64-bit numbers, sorted); a row of hidden for
+    each token and choice on the way in and on the way out; and then one expert's intermediate, at worst for all
+    tokens, or the float32 rows that are being added.
+    """
+    a, k, itemsize = facts.activations, facts.top_k, dtype_bytes(facts.dtype)
+    route = tokens * (3 * 4 * max(layer.experts for layer in facts.expert_layers) + 4 * 8 * k)
+    rows = 2 * tokens * k * a.hidden * itemsize
+    one_expert = 2 * tokens * a.expert_inner * itemsize
+    combine = 2 * min(tokens, COMBINE_TOKENS) * k * a.hidden * 4 + tokens * a.hidden * itemsize
+    return route + rows + max(one_expert, combine)
 
 
 def verdict(plan: Plan) -> str:
