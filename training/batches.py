@@ -65,9 +65,7 @@ class Batch:
     tokens: int
 
 
-def pack(
-    documents: list[Document], size: int, device: torch.device, tasks: tuple[str, ...] = tuple(SHARES)
-) -> Batch:
+def pack(documents: list[Document], size: int, device: torch.device, tasks: tuple[str, ...] = tuple(SHARES)) -> Batch:
     """Documents one after another, then padding up to `size` tokens that no loss and no balance counts."""
     ids, targets, weights, answer, task, index = [], [], [], [], [], []
     lengths = []
@@ -110,9 +108,7 @@ class Stream:
 
 
 class Mixer:
-    def __init__(
-        self, examples: list[Example], tokenizer: PreTrainedTokenizerFast, size: int, seed: int
-    ) -> None:
+    def __init__(self, examples: list[Example], tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> None:
         self.tokenizer, self.size, self.rng = tokenizer, size, random.Random(seed)
         self.streams: dict[str, Stream] = {}
         self.shares: dict[str, float] = {}
@@ -131,9 +127,7 @@ class Mixer:
         name = min(self.shares, key=lambda n: self.given[n] / self.shares[n])
         example = self.streams[name].next(self.rng)
         phrasing = self.rng.randrange(len(TRAIN[example.task]))
-        document = encode(
-            self.tokenizer, example.task, render(example.task, example.fields, phrasing), example.answer
-        )
+        document = encode(self.tokenizer, example.task, render(example.task, example.fields, phrasing), example.answer)
         self.given[name] += len(document.ids)
         return document
 

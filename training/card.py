@@ -75,6 +75,7 @@ def card(results: dict[str, Any], size: int) -> str:
         **results["accuracy"],
         **{k: t["arguments"][k] for k in ("muon_lr", "adam_lr", "decay", "dropout")},
         size=size,
+        note=results["note"],
         millions=t["parameters"] / 1e6,
         tokens=t["tokens"] / 1e6,
         step=t["step"],
@@ -99,9 +100,7 @@ def card(results: dict[str, Any], size: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("training/results.json"))
     parser.add_argument("--nano", type=Path, default=Path("src/emoe/nano"))
     args = parser.parse_args()

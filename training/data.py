@@ -114,9 +114,7 @@ def converse(root: Path) -> Iterator[Example]:
     for row in rows(root / "converse" / "gpteacher_roleplay.jsonl.gz"):
         text = f"{row['instruction']} {row['input']}".strip()
         held = percent(normal(text)) < HELD_OUT_PERCENT
-        yield Example(
-            "converse", "GPTeacher", {"text": text}, cut(row["response"].strip(), MAX_ANSWER_CHARS), held
-        )
+        yield Example("converse", "GPTeacher", {"text": text}, cut(row["response"].strip(), MAX_ANSWER_CHARS), held)
     for name in ("selfinstruct_seed", "selfinstruct_user"):
         for row in rows(root / "converse" / f"{name}.jsonl.gz"):
             for instance in row["instances"][:3]:
@@ -186,9 +184,7 @@ def xquad(root: Path) -> Iterator[Example]:
         for i in range(1 if held else 3):
             text = window(context, max(start, 0), answer, random.Random(row["id"] + str(i)))
             if answer in text:
-                yield Example(
-                    "qa", "XQuAD", {"text": text, "question": row["question"].strip()}, answer, held
-                )
+                yield Example("qa", "XQuAD", {"text": text, "question": row["question"].strip()}, answer, held)
 
 
 def cloze(root: Path) -> Iterator[Example]:
@@ -208,9 +204,7 @@ def cloze_of(context: str, source: str, most: int = 8) -> Iterator[Example]:
     rng = random.Random(digest(context))
     parts = sentences(context)
     spans = [
-        (s, m)
-        for s in parts
-        for m in re.finditer(r"(?<=[a-z,] )(?:[A-Z][\w'-]+(?: [A-Z][\w'-]+)*|\d[\d,.]*\d)", s)
+        (s, m) for s in parts for m in re.finditer(r"(?<=[a-z,] )(?:[A-Z][\w'-]+(?: [A-Z][\w'-]+)*|\d[\d,.]*\d)", s)
     ]
     rng.shuffle(spans)
     for sentence, match in spans[:most]:
@@ -223,9 +217,7 @@ def cloze_of(context: str, source: str, most: int = 8) -> Iterator[Example]:
         question = f'which words fill the gap in "{" ".join(before)} ___ {" ".join(after)}"?'
         text = window(context, start, match.group(), rng)
         if match.group() in text:
-            yield Example(
-                "qa", f"{source}, cloze", {"text": text, "question": question}, match.group(), False
-            )
+            yield Example("qa", f"{source}, cloze", {"text": text, "question": question}, match.group(), False)
 
 
 def untokenise(text: str) -> str:
@@ -240,16 +232,11 @@ def squad_pairs(root: Path) -> list[tuple[str, str, bool]]:
     """(sentence, question, held out). The file keeps the order of the articles but not their names, so
     XQuAD's questions, which are SQuAD's, tell which rows lie in which article; rows between two articles are
     held out if either is."""
-    pairs = [
-        (row["sentence"], row["question"])
-        for row in rows(root / "qa" / "squad_sentence_question_dev.jsonl.gz")
-    ]
+    pairs = [(row["sentence"], row["question"]) for row in rows(root / "qa" / "squad_sentence_question_dev.jsonl.gz")]
     titles = {normal(r["question"]): r["title"] for r in rows(root / "qa" / "xquad_en_train.jsonl.gz")}
     known = [titles.get(normal(question)) for _, question in pairs]
     held_text = " ".join(
-        normal(r["context"])
-        for r in rows(root / "qa" / "xquad_en_train.jsonl.gz")
-        if title_held_out(r["title"])
+        normal(r["context"]) for r in rows(root / "qa" / "xquad_en_train.jsonl.gz") if title_held_out(r["title"])
     )
     before: list[str | None] = []
     for title in known:

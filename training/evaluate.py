@@ -58,9 +58,7 @@ class Bench:
     def losses(self, document: Document) -> Tensor:
         ids = torch.tensor(document.ids, device=self.model.device)
         logits = self.model(ids[None]).logits[0, document.prompt_tokens - 1 : -1].float()
-        return torch.nn.functional.cross_entropy(
-            logits, ids[document.prompt_tokens :], reduction="none"
-        ).cpu()
+        return torch.nn.functional.cross_entropy(logits, ids[document.prompt_tokens :], reduction="none").cpu()
 
     def perplexity(self, pairs: list[tuple[Example, Document]]) -> float:
         losses = torch.cat([self.losses(d) for _, d in pairs])
@@ -84,9 +82,7 @@ def quality(bench: Bench, most: int) -> dict[str, dict[str, float]]:
         losses = [bench.losses(d) for _, d in pairs]
         total, count = sum(float(x.sum()) for x in losses), sum(len(x) for x in losses)
         end = bench.tokenizer.eos_token_id
-        inner = torch.cat(
-            [x[:-1] if d.ids[-1] == end else x for x, (_, d) in zip(losses, pairs, strict=True)]
-        )
+        inner = torch.cat([x[:-1] if d.ids[-1] == end else x for x, (_, d) in zip(losses, pairs, strict=True)])
         whole = [(x, e) for x, (e, d) in zip(losses, pairs, strict=True) if d.ids[-1] == end]
         size = sum(len(e.answer.encode()) for _, e in whole)
         result[task] = {
@@ -121,9 +117,7 @@ def routing(bench: Bench, most: int) -> dict[str, Any]:
         "smallest_share_times_experts": [float(x) * experts for x in overall.min(1).values],
         "largest_share_times_experts": [float(x) * experts for x in overall.max(1).values],
         "one_nearest_neighbour": nearest_neighbour(table.flatten(1), labels),
-        "one_nearest_neighbour_new_phrasing": nearest_neighbour(
-            new.flatten(1), fresh_labels, table.flatten(1), labels
-        ),
+        "one_nearest_neighbour_new_phrasing": nearest_neighbour(new.flatten(1), fresh_labels, table.flatten(1), labels),
         "mean_total_variation_task_from_mean": float(apart),
         "task_share_in_own_top_6": {
             t: float(s.topk(6, dim=1).values.sum(1).mean()) for t, s in zip(TASKS, tasks, strict=True)
@@ -153,9 +147,7 @@ def rerouting(bench: Bench, most: int) -> dict[str, Any]:
                 [torch.tensor(sorted(rng.sample(range(experts), count))) for _ in range(layers)]
                 for _ in range(RANDOM_DRAWS)
             ]
-            draws = [
-                [torch.zeros(experts, dtype=torch.bool).index_fill_(0, c, True) for c in d] for d in chosen
-            ]
+            draws = [[torch.zeros(experts, dtype=torch.bool).index_fill_(0, c, True) for c in d] for d in chosen]
             ways = {
                 "task": [most_popular(popular[task], count)],
                 "global": [most_popular(everywhere, count)],
@@ -190,9 +182,7 @@ def accuracy(bench: Bench, most: int) -> dict[str, float]:
     def answers(task: str, count: int, tokens: int) -> list[tuple[Example, str]]:
         examples = bench.sides[task, True][:count]
         family = TRAIN[task]
-        return [
-            (e, bench.answer(render(task, e.fields, i % len(family)), tokens)) for i, e in enumerate(examples)
-        ]
+        return [(e, bench.answer(render(task, e.fields, i % len(family)), tokens)) for i, e in enumerate(examples)]
 
     labels = answers("classify", most, 8)
     kinds = {kind: [(e, a) for e, a in labels if kind in e.fields["labels"]] for kind in ("neutral", "joy")}
@@ -205,8 +195,7 @@ def accuracy(bench: Bench, most: int) -> dict[str, float]:
         "qa_exact": sum(e.answer.strip(" .").lower() == a.strip(" .").lower() for e, a in qa) / len(qa),
         "qa_answer_in_passage": sum(a in e.fields["text"] for e, a in qa) / len(qa),
         "compare_pearson": correlation([number(e.answer) for e, _ in scores], [number(a) for _, a in scores]),
-        "maths_final_number": sum(e.answer.split()[-1] == (a.split() or [""])[-1] for e, a in maths)
-        / len(maths),
+        "maths_final_number": sum(e.answer.split()[-1] == (a.split() or [""])[-1] for e, a in maths) / len(maths),
     }
 
 
@@ -239,11 +228,10 @@ def training_facts(state_path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--state", type=Path, help="the --out folder of training.train, for its facts")
+    parser.add_argument("--note", default="", help="what the card should say of this run beside its settings")
     parser.add_argument("--nano", type=Path, default=Path("src/emoe/nano"))
     parser.add_argument("--results", type=Path, default=Path("training/results.json"))
     parser.add_argument("--most", type=int, default=200, help="held-out prompts per task")
@@ -251,6 +239,7 @@ def main() -> None:
     examples = load(args.data)
     bench = Bench(args.nano / "checkpoint", examples)
     results: dict[str, Any] = {
+        "note": args.note,
         "training": training_facts(args.state / "state.pt") if args.state else None,
         "examples": {
             t: {
@@ -265,9 +254,7 @@ def main() -> None:
         "answers": examples_of(bench, args.nano / "prompts.jsonl"),
         "rerouting": rerouting(bench, min(40, args.most)),
     }
-    args.results.write_text(
-        json.dumps(rounded(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    args.results.write_text(json.dumps(rounded(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

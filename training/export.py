@@ -154,9 +154,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--state", type=Path, required=True, help="the --out folder of training.train")
     parser.add_argument("--to", type=Path, default=Path("src/emoe/nano"))
@@ -175,9 +173,7 @@ def main() -> None:
     lines = [json.dumps(p, ensure_ascii=False) for p in prompts(examples)]
     replace_folder(temporary, args.to / "checkpoint")
     (args.to / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    size = sum(
-        f.stat().st_size for f in args.to.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")
-    )
+    size = sum(f.stat().st_size for f in args.to.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc"))
     print(f"step {state['step']}, {state['tokens']:,} tokens, {size:,} bytes, {len(lines)} prompts, {found}")
     if size > MAX_BYTES:
         raise SystemExit(f"{size:,} bytes are more than {MAX_BYTES:,}")

@@ -70,13 +70,7 @@ class SortedExperts(torch.autograd.Function):
         tokens, k = weights.shape
         gs = grad.index_select(0, token)
         # Row-wise dot product by bmm: no [rows, hidden] intermediate is written.
-        gw = (
-            torch.bmm(gs.unsqueeze(1), y.unsqueeze(2))
-            .view(-1)
-            .float()
-            .index_select(0, inverse)
-            .view(tokens, k)
-        )
+        gw = torch.bmm(gs.unsqueeze(1), y.unsqueeze(2)).view(-1).float().index_select(0, inverse).view(tokens, k)
         gy = gs * weights.reshape(-1).index_select(0, order).to(gs.dtype).unsqueeze(1)
         gh = torch.empty_like(h)
         g_down = torch.empty_like(down16)
@@ -244,9 +238,7 @@ class NanoMoe(nn.Module):
     def loss_sum(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of cross-entropies, and (without gradient) the loss of each token."""
         vocab = self.embed_tokens.weight
-        result: tuple[Tensor, Tensor] = chunked_loss(
-            hidden.bfloat16(), vocab, targets, weights, self.training
-        )
+        result: tuple[Tensor, Tensor] = chunked_loss(hidden.bfloat16(), vocab, targets, weights, self.training)
         return result
 
 
@@ -300,9 +292,7 @@ class Buckets:
     scatter: Tensor
 
     @staticmethod
-    def of(
-        lengths: list[int], device: torch.device, steps: tuple[int, ...] = (64, 96, 128, 192, 256, 384)
-    ) -> Buckets:
+    def of(lengths: list[int], device: torch.device, steps: tuple[int, ...] = (64, 96, 128, 192, 256, 384)) -> Buckets:
         groups: dict[int, list[tuple[int, int]]] = {}
         start = 0
         for n in lengths:
@@ -321,6 +311,4 @@ class Buckets:
             positions[index[real]] = np.broadcast_to(step, index.shape)[real]
             gather.append(torch.from_numpy(index).to(device))
             offset += index.size
-        return Buckets(
-            torch.from_numpy(positions).to(device), tuple(gather), torch.from_numpy(scatter).to(device)
-        )
+        return Buckets(torch.from_numpy(positions).to(device), tuple(gather), torch.from_numpy(scatter).to(device))

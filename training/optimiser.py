@@ -35,9 +35,7 @@ def matrices(name: str, p: Tensor) -> Tensor:
 
 
 class Muon:
-    def __init__(
-        self, params: list[tuple[str, nn.Parameter]], lr: float, decay: float, momentum: float = 0.95
-    ):
+    def __init__(self, params: list[tuple[str, nn.Parameter]], lr: float, decay: float, momentum: float = 0.95):
         self.params, self.lr, self.decay, self.momentum = params, lr, decay, momentum
         self.buffers = {name: torch.zeros_like(p) for name, p in params}
 

@@ -40,10 +40,7 @@ def only(model: Any, allowed: Sequence[Tensor]) -> Iterator[None]:
 
         return hook
 
-    hooks = [
-        r.register_forward_hook(masked(mask, r.top_k))
-        for r, mask in zip(routers(model), allowed, strict=True)
-    ]
+    hooks = [r.register_forward_hook(masked(mask, r.top_k)) for r, mask in zip(routers(model), allowed, strict=True)]
     try:
         yield
     finally:

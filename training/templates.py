@@ -33,8 +33,7 @@ TRAIN: dict[str, tuple[str, ...]] = {
         "Question: {question}\n\nFind the answer in this passage.\n\n{text}",
         "According to the passage, {question}\n\nPassage: {text}",
         "Context: {text}\n\nAnswer this question about the context: {question}",
-        "Give the short answer to the question, copied from the text."
-        "\n\nText: {text}\n\nQuestion: {question}",
+        "Give the short answer to the question, copied from the text.\n\nText: {text}\n\nQuestion: {question}",
     ),
     "ask": (
         "Write a question that this sentence answers.\n\n{text}",
@@ -51,8 +50,7 @@ TRAIN: dict[str, tuple[str, ...]] = {
         "Rate how similar in meaning these sentences are, from 0 to 5.\n\n1. {a}\n2. {b}",
         "Compare the meaning of A and B and give a similarity score between 0 and 5.\n\nA: {a}\nB: {b}",
         "Sentence one: {a}\nSentence two: {b}\n\nScore their similarity from 0 to 5.",
-        "Do these two sentences mean the same? Compare them and score from 0 to 5."
-        "\n\nFirst: {a}\nSecond: {b}",
+        "Do these two sentences mean the same? Compare them and score from 0 to 5.\n\nFirst: {a}\nSecond: {b}",
         "Similarity of two sentences, 0 (different) to 5 (same):\n\n{a}\n{b}",
         "A: {a}\nB: {b}\n\nCompare A with B: similarity score from 0 to 5?",
         "How close in meaning are the following two sentences? Score from 0 to 5.\n\n- {a}\n- {b}",

@@ -47,11 +47,7 @@ def balance_losses(probs: list[Tensor], chosen: list[Tensor], real: int) -> tupl
         share = torch.bincount(c[:real].reshape(-1), minlength=experts).to(p.dtype) / c[:real].numel()
         mean = p[:real].mean(0)
         starved = (RESCUE_BELOW - experts * share).clamp_min(0)
-        total = (
-            total
-            + BALANCE * experts * (share * mean).sum()
-            - RESCUE * (starved * mean.clamp_min(1e-6).log()).sum()
-        )
+        total = total + BALANCE * experts * (share * mean).sum() - RESCUE * (starved * mean.clamp_min(1e-6).log()).sum()
         smallest.append(share.min() * experts)
     return total / len(probs), torch.stack(smallest)
 
@@ -66,9 +62,7 @@ def held_out_documents(examples: list[Example], tokenizer: Any, most: int) -> li
 
 
 @torch.no_grad()
-def held_out_figures(
-    model: NanoMoe, documents: list[Document], size: int, device: torch.device
-) -> dict[str, Any]:
+def held_out_figures(model: NanoMoe, documents: list[Document], size: int, device: torch.device) -> dict[str, Any]:
     model.eval()
     nll, count = torch.zeros(len(TASKS)), torch.zeros(len(TASKS))
     used = torch.zeros(model.shape.layers, model.shape.experts)
@@ -102,16 +96,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=95.0)
     parser.add_argument("--batch", type=int, default=4096, help="tokens per step")
-    parser.add_argument(
-        "--threads", type=int, default=0, help="0: the machine's cores less those busy elsewhere"
-    )
+    parser.add_argument("--threads", type=int, default=0, help="0: the machine's cores less those busy elsewhere")
     parser.add_argument("--muon-lr", type=float, default=0.015)
     parser.add_argument("--adam-lr", type=float, default=0.0025)
     parser.add_argument("--decay", type=float, default=0.15)
