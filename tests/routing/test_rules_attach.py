@@ -142,7 +142,7 @@ def test_a_router_that_routes_otherwise_is_found_out_on_its_first_call() -> None
 
 
 def test_older_versions_that_return_ids_first_keep_that_order() -> None:
-    """granitemoe before transformers 5.19 or so returns (ids, weights, logits)."""
+    """In transformers 5.17 granitemoe returns (ids, weights, logits)."""
     router = build("granitemoe.GraniteMoeTopKRouter")
     hidden = hidden_states()
     rule = rule_of(router.module)
