@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -16,6 +15,7 @@ import emoe
 from emoe.config import ExpertMemory
 from emoe.model import close
 from emoe.residency.eviction import EVICTION_RULES
+from tests.families import FAMILIES, make_checkpoint
 
 PAD = 0
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import emoe
 from emoe.errors import CheckpointError, ReadError, UnsupportedModelError, UsageError
 from emoe.model.bind import binding_of
+from tests.families import make_checkpoint
 
 
 @pytest.fixture(scope="module")

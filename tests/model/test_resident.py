@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ import emoe
 from emoe.errors import BudgetError, UnsupportedModelError, UsageError
 from emoe.model.bind import binding_of
 from emoe.routing.rules import registry
+from tests.families import make_checkpoint
 
 
 @pytest.fixture(scope="module")

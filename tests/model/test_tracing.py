@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import make_checkpoint
 
 import emoe
 from emoe.errors import UsageError
 from emoe.model import label_task
 from emoe.routing.trace import Trace
+from tests.families import make_checkpoint
 
 
 @pytest.fixture(scope="module")
