@@ -12,6 +12,7 @@ import torch
 import emoe
 from emoe.errors import UsageError
 from emoe.model import label_task
+from emoe.model.bind import binding_of
 from emoe.routing.trace import Trace
 from tests.families import make_checkpoint
 
@@ -62,3 +63,21 @@ def test_a_trace_holds_the_routers_own_choices(path: Path, tmp_path: Path, mode:
 def test_a_trace_that_cannot_be_written_is_refused_before_loading_ends(path: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot write a trace"):
         emoe.load(path, trace=tmp_path / "missing" / "run.npz")
+
+
+def test_sequences_that_have_ended_are_left_out(path: Path, tmp_path: Path) -> None:
+    model, _ = emoe.load(path, trace=tmp_path / "run.npz")
+    ids = torch.randint(3, 128, (3, 5), generator=torch.Generator().manual_seed(4))
+    free = model.generate(input_ids=ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    emoe.close(model)
+    end = int(free[0, 6])  # the second token that the first sequence generates
+
+    model, _ = emoe.load(path, trace=tmp_path / "run.npz")
+    binding_of(model).runtime.end_tokens = frozenset({end})
+    out = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=end, pad_token_id=0)
+    emoe.close(model)
+    trace = Trace.read(tmp_path / "run.npz")
+    for row in range(3):
+        generated = out[row, 5:].tolist()
+        fed = generated.index(end) if end in generated else 6 - 1  # tokens of the answer that were run
+        assert trace.offsets[row + 1] - trace.offsets[row] == 5 + fed

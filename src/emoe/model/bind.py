@@ -252,6 +252,8 @@ def _bind(model: PreTrainedModel, binding: Binding, needs: list[LayerNeed], evic
             module._emoe_layer = layer
             if runtime.mode == "resident":
                 binding.handles.append(_attach_rule(model, entries[need.layer], layer))
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    runtime.end_tokens = frozenset(ends if isinstance(ends, list | tuple) else () if ends is None else (ends,))
     runtime.watch(model)
 
 

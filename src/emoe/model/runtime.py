@@ -90,6 +90,7 @@ class Runtime:
         self.observing = mode == "resident"
         self.lock = threading.RLock()
         self.closed = False
+        self.end_tokens: frozenset[int] = frozenset()
 
     # -- passes ---------------------------------------------------------------------------------------------
 

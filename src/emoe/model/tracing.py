@@ -32,14 +32,24 @@ def record_trace(
         source={"model": index.path.name, "mode": runtime.mode},
     )
     prompts: list[int] = []
+    ended: list[bool] = []
     current: list[Pass] = []
+
+    def mask_of(now: Pass) -> torch.Tensor | None:
+        """Padding, and sequences of a batch that have ended: `generate` feeds them on until the others end."""
+        if now.phase == "decode" and now.input_ids is not None and now.batch > 1:
+            for row, token in enumerate(now.input_ids[:, -1].tolist()):
+                ended[row] = ended[row] or token in runtime.end_tokens
+            return ~torch.tensor(ended)
+        return now.mask
 
     def begin(now: Pass) -> None:
         if now.new_prompt or len(prompts) != now.batch:
             prompts[:] = [
                 writer.add_prompt(task=runtime.task, token_ids=_tokens_of(now, row)) for row in range(now.batch)
             ]
-        writer.begin_pass(prompts, now.phase, now.tokens, mask=now.mask, token_ids=now.input_ids)
+            ended[:] = [False] * now.batch
+        writer.begin_pass(prompts, now.phase, now.tokens, mask=mask_of(now), token_ids=now.input_ids)
         current[:] = [now]
 
     def observe(now: Pass, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
