@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from emoe.cli import build_parser, main
+from tests.checkpoint.sparse import write_sparse_qwen3_moe
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/user_guide.md")
@@ -37,6 +38,22 @@ def test_commands_run(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         code = left.code
     assert code == 0
     assert capsys.readouterr().out
+
+
+def test_the_plan_in_the_readme_is_what_the_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a checkpoint of the same shape, whose files are holes."""
+    shown = next(block for block in blocks("README.md", "console") if "emoe plan" in block)
+    command, _, expected = shown.partition("\n")
+    args = shlex.split(command.removeprefix("$ emoe "))
+    monkeypatch.chdir(tmp_path)
+    folder = Path(args[1])
+    folder.mkdir(parents=True)
+    write_sparse_qwen3_moe(folder, layers=48, experts=128, hidden=2048, width=768, shards=16)
+    capsys.readouterr()
+    assert main(args) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_every_command_is_documented() -> None:

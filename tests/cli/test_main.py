@@ -103,6 +103,27 @@ def test_a_budget_below_the_floor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "smallest budget that works" in one_line(capsys)
 
 
+def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from emoe.cli import main\n"
+        "wrong = (['--expert-memory', '1kB'], ['./nothing'], [sys.argv[1]])\n"
+        "codes = [main(['generate', '-p', 'x', *args]) for args in wrong]\n"
+        "print(codes, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[5, 2, 3] False\n"
+
+
+def test_a_model_without_a_tokenizer_cannot_be_given_text(
+    checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(checkpoints("qwen3_moe"))
+    capsys.readouterr()
+    for command in (["generate", "-p", "x"], ["chat"]):
+        assert main([*command, path]) == 2
+        assert "has no tokenizer" in one_line(capsys)
+
+
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(UsageError):
         main(["plan", "./nothing", "--debug"])

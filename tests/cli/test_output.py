@@ -13,13 +13,13 @@ from emoe.cli.output import ProgressLine, table
 
 @given(st.integers(0, 2**40), st.integers(0, 2**40), st.floats(0, 1e6))
 def test_a_progress_line_never_fails(done: int, more: int, seconds: float) -> None:
-    line = ProgressLine("reading", io.StringIO()).line(done, done + more, seconds)
+    line = ProgressLine("reading", io.StringIO()).line(done, done + more, seconds, done)
     assert line.startswith("reading ")
     assert "\n" not in line
 
 
 def test_bytes_rate_and_time_left() -> None:
-    line = ProgressLine("reading", io.StringIO()).line(2**30, 4 * 2**30, 2.0)
+    line = ProgressLine("reading", io.StringIO()).line(2**30, 4 * 2**30, 2.0, 2**30)
     assert line == "reading 1.00 GiB of 4.00 GiB (25%)  512.00 MiB/s  0:06 left"
 
 

@@ -13,6 +13,4 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("bench", help="Measure.", description="Measure.")
     below = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     benchmarks.add_decode(add_command(below, "decode", benchmarks.run_decode, benchmarks.DECODE))
-    benchmarks.add_checkpoint(
-        add_command(below, "checkpoint", benchmarks.run_checkpoint, benchmarks.CHECKPOINT)
-    )
+    benchmarks.add_checkpoint(add_command(below, "checkpoint", benchmarks.run_checkpoint, benchmarks.CHECKPOINT))

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from emoe.cli.early import refuse_early
 from emoe.cli.options import add_command, add_loading, add_model, add_sampling, sampling
 from emoe.cli.output import note
 from emoe.config import format_bytes
@@ -29,9 +30,11 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Converse until /quit, the end of input or two Ctrl-C."""
     options = sampling(args)
+    refuse_early(args.model, args.expert_memory)
     from emoe.cli.session import announce, open_session
 
     with open_session(args) as session:
+        session.encode("")  # refuses a model without a tokenizer
         announce(session)
         if sys.stdin.isatty():
             import readline  # noqa: F401  gives input() editing and history
@@ -59,6 +62,8 @@ class Conversation:
             try:
                 line = input("> " if sys.stdin.isatty() else "").strip()
             except EOFError:
+                if sys.stdin.isatty():
+                    print()
                 return 0
             except KeyboardInterrupt:
                 if warned:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from emoe.cli.early import refuse_early
 from emoe.cli.options import add_command, add_json, add_loading, add_model, add_sampling, sampling
 from emoe.cli.output import note, print_json
 from emoe.errors import UsageError
@@ -28,15 +29,16 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Stream the answer. Ctrl-C stops it: exit code 130."""
     prompt = _prompt(args)
-    options = sampling(args)  # before the model is loaded: a mistake here should not cost that
+    options = sampling(args)
+    refuse_early(args.model, args.expert_memory)
     from emoe.cli.session import announce, figures, open_session, warn_if_lossy
 
     with open_session(args) as session:
+        ids = session.encode(prompt, raw=args.raw)
         if not args.quiet:
             announce(session)
         else:
             warn_if_lossy(session.stats)
-        ids = session.encode(prompt, raw=args.raw)
         answer = session.generate(ids, show=not args.json, **options)
         stats = session.stats
     if args.json:

@@ -6,6 +6,7 @@ import argparse
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from emoe.cli.early import refuse_early
 from emoe.cli.options import READERS, add_command, add_json, add_model, expert_memory
 from emoe.cli.output import print_json, table
 from emoe.config import ExpertMemory, format_bytes
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the index, or the pieces of some experts."""
     if args.expert is not None and args.layer is None:
         raise UsageError("--expert needs --layer: an expert is (layer, expert)")
+    refuse_early(args.model, args.expert_memory)
     from emoe import nano
     from emoe.checkpoint.index import build_index, skeleton
     from emoe.checkpoint.readers import choose_reader

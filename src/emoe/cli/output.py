@@ -44,25 +44,29 @@ class ProgressLine:
         self._what = what
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty()
-        self._start = time.monotonic()
-        self._shown = self._start if not self._terminal else 0.0
+        # Of the first call: what came before it (imports, dense weights) says nothing about the rate.
+        self._start: tuple[float, int] | None = None
+        self._shown = 0.0
 
     def __call__(self, done: int, total: int) -> None:
         """Show the state, if it is time to, or everything is done."""
         now = time.monotonic()
+        if self._start is None:
+            self._start = now, done
+            self._shown = 0.0 if self._terminal else now
         finished = done >= total
         if now - self._shown < (REDRAW_S if self._terminal else REPORT_S) and not (finished and self._terminal):
             return
         self._shown = now
-        line = self.line(done, total, now - self._start)
+        line = self.line(done, total, now - self._start[0], done - self._start[1])
         if self._terminal:
             print(f"\r\x1b[K{line}", end="\n" if finished else "", file=self._stream, flush=True)
         else:
             print(f"emoe: {line}", file=self._stream, flush=True)
 
-    def line(self, done: int, total: int, seconds: float) -> str:
-        """The text for `done` of `total` bytes after `seconds`."""
-        rate = done / max(seconds, 1e-3)
+    def line(self, done: int, total: int, seconds: float, since: int) -> str:
+        """The text for `done` of `total` bytes, `since` of them in the last `seconds`."""
+        rate = since / max(seconds, 1e-3)
         left = (total - done) / rate if rate > 0 else 0.0
         share = done / total if total else 1.0
         end = f"{_clock(left)} left" if done < total else f"in {seconds:.1f} s"

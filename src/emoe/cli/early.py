@@ -1,0 +1,34 @@
+"""What headers alone can refuse, before torch is imported: a mistake should not cost ten seconds of imports."""
+
+from __future__ import annotations
+
+from emoe import nano
+from emoe.checkpoint.headers import read_headers
+from emoe.checkpoint.source import resolve
+from emoe.config import ExpertMemory
+from emoe.planner.facts import layer_needs
+from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
+from emoe.planner.remote import is_hub_id
+from emoe.residency.budget import plan_slots
+
+
+def refuse_early(model: str | None, expert_memory: ExpertMemory | None) -> None:
+    """Raise what loading would raise for damaged files or a budget below the floor.
+
+    What takes more than headers to find out, and hub models, are left to loading.
+
+    Raises:
+        UsageError: there is no such folder.
+        CheckpointError: files missing, truncated or malformed.
+        UnsupportedModelError: pickle files only.
+        BudgetError: `expert_memory` is below the floor.
+    """
+    if model is not None and is_hub_id(model):
+        return
+    path = nano.path() if model is None else resolve(model)
+    config, entries = read_config(path), read_headers(path)
+    try:
+        facts = facts_from_headers(path, config, entries)
+    except Unsure:
+        return
+    plan_slots(expert_memory, layer_needs(facts))
