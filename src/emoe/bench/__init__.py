@@ -1,0 +1,1 @@
+"""Measuring: checkpoints of named shapes, and decoding speed beside transformers and accelerate."""

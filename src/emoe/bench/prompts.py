@@ -1,0 +1,46 @@
+"""Prompts of a given length: the same for every contender, another one for each round."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from emoe import nano
+from emoe.bench.shapes import card_of
+from emoe.errors import UsageError
+
+
+def prompt_ids(folder: Path, number: int, tokens: int, seed: int = 0) -> list[int]:
+    """Token ids of prompt `number` for the checkpoint in `folder`.
+
+    A model with a tokenizer reads real text: the held-out prompts of emoe-nano, one task after the other. A model of
+    random weights reads random tokens; one that `shapes.make_checkpoint` made, tokens of one topic.
+
+    Raises:
+        UsageError: the vocabulary is too small.
+    """
+    if (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists():
+        return _text(folder, number, tokens)
+    config = json.loads((folder / "config.json").read_text())
+    vocabulary = int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0))
+    card = card_of(folder)
+    topics = int(card["topics"]) if card else 1
+    if vocabulary < topics:
+        raise UsageError(f"{folder / 'config.json'} says vocab_size {vocabulary}: no random prompt can be made of it")
+    rng = random.Random(f"{seed}:{number}")
+    return [rng.randrange(vocabulary // topics) * topics + number % topics for _ in range(tokens)]
+
+
+def _text(folder: Path, number: int, tokens: int) -> list[int]:
+    from transformers import AutoTokenizer
+
+    prompts = nano.prompts()
+    tasks = sorted({prompt["task"] for prompt in prompts})
+    mine = [prompt["prompt"] for prompt in prompts if prompt["task"] == tasks[number % len(tasks)]]
+    turn = number // len(tasks) % len(mine)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids: list[int] = []
+    while len(ids) < tokens:
+        ids += tokenizer("\n\n".join(mine[turn:] + mine[:turn]) + "\n\n")["input_ids"]
+    return ids[:tokens]

@@ -1,0 +1,207 @@
+"""What a decode benchmark found: samples of each contender, and what follows from them. Plain arithmetic, no torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from emoe.bench.settings import Contender, DecodeSettings
+
+SCHEMA = "emoe-bench-decode/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median, least and greatest of some rounds."""
+
+    median: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return {"median": self.median, "min": self.least, "max": self.greatest}
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One contender: how it loaded, and a sample for each round it completed (`engines.Sample` as a dict).
+
+    `plan_bytes` is what the planner expects above a process that has only imported its libraries.
+    """
+
+    contender: Contender
+    plan_bytes: int
+    loads: list[dict[str, Any]] = field(default_factory=list)
+    samples: dict[int, dict[str, Any]] = field(default_factory=dict)
+    cgroup_peak_bytes: int | None = None
+    still_cached_bytes: int = 0
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The contender's name."""
+        return self.contender.name
+
+    def values(self, of: Callable[[dict[str, Any]], float]) -> Spread | None:
+        """`of` each round; None without rounds."""
+        return Spread.of([of(sample) for sample in self.samples.values()]) if self.samples else None
+
+    @property
+    def decode_tokens_per_s(self) -> Spread | None:
+        """Tokens after the first, over the time they took."""
+        return self.values(decode_rate)
+
+    @property
+    def load_peak_bytes(self) -> int | None:
+        """The most resident while loading, above the imports."""
+        return max((int(load["load_peak_bytes"]) for load in self.loads), default=None)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most resident while generating, above the imports."""
+        return max((int(sample["peak_bytes"]) for sample in self.samples.values()), default=None)
+
+    def hit_rate(self, phase: str) -> float | None:
+        """Of "prefill" or "decode", over all rounds; None where nothing was counted."""
+        hits = sum(sample[phase].get("hits", 0) for sample in self.samples.values())
+        misses = sum(sample[phase].get("misses", 0) for sample in self.samples.values())
+        return hits / (hits + misses) if hits + misses else None
+
+
+def decode_rate(sample: dict[str, Any]) -> float:
+    """Tokens/s after the first token."""
+    return float((len(sample["tokens"]) - 1) / sample["decode_s"])
+
+
+@dataclass(slots=True)
+class DecodeReport:
+    """A finished run."""
+
+    settings: DecodeSettings
+    model: dict[str, Any]
+    machine: dict[str, Any]
+    alternating: bool
+    outcomes: list[Outcome]
+    versions: dict[str, str]
+    threads: list[int]
+
+    def outcome(self, name: str) -> Outcome | None:
+        """The contender called `name`."""
+        return next((outcome for outcome in self.outcomes if outcome.name == name), None)
+
+    @property
+    def baseline(self) -> Outcome | None:
+        """What ratios refer to: the one asked for, else transformers' fastest, else emoe with the most experts."""
+        if self.settings.baseline is not None:
+            return self.outcome(self.settings.baseline)
+        plain = [o for o in self.outcomes if o.contender.engine == "transformers" and o.samples]
+        if plain:
+            return max(plain, key=lambda o: o.decode_tokens_per_s.median if o.decode_tokens_per_s else 0.0)
+        return self.reference
+
+    @property
+    def reference(self) -> Outcome | None:
+        """The first exact contender of emoe: its text is what the others' is held against."""
+        return next((o for o in self.outcomes if o.contender.mode == "exact" and o.samples), None)
+
+    def identical_rounds(self, outcome: Outcome) -> int | None:
+        """Rounds whose tokens are those of the reference; None where there is nothing to compare."""
+        reference = self.reference
+        if reference is None or not outcome.samples:
+            return None
+        shared = outcome.samples.keys() & reference.samples.keys()
+        return sum(bool(outcome.samples[r]["tokens"] == reference.samples[r]["tokens"]) for r in shared)
+
+    @property
+    def inexact(self) -> list[str]:
+        """Exact contenders whose text differs from the reference's: there must be none."""
+        return [
+            o.name
+            for o in self.outcomes
+            if o.contender.mode == "exact" and o.samples and self.identical_rounds(o) != len(o.samples)
+        ]
+
+    @property
+    def failed(self) -> list[Outcome]:
+        """Contenders that did not complete."""
+        return [outcome for outcome in self.outcomes if outcome.error is not None]
+
+    def ratio(self, outcome: Outcome, of: Callable[[dict[str, Any]], float]) -> Spread | None:
+        """How many times the baseline's `of`, round by round: what disturbs a whole round then cancels out."""
+        baseline = self.baseline
+        if baseline is None:
+            return None
+        shared = sorted(outcome.samples.keys() & baseline.samples.keys())
+        if not shared:
+            return None
+        return Spread.of([of(outcome.samples[r]) / of(baseline.samples[r]) for r in shared])
+
+    def prefill_rate(self, sample: dict[str, Any]) -> float:
+        """Prompt tokens/s until the first new token."""
+        return float(self.settings.prompt_tokens / sample["first_token_s"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; docs/benchmarks.md explains every field."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "machine": self.machine,
+            "versions": self.versions,
+            "threads": self.threads,
+            "settings": self.settings.as_dict(),
+            "alternating": self.alternating,
+            "baseline": self.baseline.name if self.baseline else None,
+            "reference": self.reference.name if self.reference else None,
+            "inexact": self.inexact,
+            "contenders": [self._contender(outcome) for outcome in self.outcomes],
+        }
+
+    def _contender(self, outcome: Outcome) -> dict[str, Any]:
+        decode = [sample["decode"] for sample in outcome.samples.values()]
+        decoded = sum(len(sample["tokens"]) - 1 for sample in outcome.samples.values())
+
+        def spread(of: Callable[[dict[str, Any]], float]) -> dict[str, float] | None:
+            found = outcome.values(of)
+            return found.as_dict() if found else None
+
+        def ratio(of: Callable[[dict[str, Any]], float]) -> dict[str, float] | None:
+            found = self.ratio(outcome, of)
+            return found.as_dict() if found else None
+
+        def per_token(name: str) -> float | None:
+            counted = [phase[name] for phase in decode if name in phase]
+            return sum(counted) / decoded if counted else None
+
+        return {
+            "name": outcome.name,
+            **outcome.contender.as_dict(),
+            "decode_tokens_per_s": spread(decode_rate),
+            "decode_ratio": ratio(decode_rate),
+            "decode_cpu_s_per_token": spread(lambda s: float(s["decode_cpu_s"]) / (len(s["tokens"]) - 1)),
+            "first_token_cpu_s": spread(lambda sample: float(sample["first_token_cpu_s"])),
+            "first_token_s": spread(lambda sample: float(sample["first_token_s"])),
+            "prefill_tokens_per_s": spread(self.prefill_rate),
+            "prefill_ratio": ratio(self.prefill_rate),
+            "prefill_hit_rate": outcome.hit_rate("prefill"),
+            "decode_hit_rate": outcome.hit_rate("decode"),
+            "decode_bytes_read_per_token": per_token("bytes_read"),
+            "decode_load_wait_s_per_token": per_token("load_wait_s"),
+            "plan_bytes": outcome.plan_bytes,
+            "load_peak_bytes": outcome.load_peak_bytes,
+            "peak_bytes": outcome.peak_bytes,
+            "cgroup_peak_bytes": outcome.cgroup_peak_bytes,
+            "still_cached_bytes": outcome.still_cached_bytes,
+            "identical_rounds": self.identical_rounds(outcome),
+            "rounds": len(outcome.samples),
+            "loads": outcome.loads,
+            "samples": [{"round": r, **sample} for r, sample in sorted(outcome.samples.items())],
+            "error": outcome.error,
+        }

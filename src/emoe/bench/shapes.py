@@ -1,0 +1,293 @@
+"""Random-weight checkpoints of named shapes, to measure on: written tensor by tensor, in hub layout.
+
+Routing would be uniform, and independent from token to token, if all weights were plain noise: a cache would then see
+the worst case, which no trained model shows. Here every token's embedding is a sum of three random directions,
+
+    embedding(token) = common * u  +  topical * v[topic of the token]  +  own * w[token],
+
+and routers are plain noise over it, so that each has a popularity that holds for all text (through u), one that holds
+for a topic (through v) and a choice of the token's own. The output projection prefers tokens of the topic it sees, so
+generated text stays in the topic of its prompt for a while, as real text does; it is blind to u, so no token
+dominates. The weights of the three are chosen so that an LRU of 20, 40, 60 and 80 % of the experts of each layer
+finds about what it finds on the recorded routes of gpt-oss-20b (4 of 32 experts: .53, .81, .93, .98): see
+docs/benchmarks.md, "Measuring".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from emoe.bench.writing import Progress, TensorToWrite, write_sharded
+from emoe.config import format_bytes
+from emoe.errors import CheckpointError, UsageError
+
+CARD = "emoe_bench.json"
+"""Written last into a checkpoint's folder: what it is, and that it is complete."""
+
+SHARD_BYTES = 10**9
+BLOCK_ELEMENTS = 2**22  # 16 MiB of float32 at a time
+TOPICS = 8
+GENERATION = {"do_sample": False, "repetition_penalty": 5.0}
+"""Greedy, and in effect no token twice: left alone, random weights soon repeat a handful of tokens, whose experts any
+cache would then hold."""
+
+Blocks = Callable[[int, int], torch.Tensor]
+"""Rows [start, end) of a matrix, float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A named shape. `layout` says how a family names its tensors, `settings` goes into config.json beside it."""
+
+    name: str
+    layout: Literal["qwen3_moe", "mixtral"]
+    hidden: int
+    layers: int
+    experts: int
+    inner: int
+    top_k: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    settings: dict[str, Any] = field(default_factory=dict)
+    common: float = 0.4
+    topical: float = 0.52
+
+    @property
+    def own(self) -> float:
+        """The share of a token's own direction: the three squares add up to 1."""
+        return math.sqrt(1 - self.common**2 - self.topical**2)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts."""
+        return self.layers * self.experts * 3 * self.hidden * self.inner * self.dtype.itemsize
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in tensors_of(self, seed=0))
+
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        common = {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "num_experts_per_tok": self.top_k,
+            "hidden_act": "silu",
+            "max_position_embeddings": 32768,
+            "rope_theta": 1000000.0,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        if self.layout == "mixtral":
+            own: dict[str, Any] = {
+                "architectures": ["MixtralForCausalLM"],
+                "model_type": "mixtral",
+                "intermediate_size": self.inner,
+                "num_local_experts": self.experts,
+                "sliding_window": None,
+            }
+        else:
+            own = {
+                "architectures": ["Qwen3MoeForCausalLM"],
+                "model_type": "qwen3_moe",
+                "intermediate_size": self.inner * self.top_k,
+                "moe_intermediate_size": self.inner,
+                "num_experts": self.experts,
+                "norm_topk_prob": True,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [],
+                "attention_bias": False,
+                "use_sliding_window": False,
+            }
+        return own | common | self.settings
+
+
+SHAPES: dict[str, Shape] = {
+    shape.name: shape
+    for shape in (
+        Shape("qwen3-moe-2.5gb", "qwen3_moe", 1024, 12, 64, 512, 8, 8192, heads=16, kv_heads=4, head_dim=64),
+        Shape("qwen3-moe-0.4gb", "qwen3_moe", 512, 8, 64, 256, 8, 8192, heads=8, kv_heads=2, head_dim=64),
+        Shape("mixtral-1.2gb", "mixtral", 1024, 8, 8, 2816, 2, 8192, heads=16, kv_heads=4, head_dim=64),
+        Shape("tiny", "qwen3_moe", 64, 3, 16, 32, 2, 256, heads=4, kv_heads=2, head_dim=16),
+        Shape("tiny-mixtral", "mixtral", 64, 2, 8, 48, 2, 256, heads=4, kv_heads=2, head_dim=16),
+    )
+}
+"""Shapes by name. Adding one is one entry here."""
+
+
+def shape_of(name: str) -> Shape:
+    """The shape called `name`. Raises UsageError for any other."""
+    if name not in SHAPES:
+        raise UsageError(f"no shape is called {name!r}; use one of {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def make_checkpoint(shape: str | Shape, folder: str | Path, seed: int = 0, progress: Progress | None = None) -> Path:
+    """Write a checkpoint of `shape` to `folder` and return it; if it is there already, only return it.
+
+    The same shape and seed give the same bytes. Memory use is a few tens of MiB whatever the shape. The folder appears
+    under its name only when it is complete.
+
+    Args:
+        shape: a name of `SHAPES`, or a shape of one's own.
+        folder: where to; it must not exist, be empty, or hold the same shape and seed.
+        seed: of the weights.
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        UsageError: no such shape, or `folder` holds something else.
+        CheckpointError: the disk has not that much room.
+    """
+    shape = shape_of(shape) if isinstance(shape, str) else shape
+    folder = Path(folder)
+    card = card_of(folder)
+    if card is not None and (card["shape"], card["seed"]) == (shape.name, seed):
+        return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not a {shape.name} checkpoint of seed {seed}; choose another folder")
+    tensors = list(tensors_of(shape, seed))
+    total = sum(tensor.nbytes for tensor in tensors)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < total * 1.02:
+        raise CheckpointError(
+            f"{shape.name} takes {format_bytes(total)}, and {folder.parent} has {format_bytes(free)} free; choose "
+            "another folder or a smaller shape"
+        )
+    work = folder.with_name(f"{folder.name}.part{os.getpid()}")
+    work.mkdir()
+    try:
+        write_sharded(tensors, work, SHARD_BYTES, progress)
+        (work / "config.json").write_text(json.dumps(shape.config(), indent=2) + "\n")
+        (work / "generation_config.json").write_text(json.dumps(GENERATION) + "\n")
+        (work / CARD).write_text(json.dumps({"shape": shape.name, "seed": seed, "topics": TOPICS}) + "\n")
+        if folder.exists():
+            folder.rmdir()
+        work.rename(folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return folder
+
+
+def card_of(folder: Path) -> dict[str, Any] | None:
+    """What `make_checkpoint` noted in `folder`: shape, seed, topics; None where it made nothing."""
+    try:
+        card = json.loads((folder / CARD).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return card if isinstance(card, dict) and {"shape", "seed", "topics"} <= card.keys() else None
+
+
+# -- tensors ------------------------------------------------------------------------------------------------
+
+
+def tensors_of(shape: Shape, seed: int) -> Iterator[TensorToWrite]:
+    """Every tensor of the checkpoint, in the order of the file. Values are made when their blocks are asked for."""
+    make = _Maker(shape, seed)
+    hidden, width = shape.hidden, shape.heads * shape.head_dim
+    kv = shape.kv_heads * shape.head_dim
+    yield make.matrix("model.embed_tokens.weight", shape.vocabulary, hidden, make.embedding)
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}"
+        yield make.ones(f"{prefix}.input_layernorm.weight", hidden)
+        yield make.noise(f"{prefix}.self_attn.q_proj.weight", width, hidden)
+        yield make.noise(f"{prefix}.self_attn.k_proj.weight", kv, hidden)
+        yield make.noise(f"{prefix}.self_attn.v_proj.weight", kv, hidden)
+        yield make.noise(f"{prefix}.self_attn.o_proj.weight", hidden, width, gain=make.residual_gain)
+        if shape.layout == "qwen3_moe":
+            yield make.ones(f"{prefix}.self_attn.q_norm.weight", shape.head_dim)
+            yield make.ones(f"{prefix}.self_attn.k_norm.weight", shape.head_dim)
+        yield make.ones(f"{prefix}.post_attention_layernorm.weight", hidden)
+        block = "block_sparse_moe" if shape.layout == "mixtral" else "mlp"
+        gate, down, up = ("w1", "w2", "w3") if shape.layout == "mixtral" else ("gate_proj", "down_proj", "up_proj")
+        yield make.noise(f"{prefix}.{block}.gate.weight", shape.experts, hidden, gain=make.router_gain)
+        for expert in range(shape.experts):
+            name = f"{prefix}.{block}.experts.{expert}"
+            yield make.noise(f"{name}.{gate}.weight", shape.inner, hidden)
+            yield make.noise(f"{name}.{up}.weight", shape.inner, hidden)
+            yield make.noise(f"{name}.{down}.weight", hidden, shape.inner, gain=make.residual_gain)
+    yield make.ones("model.norm.weight", hidden)
+    yield make.matrix("lm_head.weight", shape.vocabulary, hidden, make.head)
+
+
+class _Maker:
+    """Values by name and seed, whatever the order they are asked for in."""
+
+    router_gain = 1.5  # spread of router logits: the best of 8 chosen experts gets about a third of the weight
+
+    def __init__(self, shape: Shape, seed: int) -> None:
+        self.shape = shape
+        self.seed = seed
+        self.residual_gain = 1 / math.sqrt(2 * shape.layers)  # keeps the residual stream from drowning the token
+        self._basis: torch.Tensor | None = None
+
+    def rng(self, name: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+    @property
+    def basis(self) -> torch.Tensor:
+        """[1 + TOPICS, hidden]: the common direction, then one for each topic. Orthogonal, elements of size about 1."""
+        if self._basis is None:
+            noise = torch.randn(self.shape.hidden, 1 + TOPICS, generator=self.rng("basis"))
+            self._basis = torch.linalg.qr(noise).Q.T * math.sqrt(self.shape.hidden)
+        return self._basis
+
+    def ones(self, name: str, size: int) -> TensorToWrite:
+        return TensorToWrite(name, (size,), self.shape.dtype, lambda: [torch.ones(size)])
+
+    def noise(self, name: str, rows: int, columns: int, gain: float = 1.0) -> TensorToWrite:
+        """Inputs of size 1 give outputs of size `gain`."""
+        std = gain / math.sqrt(columns)
+        return self.matrix(
+            name, rows, columns, lambda rng, _, count: torch.empty(count, columns).normal_(0, std, generator=rng)
+        )
+
+    def matrix(
+        self, name: str, rows: int, columns: int, fill: Callable[[torch.Generator, int, int], torch.Tensor]
+    ) -> TensorToWrite:
+        step = max(1, BLOCK_ELEMENTS // columns)
+
+        def blocks() -> Iterator[torch.Tensor]:
+            rng = self.rng(name)
+            for start in range(0, rows, step):
+                yield fill(rng, start, min(step, rows - start))
+
+        return TensorToWrite(name, (rows, columns), self.shape.dtype, blocks)
+
+    def embedding(self, rng: torch.Generator, start: int, count: int) -> torch.Tensor:
+        topics = self.basis[1 + torch.arange(start, start + count) % TOPICS]
+        own = torch.randn(count, self.shape.hidden, generator=rng)
+        return self.shape.common * self.basis[0] + self.shape.topical * topics + self.shape.own * own
+
+    def head(self, rng: torch.Generator, start: int, count: int) -> torch.Tensor:
+        """Noise that does not see the common and topical directions, and a liking for the token's own topic."""
+        hidden = self.shape.hidden
+        noise = torch.randn(count, hidden, generator=rng)
+        noise -= (noise @ self.basis.T / hidden) @ self.basis
+        topics = self.basis[1 + torch.arange(start, start + count) % TOPICS]
+        # An input wholly of the topic adds up to 4 to logits that are otherwise spread by 1.
+        return noise / math.sqrt(hidden) + topics * (4 / hidden)

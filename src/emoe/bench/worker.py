@@ -1,0 +1,126 @@
+"""A process that measures one contender: `python -m emoe.bench.worker` reads requests from stdin, one JSON object a
+line, and answers each with one line. See `emoe.bench.client` for the other end.
+
+    {"op": "load", "contender": ..., "folder": ..., "threads": ..., "options": ...}
+    {"op": "generate", "prompt": 3, "prompt_tokens": 128, "new_tokens": 32, "seed": 0}
+    {"op": "stop"}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class Worker:
+    """The state between requests."""
+
+    def __init__(self) -> None:
+        self._running: Any = None
+        self._folder = Path()
+        self._base_bytes = 0
+
+    def load(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Import and rehearse everything, note what that takes, then load. Peaks are above that base."""
+        import torch
+
+        if request["threads"] is not None:
+            torch.set_num_threads(request["threads"])
+        import transformers
+
+        from emoe.bench import engines
+        from emoe.bench.process import memory, reset_peak, storage_bytes_read
+        from emoe.bench.settings import Contender
+
+        self._folder = Path(request["folder"])
+        contender = Contender.from_dict(request["contender"])
+        engines.rehearse(contender, self._folder, request["options"])
+        if contender.engine == "accelerate":
+            import accelerate
+
+            versions = {"accelerate": accelerate.__version__}
+        else:
+            versions = {}
+        reset_peak()
+        base, read = memory(), storage_bytes_read()
+        self._base_bytes = base.now_bytes
+        start = time.perf_counter()
+        self._running = engines.load(contender, self._folder, request["options"])
+        seconds = time.perf_counter() - start
+        now = memory()
+        return {
+            "load_s": seconds,
+            "base_bytes": base.now_bytes,
+            "load_peak_bytes": now.peak_bytes - base.now_bytes,
+            "loaded_bytes": now.now_bytes - base.now_bytes,
+            "load_storage_bytes": storage_bytes_read() - read,
+            "threads": torch.get_num_threads(),
+            "extra_files": [str(path) for path in self._running.extra_files],
+            "notes": self._running.notes,
+            "versions": versions
+            | {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def generate(self, request: dict[str, Any]) -> dict[str, Any]:
+        """One generation, measured."""
+        from emoe.bench import engines
+        from emoe.bench.prompts import prompt_ids
+
+        prompt = prompt_ids(self._folder, request["prompt"], request["prompt_tokens"], request["seed"])
+        return engines.generate(self._running, prompt, request["new_tokens"], self._base_bytes).as_dict()
+
+    def stop(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Remove what was written."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+        return {}
+
+
+def answer(worker: Worker, line: str) -> dict[str, Any]:
+    """Answer one request; an error becomes an answer too, since the other end must always get one."""
+    request = json.loads(line)
+    operations: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "load": worker.load,
+        "generate": worker.generate,
+        "stop": worker.stop,
+    }
+    try:
+        return operations[request["op"]](request)
+    except Exception as error:  # whatever it was, the other end is told, with its type
+        import traceback
+
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def main(requests: TextIO, answers: TextIO) -> None:
+    """Serve until stdin ends or "stop" is asked."""
+    worker = Worker()
+    try:
+        for line in requests:
+            print(json.dumps(answer(worker, line)), file=answers, flush=True)
+            if json.loads(line)["op"] == "stop":
+                return
+    finally:
+        worker.stop({})
+
+
+if __name__ == "__main__":
+    # Ctrl-C goes to the whole terminal; the other end ends this process in order, by closing stdin.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What libraries print must not end up between the answers.
+    with os.fdopen(os.dup(1), "w") as channel:
+        os.dup2(2, 1)
+        main(sys.stdin, channel)
