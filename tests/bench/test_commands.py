@@ -1,0 +1,73 @@
+"""The options of `emoe bench`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+import pytest
+
+from emoe.bench.commands import add_checkpoint, add_decode, decode_settings
+from emoe.bench.settings import DecodeSettings
+from emoe.config import ExpertMemory
+from emoe.errors import UsageError
+
+
+def settings_of(*words: str) -> DecodeSettings:
+    parser = argparse.ArgumentParser()
+    add_decode(parser)
+    return decode_settings(parser.parse_args(words))
+
+
+def test_without_options_the_defaults_are_those_of_the_settings() -> None:
+    assert settings_of() == DecodeSettings()
+
+
+def test_every_option_reaches_the_settings() -> None:
+    found = settings_of(
+        *shlex.split(
+            "m --budgets 80,2/layer --modes exact --baselines none --prompt-tokens 5 --new-tokens 6 --rounds 7 "
+            "--warmups 0 --threads 2 --memory-limit 1700MiB --cold --reader direct --eviction lru --seed 9 "
+            "--one-at-a-time --offload-folder /somewhere --against 'emoe exact 80%'"
+        )
+    )
+    assert found == DecodeSettings(
+        model="m",
+        budgets=(ExpertMemory("share", 0.8), ExpertMemory("per_layer", 2)),
+        modes=("exact",),
+        baselines=(),
+        prompt_tokens=5,
+        new_tokens=6,
+        rounds=7,
+        warmups=0,
+        threads=2,
+        memory_limit=1700 * 2**20,
+        cold=True,
+        reader="direct",
+        eviction="lru",
+        seed=9,
+        one_at_a_time=True,
+        offload_folder="/somewhere",
+        baseline="emoe exact 80%",
+    )
+
+
+def test_an_unknown_mode_is_named() -> None:
+    with pytest.raises(UsageError, match="no mode is called 'fast'; use exact, resident"):
+        settings_of("--modes", "exact,fast")
+
+
+def test_help_can_be_shown() -> None:
+    parser = argparse.ArgumentParser()
+    add_decode(parser)
+    assert "100%,60%,40%,20%" in parser.format_help()
+
+
+def test_a_checkpoint_is_written_and_its_folder_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_checkpoint(parser)
+    args = parser.parse_args(["tiny", str(tmp_path / "x")])
+    assert args.run(args) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'x'}\n"
+    assert (tmp_path / "x" / "config.json").exists()
