@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from emoe.cli import main
-from emoe.cli.session import _Stream, stop_on_interrupt
+from emoe.cli.session import _Stream, choose_threads, stop_on_interrupt
 
 PROMPT = "Write code for this task.\n\nPrint hello."
 
@@ -119,6 +120,18 @@ def test_the_first_interrupt_ends_the_answer_with_its_figures(
     assert main(["generate", "-p", PROMPT, "-n", "50"]) == 130
     assert "+ 4 tokens" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    choose_threads(None, "some/model")
+    choose_threads(None, None)
+    choose_threads(3, None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    choose_threads(None, None)
+    assert chosen == [1, 3]
 
 
 def test_the_second_interrupt_leaves_at_once() -> None:

@@ -80,7 +80,9 @@ def add_parser(commands: Any) -> None:
         help="tokens of an answer (default: 48)",
     )
     parser.add_argument("--prompts", type=positive, default=1, metavar="N", help="prompts per task (default: 1)")
-    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "-t", "--threads", type=positive, metavar="N", help="CPU threads (default: torch's; 1 for emoe-nano)"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add_json(parser)
 
@@ -111,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
             sessions.append(stack.enter_context(open_session(loading, expert_memory=way.memory)))
         import torch
 
-        note(f"{torch.get_num_threads()} threads; the ways take turns on every prompt; greedy decoding")
+        threads = torch.get_num_threads()
+        note(f"{threads} thread{'s' * (threads > 1)}; the ways take turns on every prompt; greedy decoding")
         warn_if_lossy(sessions[-1].stats)
         for session in sessions:  # the first call of each pays for allocations that later ones do not
             session.generate(session.encode("Hello."), show=False, max_new_tokens=4, do_sample=False)
@@ -192,7 +195,7 @@ def _prompt_text(prompt: dict[str, str], rows: list[Result]) -> str:
     shown = textwrap.shorten(prompt["prompt"], PROMPT_CHARACTERS, placeholder=" …")
     lines = [
         textwrap.fill(f"[{prompt['task']}] {shown}", width),
-        table([_HEADER, *(_row(result) for result in rows)], right=(1, 2, 3, 4)),
+        table([_HEADER, *(_row(result, result is rows[0]) for result in rows)], right=(1, 2, 3, 4)),
     ]
     for result in rows:
         if not result.identical or result is rows[0]:
@@ -204,7 +207,7 @@ def _prompt_text(prompt: dict[str, str], rows: list[Result]) -> str:
 _HEADER = ("", "experts in memory", "hits", "rerouted", "tokens/s", "text")
 
 
-def _row(result: Result) -> tuple[str, ...]:
+def _row(result: Result, reference: bool) -> tuple[str, ...]:
     rate = result.answer.decode_tokens_per_s
     return (
         result.way,
@@ -212,7 +215,7 @@ def _row(result: Result) -> tuple[str, ...]:
         f"{result.hit_rate:.1%}",
         f"{result.rerouted_share:.1%}",
         "-" if rate is None else f"{rate:.0f}",
-        "identical" if result.identical else "differs",
+        "(reference)" if reference else "identical" if result.identical else "differs",
     )
 
 

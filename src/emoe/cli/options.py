@@ -60,7 +60,9 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reader", choices=READERS, default="auto", help="how experts are read from disk")
     parser.add_argument("--eviction", choices=EVICTIONS, default="least-stale", help="which resident expert makes room")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "-t", "--threads", type=positive, metavar="N", help="CPU threads (default: torch's; 1 for emoe-nano)"
+    )
     parser.add_argument("--trace", metavar="FILE", help="record the routing to FILE")
     parser.add_argument("--task", metavar="LABEL", help="label of the recorded prompts")
 
