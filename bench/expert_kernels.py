@@ -16,7 +16,7 @@ import torch
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from emoe.model.kernels import ExpertMath, Grouping, many_tokens, one_token
+from emoe.model.kernels import ExpertMath, Grouping, many_tokens, one_token, rounds_rows
 
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -41,7 +41,7 @@ def ways(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Way]:
     def emoe(hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         if hidden.shape[0] == 1:
             return one_token(math, hidden, [slots[e] for e in ids[0].tolist()], gates)
-        grouping = Grouping(ids, options.experts)
+        grouping = Grouping(ids, options.experts, rounded=rounds_rows(hidden.device, dtype))
         return many_tokens(math, hidden, grouping, ((e, slots[e]) for e in grouping.by_count()), gates)
 
     def theirs(name: str) -> Way:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from emoe.model.kernels import COMBINE_TOKENS, ExpertMath, Grouping, Weights, combine, many_tokens, one_token
+from emoe.model.kernels import COMBINE_TOKENS, ExpertMath, Grouping, Weights, combine, many_tokens, one_token, round_rows
 
 
 class Experts(nn.Module):
@@ -39,15 +39,18 @@ def make(experts: int, hidden: int, width: int, dtype: torch.dtype, seed: int) -
     top_k=st.integers(1, 4),
     seed=st.integers(0, 10**6),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    rounded=st.booleans(),
 )
-def test_the_order_of_arrival_changes_no_bit(tokens: int, top_k: int, seed: int, dtype: torch.dtype) -> None:
+def test_the_order_of_arrival_changes_no_bit(
+    tokens: int, top_k: int, seed: int, dtype: torch.dtype, rounded: bool
+) -> None:
     experts, hidden = 6, 32
     math, weights = make(experts, hidden, 24, dtype, seed)
     x = torch.randn(tokens, hidden).to(dtype)
     ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
     gates = torch.rand(tokens, top_k).softmax(-1).to(dtype)
-    grouping = Grouping(ids, experts)
-    order = list(grouping.spans)
+    grouping = Grouping(ids, experts, rounded=rounded)
+    order = list(grouping.counts)
     one = many_tokens(math, x, grouping, [(e, weights[e]) for e in order], gates)
     random.Random(seed).shuffle(order)
     assert torch.equal(one, many_tokens(math, x, grouping, [(e, weights[e]) for e in order], gates))
@@ -67,15 +70,39 @@ def test_the_order_of_arrival_changes_no_bit(tokens: int, top_k: int, seed: int,
         torch.testing.assert_close(alone.float(), expected, rtol=tolerance, atol=tolerance * scale)
 
 
-@given(tokens=st.integers(0, 30), top_k=st.integers(1, 4), experts=st.integers(4, 9), seed=st.integers(0, 999))
-def test_grouping_is_a_partition_of_the_routes(tokens: int, top_k: int, experts: int, seed: int) -> None:
+@given(
+    tokens=st.integers(0, 30),
+    top_k=st.integers(1, 4),
+    experts=st.integers(4, 9),
+    seed=st.integers(0, 999),
+    rounded=st.booleans(),
+)
+def test_grouping_is_a_partition_of_the_routes(tokens: int, top_k: int, experts: int, seed: int, rounded: bool) -> None:
     ids = torch.randint(0, experts, (tokens, top_k), generator=torch.Generator().manual_seed(seed))
-    grouping = Grouping(ids, experts)
-    assert sorted(grouping.rows.tolist()) == list(range(tokens * top_k))
-    for expert, (start, end) in grouping.spans.items():
-        assert all(ids.reshape(-1)[row] == expert for row in grouping.rows[start:end].tolist())
+    grouping = Grouping(ids, experts, rounded=rounded)
+    place = grouping.place.tolist()
+    assert len(set(place)) == tokens * top_k
+    ends, end = {}, 0
+    for expert, size in grouping.blocks.items():
+        assert size == (round_rows(grouping.counts[expert]) if rounded else grouping.counts[expert])
+        ends[expert] = (end, end := end + size)
+    assert len(grouping.gather) == end
+    for pair, row in enumerate(place):
+        expert = int(ids.reshape(-1)[pair])
+        assert ends[expert][0] <= row < ends[expert][0] + grouping.counts[expert]
+        assert grouping.gather[row] == pair // top_k
     counts = [grouping.counts[expert] for expert in grouping.by_count()]
     assert counts == sorted(counts, reverse=True)
+
+
+@given(st.integers(1, 1 << 20))
+def test_rounding_adds_at_most_a_half_and_makes_few_shapes(n: int) -> None:
+    assert n <= round_rows(n) <= max(n, 1.5 * n - 1)
+    assert round_rows(round_rows(n)) == round_rows(n)
+
+
+def test_a_chunk_of_4096_tokens_meets_26_shapes_at_most() -> None:
+    assert len({round_rows(n) for n in range(1, 4097)}) == 26
 
 
 def test_combining_in_blocks_is_combining_at_once() -> None:

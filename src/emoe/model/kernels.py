@@ -91,33 +91,52 @@ def one_token(math: ExpertMath, hidden: torch.Tensor, weights: list[Weights], ga
     return combine(outer, gates, hidden.dtype)
 
 
-class Grouping:
-    """A chunk's (token, choice) pairs sorted by expert.
+def round_rows(n: int) -> int:
+    """Return the number of rows that n tokens of one expert are computed with: the next of 1..8, 12, 16, 24, 32, 48...
 
-    `rows[start:end]` of an expert are positions in the flattened [tokens * k] routing, ascending.
+    oneDNN compiles and keeps a kernel for every number of rows it meets (0.4 to 0.75 MiB and about 1 ms each, see
+    docs/log.md), so without rounding a process grows with every prompt of another length.
+    """
+    if n <= 8:
+        return n
+    octave = 1 << (n - 1).bit_length()
+    return octave * 3 // 4 if n <= octave * 3 // 4 else octave
+
+
+class Grouping:
+    """A chunk's (token, choice) pairs as rows sorted by expert, each expert's rows a block.
+
+    With `rounded`, blocks are padded to `round_rows` rows, which repeat the first token; nothing reads their results.
+
+    Attributes:
+        blocks: rows of each expert's block, in the order of the blocks (experts ascending).
+        counts: tokens of each expert that has any.
+        gather: [rows] the token that each row holds.
+        place: [tokens * k] the row of each pair.
     """
 
-    def __init__(self, ids: torch.Tensor, experts: int) -> None:
+    def __init__(self, ids: torch.Tensor, experts: int, *, rounded: bool = False) -> None:
         """Group `ids` [tokens, k]."""
         flat = ids.reshape(-1)
         self.top_k = ids.shape[1]
-        self.rows = torch.sort(flat, stable=True).indices
-        counts = torch.bincount(flat, minlength=experts).tolist()
-        self.spans: dict[int, tuple[int, int]] = {}
-        start = 0
-        for expert, n in enumerate(counts):
-            if n:
-                self.spans[expert] = (start, start + n)
-                start += n
-
-    @property
-    def counts(self) -> dict[int, int]:
-        """Tokens of each expert that has any."""
-        return {expert: end - start for expert, (start, end) in self.spans.items()}
+        order = torch.sort(flat, stable=True).indices
+        counts = torch.bincount(flat, minlength=experts)
+        every: list[int] = counts.tolist()
+        self.counts = {expert: n for expert, n in enumerate(every) if n}
+        sizes = [round_rows(n) if rounded else n for n in every]
+        self.blocks = {expert: sizes[expert] for expert in self.counts}
+        row = torch.arange(flat.numel(), device=ids.device)
+        if rounded:
+            padding = torch.tensor(sizes, device=ids.device) - counts
+            row += (padding.cumsum(0) - padding)[flat[order]]
+        self.place = torch.empty_like(order)
+        self.place[order] = row
+        self.gather = order.new_zeros(sum(sizes))
+        self.gather[row] = order // self.top_k
 
     def by_count(self) -> list[int]:
         """Experts, most tokens first, ties by number."""
-        return sorted(self.spans, key=lambda e: (self.spans[e][0] - self.spans[e][1], e))
+        return sorted(self.counts, key=lambda e: (-self.counts[e], e))
 
 
 def many_tokens(
@@ -142,23 +161,30 @@ def many_tokens(
     Returns:
         [tokens, hidden].
     """
-    if not grouping.spans:
+    if not grouping.counts:
         return torch.zeros_like(hidden)
-    rows = hidden.index_select(0, grouping.rows // grouping.top_k)
+    rows = hidden.index_select(0, grouping.gather)
     outer = torch.empty_like(rows)
-    sizes = [end - start for start, end in grouping.spans.values()]
+    sizes = list(grouping.blocks.values())
     pairs = zip(torch.split(rows, sizes), torch.split(outer, sizes), strict=True)
-    blocks = dict(zip(grouping.spans, pairs, strict=True))
+    blocks = dict(zip(grouping.blocks, pairs, strict=True))
     for expert, w in ready:
-        x, out = blocks[expert]
-        inner = x.new_empty(x.shape[0], w.first.shape[1])
-        _project(x, w.first, w.first_bias, inner)
-        _project(math.activate(inner), w.down, w.down_bias, out)
+        _one_expert(math, w, *blocks[expert])
+    del rows, blocks  # the results in their places take the room of the inputs
     if math.post_norm is not None:
         outer = math.post_norm(outer)
-    restored = rows  # its inputs are not needed any more
-    restored.index_copy_(0, grouping.rows, outer)
-    return combine(restored, gates, hidden.dtype)
+    return combine(outer.index_select(0, grouping.place), gates, hidden.dtype)
+
+
+def _one_expert(math: ExpertMath, w: Weights, x: torch.Tensor, out: torch.Tensor) -> None:
+    inner = x.new_empty(x.shape[0], w.first.shape[1])
+    _project(x, w.first, w.first_bias, inner)
+    _project(math.activate(inner), w.down, w.down_bias, out)
+
+
+def rounds_rows(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether chunks are computed with rounded rows: where matrix products go through oneDNN."""
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
 
 
 def combine(outer: torch.Tensor, gates: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

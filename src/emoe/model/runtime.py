@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from emoe.config import Mode
 from emoe.errors import UsageError
-from emoe.model.kernels import ExpertMath, Grouping, Weights, many_tokens, one_token
+from emoe.model.kernels import ExpertMath, Grouping, Weights, many_tokens, one_token, rounds_rows
 from emoe.residency.pool import ExpertPool
 
 IMPLEMENTATION = "emoe"
@@ -205,7 +205,7 @@ class Runtime:
     def _run_chunk(
         self, layer: LayerRuntime, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor
     ) -> torch.Tensor:
-        grouping = Grouping(ids, layer.experts)
+        grouping = Grouping(ids, layer.experts, rounded=rounds_rows(hidden.device, hidden.dtype))
         prefill = self.now.phase == "prefill"
         wanted = None
         if prefill and self.observing:

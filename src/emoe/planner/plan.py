@@ -207,12 +207,12 @@ def _experts_bytes(facts: Facts, tokens: int) -> int:
     """What one layer's experts hold for a chunk (emoe.model.kernels.many_tokens).
 
     The route (probabilities of all experts in float32, the chosen ones as 64-bit numbers, sorted); a row of hidden for
-    each token and choice on the way in and on the way out; and then one expert's intermediate, at worst for all
-    tokens, or the float32 rows that are being added.
+    each token and choice on the way in and on the way out, in blocks rounded up by a third at worst; and then one
+    expert's intermediate, at worst for all tokens, or the float32 rows that are being added.
     """
     a, k, itemsize = facts.activations, facts.top_k, dtype_bytes(facts.dtype)
-    route = tokens * (3 * 4 * max(layer.experts for layer in facts.expert_layers) + 4 * 8 * k)
-    rows = 2 * tokens * k * a.hidden * itemsize
+    route = tokens * (3 * 4 * max(layer.experts for layer in facts.expert_layers) + 7 * 8 * k)
+    rows = 8 * tokens * k * a.hidden * itemsize // 3
     one_expert = 2 * tokens * a.expert_inner * itemsize
     combine = 2 * min(tokens, COMBINE_TOKENS) * k * a.hidden * 4 + tokens * a.hidden * itemsize
     return route + rows + max(one_expert, combine)
