@@ -21,7 +21,10 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("page", "code"), [(page, code) for page in PAGES for code in blocks(page, "python")])
-def test_python_blocks_run(page: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_blocks_run(
+    page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {})
     assert capsys.readouterr().out
 

@@ -14,6 +14,7 @@ import torch
 
 from emoe.cli import main
 from emoe.cli.session import _Stream, choose_threads, stop_on_interrupt
+from emoe.routing.trace import Trace
 
 PROMPT = "Write code for this task.\n\nPrint hello."
 
@@ -99,10 +100,12 @@ def test_a_long_answer_ends_at_the_models_context(capsys: pytest.CaptureFixture[
     assert answer["prompt_tokens"] + answer["new_tokens"] <= 1024
 
 
-def test_the_trace_is_written(tmp_path: Path) -> None:
+def test_the_trace_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "routing.trace"
     assert main(["generate", "-p", PROMPT, "-n", "4", "--trace", str(file), "--task", "code"]) == 0
-    assert any(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert f"recorded in {file}" in capsys.readouterr().err
+    trace = Trace.read(file)
+    assert list(trace.tasks) == ["code"]
 
 
 def test_the_first_interrupt_ends_the_answer_with_its_figures(

@@ -61,16 +61,19 @@ class Answer:
 class Session:
     """A model, its tokenizer and how to ask it. Use it as a context manager: it ends the loader threads."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str, trace: str | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self._trace = trace
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_: object) -> None:
         close(self.model)
+        if self._trace is not None:
+            note(f"the routing is recorded in {self._trace}")
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -214,7 +217,7 @@ def open_session(args: argparse.Namespace, **overrides: Any) -> Session:
     if args.trust_remote_code:
         options["trust_remote_code"] = True
     model, tokenizer = emoe.load(args.model, **options | overrides)
-    return Session(model, tokenizer, name)
+    return Session(model, tokenizer, name, args.trace)
 
 
 def announce(session: Session) -> None:
