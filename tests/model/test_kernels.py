@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from emoe.model.kernels import COMBINE_TOKENS, ExpertMath, Grouping, Weights, combine, many_tokens, one_token, round_rows
+from emoe.model.kernels import (
+    COMBINE_TOKENS,
+    ExpertMath,
+    Grouping,
+    Weights,
+    combine,
+    many_tokens,
+    one_token,
+    round_rows,
+)
 
 
 class Experts(nn.Module):
