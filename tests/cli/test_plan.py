@@ -26,7 +26,7 @@ def test_json_is_one_object_whose_parts_add_up(capsys: pytest.CaptureFixture[str
     assert main(["plan", "--memory", "1GiB", "--context", "512", "--batch", "2", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert (made["context"], made["batch"], made["fit"]) == (512, 2, "all")
-    parts = ("dense", "cache", "activation", "buffer", "import", "resident")
+    parts = ("dense", "cache", "activation", "buffer", "import", "runtime", "resident")
     assert made["total_bytes"] == sum(made[f"{part}_bytes"] for part in parts)
     assert made["total_bytes"] <= made["memory_bytes"] == 2**30
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,6 +106,18 @@ def test_the_embedded_model() -> None:
     assert made.resident_bytes <= 0.4 * made.expert_bytes
     assert verdict(made).startswith("Fits in 1.00 GiB")
     assert verdict(plan(expert_memory="40%", memory="1MiB")).startswith("Does not fit in 1.00 MiB: needs")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="the constants are those of torch's CPU build")
+def test_a_process_takes_what_was_planned() -> None:
+    code = (
+        "import emoe, torch; model, _ = emoe.load(expert_memory='40%'); ids = torch.ones(1, 60, dtype=torch.long)\n"
+        "model.generate(input_ids=ids, attention_mask=ids, max_new_tokens=4, do_sample=False)\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak = int(done.stdout) * 1024
+    assert plan(expert_memory="40%", context=64).total_bytes == pytest.approx(peak, rel=0.05)
 
 
 def test_a_context_beyond_the_models_is_told() -> None:

@@ -80,7 +80,8 @@ def plan_text(made: Plan) -> str:
             f"at most, {made.batch} x {made.prompt} prompt tokens in one pass",
         ),
         ("read buffers", size(made.buffer_bytes), "experts on their way into memory"),
-        ("Python and torch", size(made.import_bytes), "before any weight is loaded"),
+        ("Python and torch", size(made.import_bytes), "before anything is loaded"),
+        ("in use", size(made.runtime_bytes), "thread pools, compiled kernels"),
         ("experts, resident", size(made.resident_bytes), _resident(made)),
     ]
     if made.fit != "none":

@@ -11,11 +11,12 @@ from emoe.errors import UsageError
 from emoe.planner.facts import Facts, dtype_bytes, layer_needs
 from emoe.residency.budget import SlotPlan, floor_bytes, plan_slots, total_bytes
 
-IMPORT_BYTES = 350 * 2**20
-"""Resident memory of a process that imported torch, transformers and one model class, before any weight: 332
-MiB
-measured with torch 2.13 (CPU build) and transformers 5.23, and a little for threads' stacks and the
-allocator."""
+IMPORT_BYTES = 334 << 20
+"""Resident memory of a process that has imported emoe.model and one model class (torch 2.13 CPU build, transformers
+5.23). docs/log.md has the measurements."""
+
+RUNTIME_BYTES = 40 << 20
+"""What loading and the first passes add for good, whatever the model: thread pools, compiled kernels, late imports."""
 
 READ_BUFFER_BYTES = 4 * (1 << 20)
 """A buffer of checkpoint.readers.CHUNK_BYTES for each of the loader threads of O_DIRECT (model.bind)."""
@@ -49,6 +50,7 @@ class Plan:
     activation_bytes: int
     buffer_bytes: int
     import_bytes: int
+    runtime_bytes: int
     experts: int
     layers: int
     experts_per_layer: int
@@ -68,7 +70,8 @@ class Plan:
     @property
     def rest_bytes(self) -> int:
         """Everything but the experts."""
-        return self.dense_bytes + self.cache_bytes + self.activation_bytes + self.buffer_bytes + self.import_bytes
+        process = self.import_bytes + self.runtime_bytes
+        return self.dense_bytes + self.cache_bytes + self.activation_bytes + self.buffer_bytes + process
 
     @property
     def total_bytes(self) -> int:
@@ -135,7 +138,7 @@ def make_plan(
     floor, total = floor_bytes(needs), total_bytes(needs)
     cache = facts.cache_bytes(context, batch)
     activations = activation_bytes(facts, prompt, batch)
-    rest = facts.dense_bytes + cache + activations + READ_BUFFER_BYTES + IMPORT_BYTES
+    rest = facts.dense_bytes + cache + activations + READ_BUFFER_BYTES + IMPORT_BYTES + RUNTIME_BYTES
     if expert_memory is not None:
         slots = plan_slots(expert_memory, needs)
     else:
@@ -157,6 +160,7 @@ def make_plan(
         activation_bytes=activations,
         buffer_bytes=READ_BUFFER_BYTES,
         import_bytes=IMPORT_BYTES,
+        runtime_bytes=RUNTIME_BYTES,
         experts=facts.experts,
         layers=len(needs),
         experts_per_layer=max(need.experts for need in needs),
@@ -206,12 +210,12 @@ def activation_bytes(facts: Facts, prompt: int, batch: int) -> int:
 def _experts_bytes(facts: Facts, tokens: int) -> int:
     """What one layer's experts hold for a chunk (emoe.model.kernels.many_tokens).
 
-    The route (probabilities of all experts in float32, the chosen ones as 64-bit numbers, sorted); a row of hidden for
-    each token and choice on the way in and on the way out, in blocks rounded up by a third at worst; and then one
-    expert's intermediate, at worst for all tokens, or the float32 rows that are being added.
+    The route (probabilities of all experts in float32, the chosen ones as 64-bit numbers, sorted and placed); a row of
+    hidden for each token and choice on the way in and on the way out, in blocks rounded up by a third at worst; and
+    then one expert's intermediate, at worst for all tokens, or the float32 rows that are being added.
     """
     a, k, itemsize = facts.activations, facts.top_k, dtype_bytes(facts.dtype)
-    route = tokens * (3 * 4 * max(layer.experts for layer in facts.expert_layers) + 7 * 8 * k)
+    route = tokens * (3 * 4 * max(layer.experts for layer in facts.expert_layers) + 10 * 8 * k)
     rows = 8 * tokens * k * a.hidden * itemsize // 3
     one_expert = 2 * tokens * a.expert_inner * itemsize
     combine = 2 * min(tokens, COMBINE_TOKENS) * k * a.hidden * 4 + tokens * a.hidden * itemsize
