@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from emoe.bench.report import report_text
-from emoe.bench.results import SCHEMA, DecodeReport, Outcome
+from emoe.bench.results import SCHEMA, DecodeReport, Outcome, decode_rate
 from emoe.bench.settings import DecodeSettings, parse_budget
 
 
@@ -52,8 +52,9 @@ def a_report(**settings: Any) -> DecodeReport:
 
 def test_ratios_are_taken_round_by_round_so_drift_cancels() -> None:
     report = a_report()
-    assert report.baseline is not None
-    assert report.baseline.name == "transformers eager"
+    baseline = report.baseline(decode_rate)
+    assert baseline is not None
+    assert baseline.name == "transformers eager"
     ratio = report.ratio(report.outcomes[1], lambda s: 1 / float(s["decode_s"]))
     assert ratio is not None
     assert (ratio.median, ratio.least, ratio.greatest) == (2.0, 2.0, 2.0)
@@ -65,6 +66,17 @@ def test_ratios_are_taken_round_by_round_so_drift_cancels() -> None:
 def test_the_baseline_can_be_chosen() -> None:
     report = a_report(baseline="emoe exact 100%")
     assert report.as_dict()["contenders"][1]["decode_ratio"]["median"] == 0.5
+
+
+def test_decoding_and_prefill_each_have_the_fastest_as_their_baseline() -> None:
+    report = a_report()
+    report.outcomes[4].error = None
+    for number, one in report.outcomes[3].samples.items():  # twice as fast at decoding, far slower to start
+        report.outcomes[4].samples[number] = one | {"decode_s": one["decode_s"] / 2, "first_token_s": 100.0}
+    found = report.as_dict()
+    assert found["decode_baseline"] == "transformers grouped_mm"
+    assert found["prefill_baseline"] == "transformers eager"
+    assert "against transformers grouped_mm (decode), transformers eager (prefill)" in report_text(report)
 
 
 def test_texts_are_held_against_exact_with_the_most_experts() -> None:

@@ -92,7 +92,12 @@ def test_closing_fails_what_is_queued_and_later_submissions() -> None:
 def test_cancelling_drops_what_has_not_started() -> None:
     loader = Loader(threads=0)
     ran: list[int] = []
-    load = loader.submit(lambda: ran.append(1) or 1, "expert 0 of layer 0")
+
+    def run() -> int:
+        ran.append(1)
+        return 1
+
+    load = loader.submit(run, "expert 0 of layer 0")
     loader.cancel(load)
     assert load.done.is_set() and not ran
     loader.close()

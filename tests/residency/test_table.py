@@ -114,7 +114,7 @@ def test_a_layer_keeps_its_quota_under_decode(visits: Visits, rule: str, slots: 
 
 def test_least_stale_keeps_what_lru_throws_away_below_the_working_set() -> None:
     """Layers are visited cyclically: below one pass LRU hits nothing, least-stale most of what fits."""
-    visits = [(layer, (0, 1)) for _ in range(50) for layer in range(3)]
+    visits: Visits = [(layer, (0, 1)) for _ in range(50) for layer in range(3)]
     total = sum(len(experts) for _, experts in visits)
     assert run(make_table(3, 6, 4, "lru", shared=True), visits) == total
     assert run(make_table(3, 6, 4, "least-stale", shared=True), visits) < 0.6 * total
