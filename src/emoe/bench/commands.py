@@ -42,7 +42,7 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
         help="transformers' experts implementations and accelerate-disk[:BUDGET], or none "
         f"(default: {','.join(BASELINES)})",
     )
-    add("--against", metavar="NAME", help="the contender that ratios refer to (default: transformers' fastest)")
+    add("--against", metavar="NAME", help="the contender that ratios refer to (default: transformers' fastest in each)")
     numbers = (
         ("prompt_tokens", "length of a prompt"),
         ("new_tokens", "tokens to generate"),

@@ -114,7 +114,7 @@ class _Bench:
             return False
         each = sum(outcome.plan_bytes + self.full.import_bytes for outcome in self.outcomes)
         plain = any(outcome.contender.engine != "emoe" for outcome in self.outcomes)
-        peak = each + (self.full.checkpoint_bytes if plain else 0)
+        peak = each + (self.full.checkpoint_bytes if plain else 0) + self._gathered_bytes()
         # Streamed experts come from the page cache, which must not be squeezed out by the contenders either.
         peak += self.full.checkpoint_bytes
         room = memory_room()
@@ -125,6 +125,12 @@ class _Bench:
             f"({room.bound}), so one process runs at a time: drifts of the machine do not cancel out"
         )
         return False
+
+    def _gathered_bytes(self) -> int:
+        """What transformers' batched_mm adds while it reads a prompt: a copy of the weights for each token's choice."""
+        if not any(outcome.contender.implementation == "batched_mm" for outcome in self.outcomes):
+            return 0
+        return self.settings.prompt_tokens * self.full.top_k * self.full.expert_nbytes
 
     def alternate(self, rounds: Sequence[int]) -> None:
         """Load all, then measure them in turn, starting each round with another one."""
@@ -212,7 +218,8 @@ class _Bench:
     def _generate(self, one: _Live, number: int) -> dict[str, Any] | None:
         """Prompt `number`; those of warm-ups are negative and lie beyond the rounds'."""
         if self.settings.cold:
-            one.outcome.still_cached_bytes = drop([*self.files, *one.extra_files])
+            stayed = drop([*self.files, *one.extra_files])
+            one.outcome.still_cached_bytes = max(stayed, one.outcome.still_cached_bytes)
         try:
             return one.client.ask(
                 "generate",

@@ -60,10 +60,12 @@ def _conditions(report: DecodeReport) -> str:
 
 
 def _legend(report: DecodeReport) -> list[str]:
-    baseline, reference = report.baseline, report.reference
+    decode, prefill = report.baseline(decode_rate), report.baseline(report.prefill_rate)
+    reference = report.reference
     lines = []
-    if baseline is not None:
-        lines.append(f"times: against {baseline.name}, median of the rounds' ratios; (least..greatest) of the rounds")
+    if decode is not None and prefill is not None:
+        against = decode.name if decode is prefill else f"{decode.name} (decode), {prefill.name} (prefill)"
+        lines.append(f"times: against {against}, median of the rounds' ratios; (least..greatest) of the rounds")
     lines.append(
         "hits, read/token: of decoding; peak: resident above the imports while loading / generating; plan: what "
         "`emoe plan` expects there"

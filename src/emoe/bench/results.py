@@ -11,6 +11,9 @@ from emoe.bench.settings import Contender, DecodeSettings
 
 SCHEMA = "emoe-bench-decode/1"
 
+Measure = Callable[[dict[str, Any]], float]
+"""A number of one sample."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -50,7 +53,7 @@ class Outcome:
         """The contender's name."""
         return self.contender.name
 
-    def values(self, of: Callable[[dict[str, Any]], float]) -> Spread | None:
+    def values(self, of: Measure) -> Spread | None:
         """`of` each round; None without rounds."""
         return Spread.of([of(sample) for sample in self.samples.values()]) if self.samples else None
 
@@ -97,15 +100,17 @@ class DecodeReport:
         """The contender called `name`."""
         return next((outcome for outcome in self.outcomes if outcome.name == name), None)
 
-    @property
-    def baseline(self) -> Outcome | None:
-        """What ratios refer to: the one asked for, else transformers' fastest, else emoe with the most experts."""
+    def baseline(self, of: Measure) -> Outcome | None:
+        """What ratios of `of` refer to: the contender asked for; else that of transformers' implementations with the
+        highest median (one may be the fastest in decoding, another in prefill); else emoe with the most experts."""
         if self.settings.baseline is not None:
             return self.outcome(self.settings.baseline)
-        plain = [o for o in self.outcomes if o.contender.engine == "transformers" and o.samples]
-        if plain:
-            return max(plain, key=lambda o: o.decode_tokens_per_s.median if o.decode_tokens_per_s else 0.0)
-        return self.reference
+        plain = [
+            (found.median, -number)
+            for number, outcome in enumerate(self.outcomes)
+            if outcome.contender.engine == "transformers" and (found := outcome.values(of))
+        ]
+        return self.outcomes[-max(plain)[1]] if plain else self.reference
 
     @property
     def reference(self) -> Outcome | None:
@@ -134,9 +139,9 @@ class DecodeReport:
         """Contenders that did not complete."""
         return [outcome for outcome in self.outcomes if outcome.error is not None]
 
-    def ratio(self, outcome: Outcome, of: Callable[[dict[str, Any]], float]) -> Spread | None:
+    def ratio(self, outcome: Outcome, of: Measure) -> Spread | None:
         """How many times the baseline's `of`, round by round: what disturbs a whole round then cancels out."""
-        baseline = self.baseline
+        baseline = self.baseline(of)
         if baseline is None:
             return None
         shared = sorted(outcome.samples.keys() & baseline.samples.keys())
@@ -150,6 +155,7 @@ class DecodeReport:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; docs/benchmarks.md explains every field."""
+        decode, prefill = self.baseline(decode_rate), self.baseline(self.prefill_rate)
         return {
             "schema": SCHEMA,
             "model": self.model,
@@ -158,7 +164,8 @@ class DecodeReport:
             "threads": self.threads,
             "settings": self.settings.as_dict(),
             "alternating": self.alternating,
-            "baseline": self.baseline.name if self.baseline else None,
+            "decode_baseline": decode.name if decode else None,
+            "prefill_baseline": prefill.name if prefill else None,
             "reference": self.reference.name if self.reference else None,
             "inexact": self.inexact,
             "contenders": [self._contender(outcome) for outcome in self.outcomes],
@@ -168,11 +175,11 @@ class DecodeReport:
         decode = [sample["decode"] for sample in outcome.samples.values()]
         decoded = sum(len(sample["tokens"]) - 1 for sample in outcome.samples.values())
 
-        def spread(of: Callable[[dict[str, Any]], float]) -> dict[str, float] | None:
+        def spread(of: Measure) -> dict[str, float] | None:
             found = outcome.values(of)
             return found.as_dict() if found else None
 
-        def ratio(of: Callable[[dict[str, Any]], float]) -> dict[str, float] | None:
+        def ratio(of: Measure) -> dict[str, float] | None:
             found = self.ratio(outcome, of)
             return found.as_dict() if found else None
 

@@ -59,7 +59,7 @@ class DecodeSettings:
     `model` None is emoe-nano. `threads` None leaves torch's own number. `memory_limit` bytes: each process runs in a
     memory cgroup of that size. `cold`: the checkpoint's pages are dropped from the page cache before each measured
     generation. `baseline` names the contender that ratios refer to; None takes the fastest of transformers'
-    implementations, or emoe with every expert where none of those ran.
+    implementations at what is compared, or emoe with every expert where none of those ran.
     """
 
     model: str | None = None
