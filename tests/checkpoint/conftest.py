@@ -1,33 +1,14 @@
-"""Checkpoints made once per session, and copies of them to damage."""
+"""Copies of checkpoints to damage, and an index."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from emoe.checkpoint.index import ExpertIndex, build_index, skeleton
-from tests.families import make_checkpoint
-
-Checkpoints = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    """`make_checkpoint(name, **settings)` in a directory of its own, the same one for the same arguments."""
-    made: dict[str, Path] = {}
-
-    def get(name: str, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
-        key = f"{name} {dtype} {sorted(settings.items())}"
-        if key not in made:
-            made[key] = make_checkpoint(name, tmp_path_factory.mktemp(name), dtype=dtype, **settings)
-        return made[key]
-
-    return get
+from tests.conftest import Checkpoints
 
 
 @pytest.fixture

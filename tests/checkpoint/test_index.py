@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from emoe.checkpoint.index import ExpertIndex, LayerIndex, build_index, skeleton
 from emoe.checkpoint.readers import Reader
 from emoe.errors import CheckpointError
-from tests.checkpoint.conftest import Checkpoints
+from tests.conftest import Checkpoints
 from tests.families import FAMILIES
 
 

@@ -17,8 +17,8 @@ from emoe.checkpoint.index import ExpertIndex, Piece, build_index, skeleton
 from emoe.checkpoint.memory_room import ReaderKind
 from emoe.checkpoint.readers import Reader, staging_nbytes
 from emoe.checkpoint.segments import Bytes
-from tests.checkpoint.conftest import Checkpoints
 from tests.checkpoint.reading import KINDS, assert_parts_equal, counting, expected, keys_of, read
+from tests.conftest import Checkpoints
 
 
 @KINDS

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, core_model_loading
 from emoe.checkpoint.index import ExpertIndex, build_index, skeleton
 from emoe.checkpoint.skeleton import find_experts
 from emoe.errors import CheckpointError, EmoeError, UnsupportedModelError, UsageError
-from tests.checkpoint.conftest import Checkpoints
+from tests.conftest import Checkpoints
 
 GATE = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
 Tensors = dict[str, torch.Tensor]
