@@ -21,7 +21,7 @@ help: ## List the targets
 demo: $(VENV)/.installed ## Run the embedded model with all experts and with 40 % of them
 	env -u OMP_NUM_THREADS $(BIN)/emoe demo $(ARGS)
 
-test: $(VENV)/.dev ## Run the tests
+test: lint types ## Check style and types, then run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and formatting rules
