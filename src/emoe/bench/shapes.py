@@ -8,9 +8,10 @@ the worst case, which no trained model shows. Here every token's embedding is a 
 and routers are plain noise over it, so that each has a popularity that holds for all text (through u), one that holds
 for a topic (through v) and a choice of the token's own. The output projection prefers tokens of the topic it sees, so
 generated text stays in the topic of its prompt for a while, as real text does; it is blind to u, so no token
-dominates. The weights of the three are chosen so that an LRU of 20, 40, 60 and 80 % of the experts of each layer
-finds about what it finds on the recorded routes of gpt-oss-20b (4 of 32 experts: .53, .81, .93, .98): see
-docs/benchmarks.md, "Measuring".
+dominates. The weights of the three are chosen so that caches find about what they find on the recorded routes of
+gpt-oss-20b (4 of 32 experts). Over 16 prompts of 32 new tokens each, an LRU of 20, 40, 60 and 80 % of each layer's
+experts hits .39, .75, .89 and .95 here and .46, .72, .87 and .96 there; a token shares .34 of its experts with the
+one before here and .40 there; a layer's favourite fifth of experts takes .46 here and .42 there.
 """
 
 from __future__ import annotations
