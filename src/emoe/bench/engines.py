@@ -6,7 +6,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from emoe import model as emoe_model
 from emoe.bench.process import memory, reset_peak, storage_bytes_read
 from emoe.bench.settings import Contender
 from emoe.bench.shapes import make_checkpoint
+from emoe.config import ExpertMemory
 from emoe.errors import UnsupportedModelError
 
 Counters = dict[str, float]
@@ -73,7 +74,9 @@ def rehearse(contender: Contender, folder: Path, options: dict[str, Any]) -> Non
     with tempfile.TemporaryDirectory(prefix="emoe-bench-") as scratch:
         tiny = make_checkpoint("tiny", Path(scratch) / "tiny")
         small = {**options, "offload_folder": f"{scratch}/offload", "cpu_bytes": 2**19}
-        running = load(contender, tiny, small)
+        # A budget that suits the model may be too small for this one, whose experts are few.
+        budget = contender.expert_memory and ExpertMemory("share", 0.6)
+        running = load(replace(contender, expert_memory=budget), tiny, small)
         generate(running, list(range(64)), 8, base_bytes=0)
         running.close()
     del running
