@@ -24,11 +24,14 @@ SHARES = {
 }  # fmt: skip
 # One token of such an answer holds all there is to learn: at weight 5 and half the share neither task had learnt
 # more than its labels' frequencies after 1.5 epochs.
-LABEL_WEIGHTS = {"classify": 20.0, "compare": 12.0}
-# Inside qa: real questions with short answers, and what is made from the same texts.
-QA_SHARES = {
-    "XQuAD": 0.35, "XQuAD, cloze": 0.15, "SciTLDR, cloze": 0.15,
-    "SQuAD, quote": 0.15, "SQuAD, year": 0.14, "SQuAD, number": 0.06,
+LABEL_WEIGHTS = {"classify": 20.0, "compare": 30.0}
+# Inside a task: the real examples, and what is made from the same texts.
+PARTS = {
+    "qa": {
+        "XQuAD": 0.35, "XQuAD, cloze": 0.15, "SciTLDR, cloze": 0.15,
+        "SQuAD, quote": 0.15, "SQuAD, year": 0.14, "SQuAD, number": 0.06,
+    },
+    "compare": {"STS-B": 0.8, "STS-B, made": 0.2},
 }  # fmt: skip
 
 
@@ -41,8 +44,9 @@ class Document:
     def weights(self) -> list[float]:
         """Of predicting token i + 1 at position i. Short answers count more, or they would drown."""
         answer = len(self.ids) - self.prompt_tokens
-        weight = LABEL_WEIGHTS.get(self.task, min(5.0, max(1.0, 20.0 / answer)))
-        return [PROMPT_WEIGHT] * (self.prompt_tokens - 1) + [weight] * answer + [0.0]
+        weight = min(5.0, max(1.0, 20.0 / answer))
+        first = LABEL_WEIGHTS.get(self.task, weight)
+        return [PROMPT_WEIGHT] * (self.prompt_tokens - 1) + [first] + [weight] * (answer - 1) + [0.0]
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, task: str, prompt: str, answer: str) -> Document:
@@ -117,7 +121,7 @@ class Mixer:
         self.shares: dict[str, float] = {}
         for task, share in SHARES.items():
             mine = [e for e in examples if e.task == task and not e.held_out]
-            parts = QA_SHARES if task == "qa" else {"": 1.0}
+            parts = PARTS.get(task, {"": 1.0})
             for source, part in parts.items():
                 name = f"{task}/{source}"
                 self.streams[name] = Stream([e for e in mine if not source or e.source == source])
@@ -165,4 +169,6 @@ class Mixer:
         total = sum(state["given"].values())
         self.given = {name: share * total for name, share in self.shares.items()}  # the shares may be new
         for name, (order, drawn) in state["streams"].items():
+            if name not in self.streams:
+                continue
             self.streams[name].order, self.streams[name].drawn = order, drawn

@@ -110,6 +110,18 @@ def compare(root: Path) -> Iterator[Example]:
             yield Example("compare", "STS-B", {"a": row["a"], "b": row["b"]}, f"{row['score']:.1f}", held)
 
 
+def compare_made(examples: list[Example]) -> Iterator[Example]:
+    """The two ends of the scale, which need no judge: a sentence with itself, and with one of another pair."""
+    pairs = [e.fields for e in examples if not e.held_out]
+    rng = random.Random(1)
+    for i, pair in enumerate(pairs):
+        if i % 4 == 0:
+            yield Example("compare", "STS-B, made", {"a": pair["a"], "b": pair["a"]}, "5.0", False)
+        elif i % 4 == 2:
+            other = rng.choice(pairs)["b"]
+            yield Example("compare", "STS-B, made", {"a": pair["a"], "b": other}, "0.0", False)
+
+
 def converse(root: Path) -> Iterator[Example]:
     for row in rows(root / "converse" / "gpteacher_roleplay.jsonl.gz"):
         text = f"{row['instruction']} {row['input']}".strip()
@@ -291,6 +303,8 @@ def load(root: Path) -> list[Example]:
     for maker in makers:
         for example in maker(root):
             unique.setdefault(example.key, example)
+    for example in compare_made([e for e in unique.values() if e.task == "compare"]):
+        unique.setdefault(example.key, example)
     examples = list(unique.values())
     trained = {e.task + normal(json.dumps(e.fields)) for e in examples if not e.held_out}
     return [e for e in examples if not e.held_out or e.task + normal(json.dumps(e.fields)) not in trained]

@@ -24,7 +24,7 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\d| ?[^\s\p{L}\d]+|\n+| +(?! \S)|\s+"
 
 def texts(examples: list[Example]) -> Iterator[str]:
     for i, e in enumerate(examples):
-        if not e.held_out and "cloze" not in e.source and "quote" not in e.source:
+        if not e.held_out and not e.source.endswith(("cloze", "quote", "made")):
             yield render(e.task, e.fields, i % len(TRAIN[e.task]))
             yield e.answer
 

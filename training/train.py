@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from training.batches import Document, Mixer, encode, pack
 from training.data import Example, load
@@ -118,8 +119,13 @@ def main() -> None:
     (args.out / "train.pid").write_text(str(os.getpid()))
 
     examples = load(args.data)
-    tokenizer = train_tokenizer(examples)
-    tokenizer.save_pretrained(args.out / "tokenizer")
+    state_path = args.out / "state.pt"
+    resume = args.resume and state_path.exists()
+    if resume:
+        tokenizer = AutoTokenizer.from_pretrained(args.out / "tokenizer")
+    else:
+        tokenizer = train_tokenizer(examples)
+        tokenizer.save_pretrained(args.out / "tokenizer")
     shape = Shape(vocab=len(tokenizer))
     model = NanoMoe(shape).to(device).train()
     model.dropout = args.dropout
@@ -127,8 +133,7 @@ def main() -> None:
     documents = held_out_documents(examples, tokenizer, 48)
     optimiser = Optimiser(model, args.muon_lr, args.adam_lr, args.decay)
     step, tokens, elapsed, history = 0, 0, 0.0, []
-    state_path = args.out / "state.pt"
-    if args.resume and state_path.exists():
+    if resume:
         state = torch.load(state_path, map_location=device, weights_only=False)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
