@@ -27,7 +27,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def growth(ratio: float) -> str:
-    return f"+{(ratio - 1) * 100:.0f} %" if ratio < 10 else f"x {ratio:.0f}"
+    return f"{(ratio - 1) * 100:+.0f} %" if ratio < 10 else f"x {ratio:.0f}"
 
 
 def quality(results: dict[str, Any]) -> str:
@@ -84,7 +84,7 @@ def card(results: dict[str, Any], size: int) -> str:
         threads=t["threads"],
         device=t["device"].upper(),
         rate=t["tokens_per_s"],
-        epochs=", ".join(f"{k.strip('/').replace('/', ' from ')} {v:.1f}" for k, v in t["epochs"].items()),
+        epochs="; ".join(f"{k.strip('/').replace('/', ': ')} {v:.1f}" for k, v in t["epochs"].items()),
         sources=table(["set", "licence"], [[k, v] for k, v in SOURCES.items()]),
         example_counts=table(["task", "training examples", "held-out examples"], counts),
         quality=quality(results),

@@ -65,7 +65,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def normal(text: str) -> str:
     """For matching only: letters and digits, lower case."""
-    return re.sub(r"[^a-z0-9]+", " ", text.lower().replace("-lrb-", "").replace("-rrb-", "")).strip()
+    return re.sub(r"[^a-z0-9]+", " ", re.sub(r"-[lr][rs]b-", "", text.lower())).strip()
 
 
 def sentences(text: str) -> list[str]:
@@ -234,7 +234,9 @@ def cloze_of(context: str, source: str, most: int = 8) -> Iterator[Example]:
 
 def untokenise(text: str) -> str:
     """The SQuAD pairs are lower-cased and space-separated; put the spaces back where prose has them."""
-    text = text.replace("-lrb-", "(").replace("-rrb-", ")").replace("``", '"').replace("''", '"')
+    for name, sign in (("-lrb-", "("), ("-rrb-", ")"), ("-lsb-", "["), ("-rsb-", "]")):
+        text = text.replace(name, sign)
+    text = text.replace("``", '"').replace("''", '"')
     text = re.sub(r" ([.,;:?!%)\]])", r"\1", text)
     text = re.sub(r"([(\[$£]) ", r"\1", text)
     return re.sub(r" ('(?:s|re|ve|ll|d|m|t)?\b|n't|--)", r"\1", text).strip()
