@@ -188,7 +188,7 @@ def accuracy(bench: Bench, most: int) -> dict[str, float]:
     kinds = {kind: [(e, a) for e, a in labels if kind in e.fields["labels"]] for kind in ("neutral", "joy")}
     qa = answers("qa", most, 40)
     scores = answers("compare", most, 6)
-    maths = answers("maths", most // 4, 200)
+    maths = answers("maths", most // 4, 160)
     return {
         "classify_sentiment": sum(e.answer == a for e, a in kinds["neutral"]) / max(1, len(kinds["neutral"])),
         "classify_emotion": sum(e.answer == a for e, a in kinds["joy"]) / max(1, len(kinds["joy"])),
@@ -249,10 +249,10 @@ def main() -> None:
             for t in TASKS
         },
         "quality": quality(bench, args.most),
-        "routing": routing(bench, min(60, args.most)),
+        "routing": routing(bench, min(60, args.most // 2)),
         "accuracy": accuracy(bench, args.most),
         "answers": examples_of(bench, args.nano / "prompts.jsonl"),
-        "rerouting": rerouting(bench, min(40, args.most)),
+        "rerouting": rerouting(bench, min(40, args.most // 4)),
     }
     args.results.write_text(json.dumps(rounded(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
