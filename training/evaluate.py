@@ -1,6 +1,6 @@
 """Measure the exported checkpoint with transformers alone and write every figure of its card.
 
-    python -m training.evaluate --data ../shared/data/tasks --state /tmp/nano
+    python -m training.evaluate --data ../shared/data/tasks --state build/nano
 
 Perplexity is of the answer's tokens and the end token that closes it, given the prompt, in f32 from the
 shipped bf16 weights. None of it was trained on; popularity of experts is counted on training's side."""

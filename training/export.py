@@ -1,6 +1,6 @@
 """Turn a training state into the shipped folder: a standard Qwen3-MoE checkpoint with one tensor per expert.
 
-python -m training.export --data ../shared/data/tasks --state /tmp/nano --to src/emoe/nano"""
+python -m training.export --data ../shared/data/tasks --state build/nano --to src/emoe/nano"""
 
 from __future__ import annotations
 

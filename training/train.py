@@ -1,6 +1,6 @@
 """Train emoe-nano: one command, resumable, on a CPU or on a GPU when there is one.
 
-    python -m training.train --data ../shared/data/tasks --out /tmp/nano --minutes 95
+    python -m training.train --data ../shared/data/tasks --out build/nano --minutes 95
 
 The learning rate follows the share of the time that is used up, so the run always ends annealed and on time.
 A paused process hardly uses it up: no step counts for more than six median steps."""
