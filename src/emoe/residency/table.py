@@ -244,15 +244,18 @@ class ResidencyTable:
         (self._passing.add if transient else self._passing.discard)(slot)
 
     def adopt(self, key: Key, protect: frozenset[Key]) -> None:
-        """Make a transient expert a resident, in place of one of its layer's own that is not in `protect`."""
+        """Make a transient expert a resident; one of its layer's own that is not in `protect` then passes instead.
+
+        That one may be pinned: it leaves when it has been used.
+        """
         slot = self._where[key]
         if not self.slots[slot].transient:
             return
         if self._kept[key[0]] >= self.plan.quotas[key[0]]:
-            own = self._evictable(self._by_layer[key[0]] - self._passing, protect)
-            if not own.size:
+            own = [s for s in self._by_layer[key[0]] - self._passing if self.slots[s].key not in protect]
+            if not own:
                 return
-            self.evict(self._lowest(own))
+            self._mark(self._lowest(np.array(own, dtype=np.int64)), True)
         self._mark(slot, False)
 
     # -- choice -------------------------------------------------------------------------------------------
