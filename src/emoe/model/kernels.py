@@ -1,9 +1,9 @@
 """How routed experts are computed. The kernel is chosen by shape alone, never by what is resident.
 
-Measured on two cores (Qwen3-MoE shape: hidden 1024, experts of 512, top-8, bf16, one token, 25 MB of weights): one
-`mm(out=)` per expert and projection with a single activation over all 1.60 ms, per-expert linear 1.73, grouped_mm
-1.80, gathered bmm 3.19 (see docs/log.md). All but the last run at the machine's memory bandwidth, so what is left
-to win is the number of calls. Over 256 tokens the ways tie (20.8 to 21.8 ms).
+Measured on two cores (`bench/expert_kernels.py`, docs/log.md; hidden 1024, 64 experts of 512, top-8, bf16): one token
+takes 1.44 ms with one `mm(out=)` per expert and projection and a single activation over all, 1.83 with transformers'
+eager loop, 1.44 with grouped_mm, 3.23 with gathered bmm; the best run at the memory's bandwidth. Over 256 tokens
+grouped_mm is ahead (18.4 ms against 20.9), but it needs every expert at once, which a budget does not give.
 """
 
 from __future__ import annotations
