@@ -32,8 +32,7 @@ from emoe.routing.rules import rule_for
 from emoe.routing.topk import top_k_of
 
 LOADER_THREADS = {"cached": 2, "direct": 4, "advised": 4}
-"""From the page cache two threads copy as fast as the memory; a disk wants several requests under way (here 1 MiB reads
-of one thread gave 570 MB/s, of two 780, of four 980, of eight 1070)."""
+"""A copy from the page cache is bound by memory, so two threads do; a disk wants several requests under way."""
 
 
 class Loaded(NamedTuple):
