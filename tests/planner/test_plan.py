@@ -15,7 +15,7 @@ from emoe.config import ExpertMemory
 from emoe.errors import BudgetError, UsageError
 from emoe.planner import plan
 from emoe.planner.facts import Activations, CacheLayer, ExpertLayer, Facts, by_size
-from emoe.planner.plan import COMBINE_TOKENS, READ_BUFFER_BYTES, make_plan, verdict
+from emoe.planner.plan import COMBINE_TOKENS, READ_BUFFER_BYTES, WORKSPACE_KEPT_BYTES, make_plan, verdict
 
 parts = st.lists(st.integers(1, 1 << 20), min_size=1, max_size=4).map(by_size)
 
@@ -132,6 +132,7 @@ def test_numbers_repeated_here_are_those_of_the_code_that_uses_them() -> None:
 
     assert LOADER_THREADS["direct"] * CHUNK_BYTES == READ_BUFFER_BYTES
     assert kernels.COMBINE_TOKENS == COMBINE_TOKENS
+    assert kernels.WORKSPACE_KEPT_BYTES == WORKSPACE_KEPT_BYTES
 
 
 def test_expert_memory_texts() -> None:

@@ -14,8 +14,38 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-COMBINE_TOKENS = 1024
-"""Tokens whose expert outputs are weighted and added at once: bounds the float32 temporary."""
+COMBINE_TOKENS = 128
+"""Tokens whose expert outputs are weighted and added at once: what is added stays in the processor's cache."""
+
+WORKSPACE_KEPT_BYTES = 32 << 20
+"""The largest workspace kept from one layer to the next: attention, which runs in between, needs memory too."""
+
+
+class Workspace:
+    """Memory that chunks are computed in, kept from layer to layer while it is small.
+
+    Taken anew for every layer, rows of a few MiB come back from the operating system each time, and are zeroed page by
+    page at their first use: a tenth of a prefill of 512 tokens (see docs/log.md).
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self._held: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+
+    def rows(self, name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return a [rows, columns] tensor of anything; it is overwritten when the same name is asked for again."""
+        key = (name, dtype, device)
+        held = self._held.get(key)
+        if held is None or held.numel() < rows * columns:
+            # Made in inference mode, it could not be written to outside it.
+            with torch.inference_mode(False):
+                self._held[key] = held = torch.empty(rows * columns, dtype=dtype, device=device)
+        return held[: rows * columns].view(rows, columns)
+
+    def trim(self) -> None:
+        """Give the memory back if it is more than `WORKSPACE_KEPT_BYTES`."""
+        if sum(held.nbytes for held in self._held.values()) > WORKSPACE_KEPT_BYTES:
+            self._held.clear()
 
 
 class ExpertMath:
@@ -92,15 +122,16 @@ def one_token(math: ExpertMath, hidden: torch.Tensor, weights: list[Weights], ga
 
 
 def round_rows(n: int) -> int:
-    """Return the number of rows that n tokens of one expert are computed with: the next of 1..8, 12, 16, 24, 32, 48...
+    """Return the number of rows that n tokens of one expert are computed with: 1..8, 10, 12, 14, 16, 20, 24, 28...
 
     oneDNN compiles and keeps a kernel for every number of rows it meets (0.4 to 0.75 MiB and about 1 ms each, see
-    docs/log.md), so without rounding a process grows with every prompt of another length.
+    docs/log.md), so without rounding a process grows with every prompt of another length. Rows cost time in proportion
+    beyond the first 36 or so, so four sizes to an octave (6 % more rows on average) and not two (12 %).
     """
     if n <= 8:
         return n
-    octave = 1 << (n - 1).bit_length()
-    return octave * 3 // 4 if n <= octave * 3 // 4 else octave
+    step = 1 << ((n - 1).bit_length() - 3)
+    return -(-n // step) * step
 
 
 class Grouping:
@@ -145,6 +176,7 @@ def many_tokens(
     grouping: Grouping,
     ready: Iterable[tuple[int, Weights]],
     gates: torch.Tensor,
+    workspace: Workspace | None = None,
 ) -> torch.Tensor:
     """Run a chunk of tokens, expert by expert, in whatever order the experts become ready.
 
@@ -157,23 +189,25 @@ def many_tokens(
         grouping: the chunk's pairs by expert.
         ready: (expert, weights) of every expert of the grouping, once.
         gates: [tokens, k] router weights.
+        workspace: where to compute; None takes memory of its own.
 
     Returns:
         [tokens, hidden].
     """
     if not grouping.counts:
         return torch.zeros_like(hidden)
-    rows = hidden.index_select(0, grouping.gather)
-    outer = torch.empty_like(rows)
+    workspace = workspace or Workspace()
+    shape = (grouping.gather.numel(), hidden.shape[1], hidden.dtype, hidden.device)
+    rows = torch.index_select(hidden, 0, grouping.gather, out=workspace.rows("rows", *shape))
+    outer = workspace.rows("outer", *shape)
     sizes = list(grouping.blocks.values())
     pairs = zip(torch.split(rows, sizes), torch.split(outer, sizes), strict=True)
     blocks = dict(zip(grouping.blocks, pairs, strict=True))
     for expert, w in ready:
         _one_expert(math, w, *blocks[expert])
-    del rows, blocks  # the results in their places take the room of the inputs
     if math.post_norm is not None:
         outer = math.post_norm(outer)
-    return combine(outer.index_select(0, grouping.place), gates, hidden.dtype)
+    return combine(outer, gates, hidden.dtype, grouping.place, workspace)
 
 
 def _one_expert(math: ExpertMath, w: Weights, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -187,12 +221,29 @@ def rounds_rows(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
 
 
-def combine(outer: torch.Tensor, gates: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Weight [tokens * k, hidden] expert outputs by [tokens, k] gates and add each token's in the router's order."""
+def combine(
+    outer: torch.Tensor,
+    gates: torch.Tensor,
+    dtype: torch.dtype,
+    place: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> torch.Tensor:
+    """Weight expert outputs [rows, hidden] by [tokens, k] gates and add each token's in the router's order.
+
+    `place` [tokens * k] says in which row each (token, choice) pair lies; None: in that order.
+    """
     tokens, k = gates.shape
-    parts = []
+    workspace = workspace or Workspace()
+    result = outer.new_empty(tokens, outer.shape[1], dtype=dtype)
+    weighted_dtype = torch.promote_types(outer.dtype, gates.dtype)
     for start in range(0, tokens, COMBINE_TOKENS):
         end = min(start + COMBINE_TOKENS, tokens)
-        weighted = outer[start * k : end * k] * gates[start:end].reshape(-1, 1)
-        parts.append(weighted.view(end - start, k, -1).sum(dim=1).to(dtype))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        shape = ((end - start) * k, outer.shape[1])
+        pairs = outer[start * k : end * k]
+        if place is not None:
+            pairs = workspace.rows("pairs", *shape, outer.dtype, outer.device)
+            torch.index_select(outer, 0, place[start * k : end * k], out=pairs)
+        weighted = workspace.rows("weighted", *shape, weighted_dtype, outer.device)
+        torch.mul(pairs, gates[start:end].reshape(-1, 1), out=weighted)
+        result[start:end] = weighted.view(end - start, k, -1).sum(dim=1)
+    return result

@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from emoe.config import Mode
 from emoe.errors import UsageError
-from emoe.model.kernels import ExpertMath, Grouping, Weights, many_tokens, one_token, rounds_rows
+from emoe.model.kernels import ExpertMath, Grouping, Weights, Workspace, many_tokens, one_token, rounds_rows
 from emoe.residency.pool import ExpertPool
 
 IMPLEMENTATION = "emoe"
@@ -89,6 +89,7 @@ class Runtime:
         self.observers: list[RouteObserver] = []
         self.observing = mode == "resident"
         self.lock = threading.RLock()
+        self.workspace = Workspace()
         self.closed = False
         self.end_tokens: frozenset[int] = frozenset()
 
@@ -217,9 +218,10 @@ class Runtime:
         stream = layer.pool.stream(layer.layer, grouping.by_count(), prefill=prefill, wanted=wanted, count=self.counts)
         try:
             ready = ((expert, layer.weights[slot]) for expert, slot in stream)
-            return many_tokens(layer.math, hidden, grouping, ready, gates)
+            return many_tokens(layer.math, hidden, grouping, ready, gates, self.workspace)
         finally:
             stream.close()  # type: ignore[attr-defined]
+            self.workspace.trim()
 
 
 def experts_forward(

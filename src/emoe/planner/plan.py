@@ -21,8 +21,11 @@ RUNTIME_BYTES = 40 << 20
 READ_BUFFER_BYTES = 4 * (1 << 20)
 """A buffer of checkpoint.readers.CHUNK_BYTES for each of the loader threads of O_DIRECT (model.bind)."""
 
-COMBINE_TOKENS = 1024
+COMBINE_TOKENS = 128
 """Tokens whose expert outputs are added at once (emoe.model.kernels.COMBINE_TOKENS)."""
+
+WORKSPACE_KEPT_BYTES = 32 << 20
+"""The largest workspace that stays between two layers (emoe.model.kernels.WORKSPACE_KEPT_BYTES)."""
 
 MASK_NBYTES = 3
 """Of a mask for each pair of tokens: as booleans, and in a 16-bit dtype."""
@@ -196,30 +199,42 @@ def activation_bytes(facts: Facts, prompt: int, batch: int) -> int:
 
     That is inside a decoder layer's attention or dense MLP, or inside its experts, or at the logits of the last token
     of each sequence (in the run dtype, in float32 and once more for sampling). Beside it, sliding layers keep the whole
-    prompt's keys and values until the next step cuts them, and padded sequences have a mask.
+    prompt's keys and values until the next step cuts them, padded sequences have a mask, and the experts' workspace
+    stays while it is small.
     """
     a, tokens, itemsize = facts.activations, prompt * batch, dtype_bytes(facts.dtype)
     block = tokens * a.token_nbytes + batch * prompt**2 * a.pair_nbytes
-    experts = 2 * tokens * a.hidden * itemsize + _experts_bytes(facts, tokens)
+    workspace = workspace_bytes(facts, tokens)
+    experts = 2 * tokens * a.hidden * itemsize + _route_bytes(facts, tokens) + workspace
     logits = batch * a.vocabulary * (itemsize + 2 * 4)
+    kept = workspace if workspace <= WORKSPACE_KEPT_BYTES else 0
     beyond_window = sum(layer.nbytes(prompt, whole=True) - layer.nbytes(prompt) for layer in facts.cache_layers)
     mask = MASK_NBYTES * prompt**2 * batch if a.masked or batch > 1 else 0
-    return max(block, experts, logits) + batch * beyond_window + mask
+    return max(block + kept, experts, logits + kept) + batch * beyond_window + mask
 
 
-def _experts_bytes(facts: Facts, tokens: int) -> int:
-    """What one layer's experts hold for a chunk (emoe.model.kernels.many_tokens).
+def workspace_bytes(facts: Facts, tokens: int) -> int:
+    """What one layer's experts compute a chunk in (emoe.model.kernels.Workspace), at worst.
 
-    The route (probabilities of all experts in float32, the chosen ones as 64-bit numbers, sorted and placed); a row of
-    hidden for each token and choice on the way in and on the way out, in blocks rounded up by a third at worst; and
-    then one expert's intermediate, at worst for all tokens, or the float32 rows that are being added.
+    A row of hidden for each token and choice on the way in and on the way out, in blocks rounded up by a quarter at
+    worst, and the rows of one block of tokens that are being added, once more in float32.
+    """
+    a, k, itemsize = facts.activations, facts.top_k, dtype_bytes(facts.dtype)
+    rows = 5 * tokens * k * a.hidden * itemsize // 2
+    return rows + min(tokens, COMBINE_TOKENS) * k * a.hidden * (itemsize + 4)
+
+
+def _route_bytes(facts: Facts, tokens: int) -> int:
+    """What one layer's experts hold for a chunk beside their workspace (emoe.model.kernels.many_tokens).
+
+    The route (probabilities of all experts in float32, the chosen ones as 64-bit numbers, sorted and placed), and one
+    expert's intermediate, at worst for all tokens, or the result and the sum of one block of it.
     """
     a, k, itemsize = facts.activations, facts.top_k, dtype_bytes(facts.dtype)
     route = tokens * (3 * 4 * max(layer.experts for layer in facts.expert_layers) + 10 * 8 * k)
-    rows = 8 * tokens * k * a.hidden * itemsize // 3
     one_expert = 2 * tokens * a.expert_inner * itemsize
-    combine = 2 * min(tokens, COMBINE_TOKENS) * k * a.hidden * 4 + tokens * a.hidden * itemsize
-    return route + rows + max(one_expert, combine)
+    combine = min(tokens, COMBINE_TOKENS) * a.hidden * 4 + tokens * a.hidden * itemsize
+    return route + max(one_expert, combine)
 
 
 def verdict(plan: Plan) -> str:
