@@ -21,6 +21,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("tasks",),
     ("policies",),
     ("model", "planner"),
+    ("profiling",),
     ("scheduling",),
     ("engine",),
     ("simulation",),

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from emoe.errors import UsageError
 
 Counts = npt.NDArray[np.int64]
+Scores = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
 
 @dataclass(slots=True)
@@ -20,13 +21,15 @@ class Uses:
     """What is known of the past of some expert keys, one entry each.
 
     Ticks count layer visits, passes count forward passes of the model; `rank` is the layer's position among the MoE
-    layers (0 is nearest the input).
+    layers (0 is nearest the input); `number` counts keys layer by layer: rank * experts + expert where all layers have
+    equally many.
     """
 
     last_tick: Counts
     last_pass: Counts
     uses: Counts
     rank: Counts
+    number: Counts
 
 
 @dataclass(slots=True)
@@ -49,7 +52,7 @@ class Eviction(Protocol):
     name: str
     shared_from: float
 
-    def score(self, past: Uses, now: Now) -> Counts:
+    def score(self, past: Uses, now: Now) -> Scores:
         """Score candidates, one number for each entry of `past`."""
         ...
 
@@ -93,6 +96,25 @@ class LeastStale:
         distance = (past.rank - now.layer_rank - 1) % now.layers
         order: Counts = np.minimum(past.uses, (1 << 24) - 1) - ((missed * now.layers + distance) << 24)
         return order
+
+
+class Scored:
+    """Keys by values that something else keeps up to date (a scorer of the prediction room), ties by recency."""
+
+    shared_from = math.inf  # values are comparable within a layer only
+
+    def __init__(self, name: str, keys: int) -> None:
+        """Start with equal values for `keys` expert keys, which is LRU."""
+        self.name = name
+        self.values: npt.NDArray[np.float32] = np.zeros(keys, dtype=np.float32)
+
+    def score(self, past: Uses, now: Now) -> npt.NDArray[np.float64]:
+        """Score by value; between equal ones the least recently used goes first."""
+        values = self.values[past.number]
+        order = np.lexsort((past.last_tick, values))
+        ranks = np.empty(len(order))
+        ranks[order] = np.arange(len(order))
+        return ranks
 
 
 EVICTION_RULES: dict[str, Callable[[], Eviction]] = {rule.name: rule for rule in (LRU, LFU, LeastStale)}

@@ -108,7 +108,7 @@ class ResidencyTable:
         self._first = dict(zip(layers, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
         never = np.full(sum(sizes), -1, dtype=np.int64)
         ranks = np.repeat(np.arange(len(layers)), sizes)
-        self._past = Uses(never, never.copy(), np.zeros_like(never), ranks)
+        self._past = Uses(never, never.copy(), np.zeros_like(never), ranks, np.arange(len(never)))
         self._held = np.zeros(self.plan.slots, dtype=np.int64)
         self._ready = np.zeros(self.plan.slots, dtype=np.bool_)
 
@@ -310,6 +310,6 @@ class ResidencyTable:
             slots = passing if passing.size else slots
         held = self._held[slots]
         past = self._past
-        chosen = Uses(past.last_tick[held], past.last_pass[held], past.uses[held], past.rank[held])
+        chosen = Uses(past.last_tick[held], past.last_pass[held], past.uses[held], past.rank[held], held)
         now = Now(self.tick, self.pass_no, self._rank[self._layer], len(self._rank))
         return int(slots[self.eviction.score(chosen, now).argmin()])
