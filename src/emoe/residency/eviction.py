@@ -43,7 +43,10 @@ class Now:
 
 
 class Eviction(Protocol):
-    """An eviction rule. `score` orders candidates; the lowest goes first.
+    """An eviction rule. `score` orders candidates; the lowest goes first, of equal ones that of the lowest number.
+
+    A score depends on its own entry and the moment alone, so that the simulator may score every key of all layers at
+    once, in arrays of any shape, where the engine scores the candidates for one slot.
 
     `shared_from` says from how many slots per layer, as a multiple of one token's experts, one pool over all layers
     beats even quotas under this rule (below, layers that come late in a pass lose what they need to the early ones).
@@ -108,13 +111,12 @@ class Scored:
         self.name = name
         self.values: npt.NDArray[np.float32] = np.zeros(keys, dtype=np.float32)
 
-    def score(self, past: Uses, now: Now) -> npt.NDArray[np.float64]:
-        """Score by value; between equal ones the least recently used goes first."""
-        values = self.values[past.number]
-        order = np.lexsort((past.last_tick, values))
-        ranks = np.empty(len(order))
-        ranks[order] = np.arange(len(order))
-        return ranks
+    def score(self, past: Uses, now: Now) -> Counts:
+        """Score by value; between equal ones the least recently used goes first. Values must not be NaN."""
+        # A float's bits, those below the sign flipped where it is negative, order as integers as the floats do.
+        bits = np.add(self.values[past.number], 0, dtype=np.float32).view(np.int32)  # + 0: -0.0 equals 0.0
+        order: Counts = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64) << 32) + past.last_tick
+        return order
 
 
 EVICTION_RULES: dict[str, Callable[[], Eviction]] = {rule.name: rule for rule in (LRU, LFU, LeastStale)}

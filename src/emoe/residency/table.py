@@ -46,7 +46,11 @@ class IllegalMove(RuntimeError):
 
 @dataclass(slots=True)
 class LayerCounters:
-    """Counts of one layer. A hit or a miss is one routed expert key in one visit of the layer (not one token)."""
+    """Counts of one layer. A hit or a miss is one routed expert key in one visit of the layer (not one token).
+
+    `loads` counts demand loads and prefetches alike. Every prefetch that was issued ends as used (run before it was
+    evicted), unused (evicted before it was run) or cancelled (its load did not end well); until then it waits.
+    """
 
     hits: int = 0
     misses: int = 0
@@ -54,6 +58,15 @@ class LayerCounters:
     bytes_read: int = 0
     rerouted: int = 0
     tokens: int = 0
+    prefetches: int = 0
+    prefetches_used: int = 0
+    prefetches_unused: int = 0
+    prefetches_cancelled: int = 0
+
+    @property
+    def prefetches_waiting(self) -> int:
+        """Prefetches under way, or there and neither run nor evicted yet."""
+        return self.prefetches - self.prefetches_used - self.prefetches_unused - self.prefetches_cancelled
 
 
 @dataclass(slots=True)
@@ -61,6 +74,7 @@ class _Slot:
     state: SlotState = SlotState.EMPTY
     key: Key | None = None
     transient: bool = False
+    prefetched: bool = False
 
 
 @dataclass(slots=True)
@@ -168,8 +182,20 @@ class ResidencyTable:
         self._past.last_pass[number] = self.pass_no
         self._past.uses[number] += 1
         slot = self._where.get(key)
-        if keep and slot is not None and self.slots[slot].transient and not self.plan.lane:
+        if slot is None:
+            return
+        entry = self.slots[slot]
+        if keep and entry.transient and not self.plan.lane:
             self._mark(slot, False)
+        if entry.prefetched and entry.state is not SlotState.LOADING:
+            self.count_used(slot)
+
+    def count_used(self, slot: int) -> None:
+        """Note that the prefetch in `slot` is run: at its first hit, or when the layer that waited for it has it."""
+        entry = self.slots[slot]
+        if entry.prefetched and entry.key is not None:
+            entry.prefetched = False
+            self.counters[entry.key[0]].prefetches_used += 1
 
     def pin(self, slot: int) -> None:
         """Protect a ready slot while the running layer uses it."""
@@ -179,13 +205,16 @@ class ResidencyTable:
         """End the protection."""
         self._move(slot, SlotState.READY)
 
-    def reserve(self, key: Key, *, transient: bool = False, protect: frozenset[Key] = frozenset()) -> int | None:
+    def reserve(
+        self, key: Key, *, transient: bool = False, protect: frozenset[Key] = frozenset(), prefetch: bool = False
+    ) -> int | None:
         """Take a slot for loading `key` into, evicting if need be; the slot is then `loading`.
 
         Args:
             key: the expert to load.
             transient: it only passes through (prefill).
             protect: keys that must not be evicted for it, beside those pinned and loading.
+            prefetch: nothing waits for it; it is counted as a prefetch.
 
         Returns:
             The slot, or None when no slot may be taken now (all are pinned, loading or protected).
@@ -204,6 +233,8 @@ class ResidencyTable:
         self._by_layer[key[0]].add(slot)
         self._kept[key[0]] += 1
         self._mark(slot, transient)
+        entry.prefetched = prefetch
+        self.counters[key[0]].prefetches += prefetch
         return slot
 
     def commit(self, slot: int, nbytes: int) -> None:
@@ -216,13 +247,19 @@ class ResidencyTable:
             counters.bytes_read += nbytes
 
     def abort(self, slot: int) -> None:
-        """Note that the load into `slot` failed: the slot is empty again."""
+        """Note that the load into `slot` failed or was cancelled: the slot is empty again."""
         self._move(slot, SlotState.EMPTY)
+        key = self.slots[slot].key
+        if self.slots[slot].prefetched and key is not None:
+            self.counters[key[0]].prefetches_cancelled += 1
         self._forget(slot)
 
     def evict(self, slot: int) -> None:
         """Empty a ready slot."""
         self._move(slot, SlotState.EMPTY)
+        key = self.slots[slot].key
+        if self.slots[slot].prefetched and key is not None:
+            self.counters[key[0]].prefetches_unused += 1
         self._forget(slot)
 
     def _forget(self, slot: int) -> None:
@@ -233,6 +270,7 @@ class ResidencyTable:
             self._by_layer[entry.key[0]].discard(slot)
             self._kept[entry.key[0]] -= 1
         entry.key = None
+        entry.prefetched = False
         self._free.append(slot)
 
     def _mark(self, slot: int, transient: bool) -> None:
@@ -304,10 +342,14 @@ class ResidencyTable:
         return np.flatnonzero(ready)
 
     def _lowest(self, slots: Counts) -> int:
-        """The slot that goes first: a transient one where there is any, else the rule's choice."""
+        """The slot that goes first: a transient one where there is any, else the rule's choice.
+
+        Between equal scores the lowest key goes, so that which slot a key happens to lie in decides nothing.
+        """
         if self._passing:
             passing = slots[np.isin(slots, list(self._passing))]
             slots = passing if passing.size else slots
+        slots = slots[self._held[slots].argsort()]
         held = self._held[slots]
         past = self._past
         chosen = Uses(past.last_tick[held], past.last_pass[held], past.uses[held], past.rank[held], held)
