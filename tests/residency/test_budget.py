@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from emoe.config import ExpertMemory
 from emoe.errors import BudgetError
-from emoe.residency.budget import LayerNeed, floor_bytes, plan_slots, total_bytes, uniform_quotas
+from emoe.residency.budget import LayerNeed, floor_bytes, plan_slots, popular_quotas, total_bytes, uniform_quotas
 
 
 @st.composite
@@ -95,3 +97,59 @@ def test_a_lane_is_outside_the_quotas(needs: list[LayerNeed], share: float) -> N
         everything = pool.slots == sum(need.experts for need in members)
         assert (pool.lane == 0) == everything
         assert sum(pool.quotas.values()) in (0, pool.slots - pool.lane)
+
+
+@st.composite
+def popular(draw: st.DrawFn, needs: list[LayerNeed]) -> dict[int, list[float]]:
+    """Shares per expert, in eighths so that sums are exact and ties happen."""
+    return {
+        need.layer: [n / 8 for n in draw(st.lists(st.integers(0, 8), min_size=need.experts, max_size=need.experts))]
+        for need in needs
+    }
+
+
+def expected_misses(quotas: dict[int, int], popularity: dict[int, list[float]]) -> float:
+    return sum(sum(sorted(shares, reverse=True)[quotas[layer] :]) for layer, shares in popularity.items())
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 4))
+def test_no_other_split_of_the_same_slots_expects_fewer_misses(data: st.DataObject, layers: int, experts: int) -> None:
+    """Against every split there is."""
+    top_k = data.draw(st.integers(1, experts))
+    needs = [LayerNeed(layer, experts, top_k, 64) for layer in range(layers)]
+    popularity = data.draw(popular(needs))
+    slots = data.draw(st.integers(0, layers * experts))
+    quotas = popular_quotas(slots, needs, popularity)
+    if slots < layers * top_k:
+        assert set(quotas.values()) == {0}
+        return
+    assert sum(quotas.values()) == slots
+    assert all(top_k <= quota <= experts for quota in quotas.values())
+    splits = itertools.product(range(top_k, experts + 1), repeat=layers)
+    best = min(expected_misses(dict(enumerate(split)), popularity) for split in splits if sum(split) == slots)
+    assert expected_misses(quotas, popularity) == best
+
+
+@given(models(), st.floats(0, 1), st.booleans(), st.data())
+def test_a_split_by_popularity_stays_in_the_budget_and_gives_every_layer_a_token(
+    needs: list[LayerNeed], at: float, lane: bool, data: st.DataObject
+) -> None:
+    floor, total = floor_bytes(needs), total_bytes(needs)
+    budget = int(floor + at * (total - floor))
+    popularity = data.draw(popular(needs))
+    plan = plan_slots(ExpertMemory("bytes", budget), needs, lane=lane, popularity=popularity)
+    assert plan.resident_bytes <= budget
+    assert plan.slots == plan_slots(ExpertMemory("bytes", budget), needs, lane=lane).slots
+    for pool in plan.pools:
+        own = [need for need in needs if need.group == pool.group]
+        quotas = {need.layer: pool.quotas[need.layer] for need in own}
+        assert sum(quotas.values()) in (0, pool.slots - pool.lane)
+        assert not any(quotas.values()) or all(need.top_k <= quotas[need.layer] <= need.experts for need in own)
+
+
+def test_a_popularity_of_another_model_is_refused() -> None:
+    needs = [LayerNeed(layer, 4, 2, 64) for layer in (1, 2)]
+    with pytest.raises(BudgetError, match="layer 2 is known for 0 of its 4 experts"):
+        popular_quotas(6, needs, {1: [1.0] * 4})
+    with pytest.raises(BudgetError, match="layer 1 is known for 5"):
+        plan_slots(ExpertMemory("share", 0.5), needs, popularity={1: [1.0] * 5, 2: [1.0] * 4})

@@ -176,3 +176,66 @@ def test_an_aborted_load_leaves_the_slot_empty() -> None:
     table.abort(slot)
     assert table.find((0, 0)) is None and table.occupied == 0
     assert table.counters[0].loads == 0
+
+
+@given(workloads(), st.sampled_from(RULES), st.integers(2, 18), st.booleans(), st.data())
+def test_every_prefetch_ends_as_used_unused_or_cancelled(
+    visits: Visits, rule: str, slots: int, shared: bool, data: st.DataObject
+) -> None:
+    """Invariant 3, with prefetches that end at any time, in any way."""
+    table = make_table(3, 6, slots, rule, shared=shared)
+    flying: list[int] = []
+    ends = {"committed": 0, "aborted": 0}
+    first_runs = 0
+    unseen: set[tuple[int, int]] = set()
+    misses = 0
+
+    def end(slot: int, well: bool) -> None:
+        flying.remove(slot)
+        if well:
+            table.commit(slot, 64)
+        else:
+            unseen.discard(table.slots[slot].key or (-1, -1))
+            table.abort(slot)
+        ends["committed" if well else "aborted"] += 1
+
+    for layer, experts in visits:
+        table.visit(layer)
+        for key in data.draw(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5)), max_size=2)):
+            if table.find(key) is None and len(flying) < 2:
+                slot = table.reserve(key, prefetch=True)
+                if slot is not None:
+                    flying.append(slot)
+                    unseen.add(key)
+        for slot in list(flying):
+            fate = data.draw(st.sampled_from(["flies", "ends", "fails"]))
+            if fate != "flies":
+                end(slot, fate == "ends")
+        for key in [(layer, e) for e in experts]:
+            where = table.find(key)
+            if where in flying:
+                end(where, True)  # the layer waits for it
+            if table.is_resident(key):
+                first_runs += key in unseen
+                unseen.discard(key)
+            else:
+                misses += 1
+                for slot in list(flying):
+                    end(slot, False)  # demand first
+                where = table.reserve(key)
+                assert where is not None
+                unseen.discard(key)
+                table.commit(where, 64)
+            table.use(key, keep=True)
+    counters = table.counters.values()
+    total = {
+        name: sum(getattr(c, name) for c in counters)
+        for name in ("prefetches", "prefetches_used", "prefetches_unused", "prefetches_cancelled", "loads")
+    }
+    waiting = sum(slot.prefetched for slot in table.slots)
+    assert sum(c.prefetches_waiting for c in counters) == waiting
+    assert total["prefetches_cancelled"] == ends["aborted"]
+    assert total["prefetches_used"] == first_runs
+    assert total["prefetches"] == ends["committed"] + ends["aborted"] + len(flying)
+    assert total["loads"] == misses + ends["committed"]
+    assert sum(c.bytes_read for c in counters) == 64 * total["loads"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from emoe.config import ExpertMemory, format_bytes
@@ -96,7 +97,12 @@ def total_bytes(layers: Sequence[LayerNeed]) -> int:
 
 
 def plan_slots(
-    memory: ExpertMemory | None, layers: Sequence[LayerNeed], *, lane: bool = False, shared_from: float = math.inf
+    memory: ExpertMemory | None,
+    layers: Sequence[LayerNeed],
+    *,
+    lane: bool = False,
+    shared_from: float = math.inf,
+    popularity: Mapping[int, Sequence[float]] | None = None,
 ) -> SlotPlan:
     """Turn a budget into banks of slots and per-layer quotas.
 
@@ -107,6 +113,8 @@ def plan_slots(
         shared_from: an even share of this many times one token's experts makes one pool of the bank instead of
             quotas (the eviction rule knows from where that is better); not with a lane, nor where the budget itself
             is given per layer.
+        popularity: the expected share of tokens per expert of each layer; when given, the quotas are those that leave
+            the fewest expected misses (`popular_quotas`) instead of an even share, also where that is given per layer.
 
     Raises:
         BudgetError: the budget is below one step's experts of one layer; the message names the smallest that works.
@@ -130,12 +138,17 @@ def plan_slots(
             f"{format_bytes(largest.slot_nbytes)} in layer {largest.layer} at once. The smallest budget that works is "
             f"{floor} bytes ({format_bytes(floor)}, {floor / total:.1%} of all experts)."
         )
-    pools = _split(budget, layers, per_layer, lane, shared_from)
+    pools = _split(budget, layers, per_layer, lane, shared_from, popularity)
     return SlotPlan(budget_bytes=budget, floor_bytes=floor, total_bytes=total, pools=tuple(pools))
 
 
 def _split(
-    budget: int, layers: Sequence[LayerNeed], per_layer: int | None, lane: bool, shared_from: float
+    budget: int,
+    layers: Sequence[LayerNeed],
+    per_layer: int | None,
+    lane: bool,
+    shared_from: float,
+    popularity: Mapping[int, Sequence[float]] | None,
 ) -> list[PoolPlan]:
     """Give each bank its floor, then share what is left by the bytes of the experts each still has outside."""
     groups: dict[int, list[LayerNeed]] = {}
@@ -158,9 +171,18 @@ def _split(
         if lane and slots < sum(need.experts for need in needs):
             # What an even share leaves over costs no layer anything; one slot is the least that works.
             kept_out = max(1, min(MAX_LANE, slots % len(needs)))
-        quotas = uniform_quotas(slots - kept_out, needs)
         partial = slots < sum(need.experts for need in needs)
-        if partial and not lane and per_layer is None and all(quotas[n.layer] >= shared_from * n.top_k for n in needs):
+        if partial and popularity is not None:
+            quotas = popular_quotas(slots - kept_out, needs, popularity)
+        else:
+            quotas = uniform_quotas(slots - kept_out, needs)
+        if (
+            partial
+            and popularity is None
+            and not lane
+            and per_layer is None
+            and all(quotas[n.layer] >= shared_from * n.top_k for n in needs)
+        ):
             quotas = dict.fromkeys(quotas, 0)
         pools.append(PoolPlan(group, slots, size, quotas, kept_out))
     return pools
@@ -185,4 +207,51 @@ def uniform_quotas(slots: int, layers: Sequence[LayerNeed]) -> dict[int, int]:
                 open_layers.remove(need)
     if any(quotas[need.layer] < min(need.top_k, need.experts) for need in layers):
         return {need.layer: 0 for need in layers}
+    return quotas
+
+
+def popular_quotas(
+    slots: int, layers: Sequence[LayerNeed], popularity: Mapping[int, Sequence[float]]
+) -> dict[int, int]:
+    """Share `slots` between layers so that the expected misses are fewest.
+
+    Every layer sees the same tokens, so the misses expected of a layer with quota q are the shares of its experts
+    beyond the q most popular. Each layer gets one token's experts; then every slot goes where the next expert's share
+    is largest. Gains fall with every slot a layer gets, so no other split is better. Ties go to the layer with fewer.
+
+    Args:
+        slots: what is to be shared.
+        layers: the layers of one bank.
+        popularity: expected share of tokens per expert, for each layer, in any order of experts.
+
+    Returns:
+        The quota of each layer; all 0 where one token's experts of every layer do not fit, as in `uniform_quotas`.
+
+    Raises:
+        BudgetError: a layer whose popularity is not given, or not of all its experts.
+    """
+    ranked: dict[int, list[float]] = {}
+    for need in layers:
+        given = popularity.get(need.layer, ())
+        if len(given) != need.experts:
+            raise BudgetError(
+                f"the popularity of layer {need.layer} is known for {len(given)} of its {need.experts} experts: it "
+                "belongs to another model. Make a profile of this one, or use layer_split='uniform'."
+            )
+        ranked[need.layer] = sorted(map(float, given), reverse=True)
+    quotas = {need.layer: min(need.top_k, need.experts) for need in layers}
+    left = min(slots, sum(need.experts for need in layers)) - sum(quotas.values())
+    if left < 0:
+        return dict.fromkeys(quotas, 0)
+
+    def offer(layer: int) -> tuple[float, int, int]:
+        return -ranked[layer][quotas[layer]], quotas[layer], layer
+
+    offers = [offer(need.layer) for need in layers if quotas[need.layer] < need.experts]
+    heapq.heapify(offers)
+    for _ in range(left):
+        _, _, layer = heapq.heappop(offers)
+        quotas[layer] += 1
+        if quotas[layer] < len(ranked[layer]):
+            heapq.heappush(offers, offer(layer))
     return quotas
