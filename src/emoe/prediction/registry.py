@@ -6,11 +6,28 @@ Factories import what they need when they are called, so that naming a predictor
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 from emoe.errors import UsageError
 from emoe.prediction.protocol import Predictor, RoutingShape, UseScorer
 
-PREDICTORS: dict[str, Callable[[RoutingShape], Predictor]] = {}
+
+def _simple(module: str, name: str) -> Callable[[RoutingShape], Predictor]:
+    def make(shape: RoutingShape) -> Predictor:
+        predictor: Predictor = getattr(import_module(f"emoe.prediction.{module}"), name)(shape)
+        return predictor
+
+    return make
+
+
+PREDICTORS: dict[str, Callable[[RoutingShape], Predictor]] = {
+    "static": _simple("popularity", "Static"),
+    "task-popularity": _simple("popularity", "TaskPopularity"),
+    "previous-prompt": _simple("popularity", "PreviousPrompt"),
+    "decayed-prompt": _simple("popularity", "DecayedPrompt"),
+    "transitions": _simple("transitions", "Transitions"),
+    "moe-infinity": _simple("matching", "ActivationMatching"),
+}
 """Prompt-level predictors by name."""
 
 SCORERS: dict[str, Callable[[RoutingShape], UseScorer]] = {}
