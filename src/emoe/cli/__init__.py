@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import emoe
-from emoe.cli import bench, chat, demo, generate, inspect, plan
+from emoe.cli import bench, chat, demo, generate, inspect, plan, simulate
 from emoe.cli.output import note
 from emoe.errors import EmoeError, UsageError
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
-_COMMANDS = (plan, generate, chat, inspect, demo, bench)
+_COMMANDS = (plan, generate, chat, inspect, demo, simulate, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -19,8 +19,8 @@ def note(text: str) -> None:
     print(f"emoe: {text}", file=sys.stderr, flush=True)
 
 
-def print_json(values: Mapping[str, Any]) -> None:
-    """The one JSON object of a command with --json."""
+def print_json(values: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    """The one JSON value of a command with --json: an object, or a list of them."""
     print(json.dumps(values, default=str))
 
 

@@ -1,0 +1,247 @@
+"""`emoe simulate`: how far each policy is from the best possible, on a recorded trace."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from emoe.cli.options import add_command, positive, size
+from emoe.cli.output import ProgressLine, note, print_json, table
+from emoe.config import ExpertMemory, format_bytes
+from emoe.errors import UsageError
+
+if TYPE_CHECKING:
+    from emoe.routing.trace import Trace
+    from emoe.simulation.runs import Row, Task
+
+SUMMARY = "Serve a recorded trace under policies and capacities, beside the best possible (Belady's rule)."
+DEFAULT_POLICIES = "lru,lfu,least-stale,belady"
+DEFAULT_CAPACITIES = "20%,40%,60%,80%"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(commands, "simulate", run, SUMMARY)
+    parser.add_argument("trace", nargs="?", metavar="TRACE", help="a trace file, or a folder with a trace.npz")
+    parser.add_argument(
+        "--random",
+        metavar="LxExK:TOKENS",
+        help="instead of TRACE, tokens routed at random over L layers to K of E experts, e.g. 24x32x4:20000",
+    )
+    parser.add_argument(
+        "--policy",
+        type=_names,
+        default=_names(DEFAULT_POLICIES),
+        metavar="NAMES",
+        help="policies, separated by commas; NAME@pool: one bank shared by all layers (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--capacity",
+        type=_capacities,
+        default=_capacities(DEFAULT_CAPACITIES),
+        metavar="SHARES",
+        help=f"shares of each layer's experts that fit (default: {DEFAULT_CAPACITIES})".replace("%", "%%"),
+    )
+    parser.add_argument("--history", metavar="TRACE", help="what policies may learn from before")
+    parser.add_argument(
+        "--split",
+        type=_seeds,
+        metavar="SEEDS",
+        help="learn on a random half of the prompts and score the other, once for each seed (0,1,2), and average",
+    )
+    parser.add_argument(
+        "--interleave", type=positive, default=1, metavar="N", help="sequences that take turns, as a batch (default: 1)"
+    )
+    parser.add_argument(
+        "--phase",
+        choices=("all", "prefill", "decode"),
+        default="all",
+        help="which tokens are looked up, one by one (default: all)",
+    )
+    parser.add_argument("--prompts", type=positive, metavar="N", help="score only the first N prompts")
+    parser.add_argument(
+        "--experts", type=positive, metavar="N", help="experts of a layer, for traces that do not say (default: seen)"
+    )
+    parser.add_argument(
+        "--replan-prompts", type=positive, metavar="P", help="prompts between two calls of a predictor (default: 40)"
+    )
+    parser.add_argument(
+        "--prefetch",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load what a predictor names, or only order evictions by it (default: load)",
+    )
+    parser.add_argument(
+        "--tasks", action=argparse.BooleanOptionalAction, default=True, help="show or hide the prompts' task labels"
+    )
+    parser.add_argument(
+        "--token-ids", action=argparse.BooleanOptionalAction, default=True, help="show or hide the tokens' ids"
+    )
+    parser.add_argument(
+        "--expert-bytes", type=size, metavar="SIZE", help="bytes of one expert (default: as the trace says)"
+    )
+    parser.add_argument("--bandwidth", type=_rate, metavar="SIZE/s", help="of loads: adds the time per token")
+    parser.add_argument(
+        "--compute-time", type=_seconds, default=0.0, metavar="SECONDS", help="of one layer for one token (default: 0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of training and random routes (default: 0)")
+    parser.add_argument("--plot", metavar="FILE", help="draw ratio and hit rate against capacity (.png or .svg)")
+    parser.add_argument("--json", action="store_true", help="print a JSON list (docs/cli.md) instead of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one row for each policy and capacity."""
+    from emoe.simulation.runs import simulate
+
+    trace = _trace(args)
+    task = _task(args, trace)
+    task.check()
+    runs = _runs(args, trace)
+    about = f"{len(trace)} tokens of {trace.num_prompts} prompts, {len(trace.layers)} layers x {trace.num_experts}"
+    note(f"{about}, top-{trace.top_k}{_labels(trace)}")
+    if task.expert_bytes is None:
+        note("the trace does not say how large an expert is, so loads are not given in bytes: see --expert-bytes")
+    rows = simulate(runs, task, _Tokens(), note)
+    if args.json:
+        print_json([row.as_dict(task.expert_bytes) for row in rows])
+    else:
+        print(table(cells(rows, task.expert_bytes), right=range(1, 20), indent=""))
+    return 0
+
+
+def cells(rows: Sequence[Row], expert_bytes: int | None) -> list[list[str]]:
+    """The table for people, headings first."""
+    spread = any(len(row.ratios) > 1 for row in rows)
+    timed = any(row.latencies for row in rows)
+    head = ["policy", "capacity", "lookups", "misses", "loads", "hit rate", "x Belady"]
+    head += ["+-"] * spread + ["loaded", "wasted"] + ["mean", "p50", "p95"] * timed
+    lines = [head]
+    for row in rows:
+        values = row.as_dict(expert_bytes)
+        line = [row.policy, f"{row.capacity:.4g}", str(row.lookups), str(row.misses), str(row.loads)]
+        line[1] = f"{row.capacity * 100:.4g}%"
+        line += [f"{row.hit_rate:.4f}", f"{row.belady_ratio:.3f}"]
+        if spread:
+            line.append(f"{(max(row.ratios) - min(row.ratios)) / 2:.3f}")
+        for count, name in ((row.loads, "bytes_loaded"), (row.wasted, "wasted_prefetch_bytes")):
+            line.append(str(count) if values[name] is None else format_bytes(values[name]))
+        if timed:
+            line += [f"{values[f'token_{name}_s'] * 1000:.4g} ms" for name in ("mean", "p50", "p95")]
+        lines.append(line)
+    return lines
+
+
+class _Tokens(ProgressLine):
+    """Progress in tokens; called with (what runs, tokens done, tokens in all)."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def __call__(self, *state: Any) -> None:
+        """Show the state, if it is time to."""
+        what, done, total = state
+        if what != self._what:
+            self._what = what
+            self._start = None
+        super().__call__(done, total)
+
+    def line(self, done: int, total: int, seconds: float, since: int) -> str:
+        """The text for `done` of `total` tokens."""
+        rate = since / max(seconds, 1e-3)
+        return f"{self._what} {done} of {total} tokens ({done / total:.0%})  {rate:.0f} tokens/s"
+
+
+def _trace(args: argparse.Namespace) -> Trace:
+    from emoe.routing.trace import Trace
+    from emoe.simulation.generate import parse_random, random_trace
+    from emoe.simulation.runs import without
+
+    if (args.trace is None) == (args.random is None):
+        raise UsageError("give a TRACE or --random, one of the two.")
+    if args.random is not None:
+        return random_trace(*parse_random(args.random), args.seed)
+    return without(Trace.read(args.trace, args.experts), tasks=not args.tasks, token_ids=not args.token_ids)
+
+
+def _runs(args: argparse.Namespace, trace: Trace) -> list[tuple[Trace, Trace | None]]:
+    """What is scored, and what was learned from before."""
+    from emoe.routing.trace import Trace as Read
+    from emoe.simulation.runs import halves, without
+
+    if args.history is not None and args.split is not None:
+        raise UsageError("--history and --split both say what to learn from: give one of them.")
+    if args.split is not None:
+        pairs = [halves(trace, seed) for seed in args.split]
+        return [(scored, learned) for learned, scored in pairs]
+    if args.history is None:
+        return [(trace, None)]
+    history = Read.read(args.history, args.experts or trace.num_experts)
+    return [(trace, without(history, tasks=not args.tasks, token_ids=not args.token_ids))]
+
+
+def _task(args: argparse.Namespace, trace: Trace) -> Task:
+    from emoe.simulation.clock import Link
+    from emoe.simulation.policies import DEFAULT_REPLAN_PROMPTS, Settings
+    from emoe.simulation.runs import Task
+
+    known = trace.source.get("expert_bytes")
+    return Task(
+        policies=args.policy,
+        capacities=args.capacity,
+        settings=Settings(args.replan_prompts or DEFAULT_REPLAN_PROMPTS, args.prefetch, args.seed),
+        phases=args.phase,
+        interleave=args.interleave,
+        prompts=args.prompts,
+        expert_bytes=args.expert_bytes or (known if isinstance(known, int) else None),
+        link=None if args.bandwidth is None else Link(args.bandwidth, args.compute_time),
+    )
+
+
+def _labels(trace: Trace) -> str:
+    found = f", {len(trace.tasks)} tasks" if trace.tasks else ", no task labels"
+    return found if trace.token_ids is not None else f"{found}, no token ids"
+
+
+def _names(text: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError("name at least one policy")
+    return names
+
+
+def _capacities(text: str) -> list[float]:
+    try:
+        found = [ExpertMemory.parse(part.strip()) for part in text.split(",")]
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if any(each.kind != "share" for each in found):
+        raise argparse.ArgumentTypeError(f"capacities are shares of each layer's experts, e.g. 20%,40%, not {text!r}")
+    return [float(each.value) for each in found]
+
+
+def _seeds(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"seeds are whole numbers separated by commas, e.g. 0,1,2, not {text!r}")
+    return [int(part) for part in parts]
+
+
+def _rate(text: str) -> int:
+    if not text.endswith("/s"):
+        raise argparse.ArgumentTypeError(f"a bandwidth is a size per second, e.g. 2GB/s, not {text!r}")
+    rate = size(text.removesuffix("/s"))
+    if not rate:
+        raise argparse.ArgumentTypeError("a bandwidth must be above 0")
+    return rate
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"must be seconds of at least 0, e.g. 0.0004, not {text!r}")
+    return value

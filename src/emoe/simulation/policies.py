@@ -1,0 +1,285 @@
+"""Policies by name: eviction rules, scorers and predictors of the prediction room, and two bounds.
+
+- lru, lfu, least-stale: the engine's rules (`emoe.residency.eviction`);
+- a scorer (decayed, next-use, ...): the lowest score goes first;
+- a predictor (static, emoe-a, ...): asked every p prompts for what the coming prompt's task needs (paper, section 2.3);
+  that is loaded, and until the next call the lowest predicted share goes first;
+- random: evicts at random, a floor; belady: evicts what is used again last, the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from emoe.errors import UsageError
+from emoe.prediction.protocol import Predictor, RoutingShape, Trainable, UseScorer
+from emoe.prediction.registry import PREDICTORS, SCORERS, make_predictor, make_scorer
+from emoe.residency.eviction import EVICTION_RULES, Counts, Eviction, Now, Scored, Uses, make_eviction
+from emoe.routing.trace import Array, Trace
+from emoe.simulation.banks import Policy
+from emoe.simulation.lookups import Lookups
+
+CHUNK_TOKENS = 256
+"""Tokens that a scorer's batch method is given at once: scores of all their keys lie in memory."""
+
+DEFAULT_REPLAN_PROMPTS = 40
+"""p: the paper's default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How policies run.
+
+    Attributes:
+        replan_prompts: p, prompts from one call of a predictor to the next.
+        prefetch: load what a predictor names; without it, its shares only order evictions.
+        seed: of training and of `random`.
+    """
+
+    replan_prompts: int = DEFAULT_REPLAN_PROMPTS
+    prefetch: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.replan_prompts < 1:
+            raise UsageError(f"--replan-prompts must be at least 1, not {self.replan_prompts}.")
+
+
+Note = Callable[[str], None]
+
+
+class _BatchScorer(Protocol):
+    """A scorer that also scores many tokens at once."""
+
+    def scores_of(self, routes: Array, weights: Array | None, token_ids: Array | None) -> Array:
+        """float32 [tokens, layers, experts]: what `scores` returns before each token; all are then observed."""
+        ...
+
+
+def scores_before(scorer: UseScorer, routes: Array, weights: Array | None, token_ids: Array | None) -> Iterator[Array]:
+    """[layers, experts] scores before each token of a prompt; the scorer observes a token when the next is asked for.
+
+    The one place that scores come from: a scorer may offer `scores_of` (see `_BatchScorer`), which must give the same.
+    """
+    batch: _BatchScorer | None = scorer if hasattr(scorer, "scores_of") else None  # type: ignore[assignment]
+    for start in range(0, len(routes), CHUNK_TOKENS if batch is not None else 1):
+        part = slice(start, start + (CHUNK_TOKENS if batch is not None else 1))
+        of = routes[part], None if weights is None else weights[part], None if token_ids is None else token_ids[part]
+        if batch is not None:
+            yield from batch.scores_of(*of)
+        else:
+            yield scorer.scores()
+            scorer.observe(*of)
+
+
+class Plain:
+    """An eviction rule that needs nothing but the past."""
+
+    def __init__(self, name: str, rule: Eviction) -> None:
+        self.name = name
+        self.rule = rule
+
+    def start(self, lookups: Lookups) -> None:
+        """Nothing to prepare."""
+
+    def before(self, token: int) -> Array | None:
+        """Nothing to bring up to date."""
+        return None
+
+
+class RandomEviction:
+    """Any resident expert, with equal chances."""
+
+    name = "random"
+    shared_from = np.inf
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def score(self, past: Uses, now: Now) -> Counts:
+        """Score by chance."""
+        return self._rng.integers(0, np.iinfo(np.int64).max, size=past.number.shape)
+
+
+class FarthestNextUse:
+    """The key whose next use is farthest goes first (Belady 1966). `next_use[number]` is the token of that use."""
+
+    name = "belady"
+    shared_from = np.inf
+
+    def __init__(self, keys: int) -> None:
+        self.next_use: Counts = np.zeros(keys, dtype=np.int64)
+
+    def score(self, past: Uses, now: Now) -> Counts:
+        """Score by the next use, in visits of layers."""
+        order: Counts = -(self.next_use[past.number] * now.layers + past.rank)
+        return order
+
+
+class Belady:
+    """Knows the future: no policy on the same bank loads less."""
+
+    name = "belady"
+    rule: FarthestNextUse
+
+    def start(self, lookups: Lookups) -> None:
+        """Find every look-up's next."""
+        self._keys = lookups.keys
+        self._top_k = lookups.shape.top_k
+        self._next = lookups.next_use()
+        self.rule = FarthestNextUse(lookups.nowhere + 1)
+
+    def before(self, token: int) -> Array | None:
+        """Move on to the uses after this token."""
+        self.rule.next_use[self._keys[token]] = self._next[token]
+        return None
+
+    def visit(self, token: int, rank: int) -> None:
+        """Move on to the uses after this token in one layer: for a bank that layers share."""
+        part = slice(rank * self._top_k, (rank + 1) * self._top_k)
+        self.rule.next_use[self._keys[token, part]] = self._next[token, part]
+
+
+class ByScore:
+    """A scorer's order. Of interleaved sequences each has a scorer of its own, and a key's score is their mean."""
+
+    def __init__(self, name: str, shape: RoutingShape, history: Trace | None, settings: Settings, note: Note) -> None:
+        self.name = name
+        self.rule = Scored(name, shape.layers * shape.experts)
+        self._shape, self._history, self._settings, self._note = shape, history, settings, note
+        first = make_scorer(name, shape)
+        if history is not None:
+            _learn(first, history, settings, note)
+        self._scorers: list[UseScorer] = [first]
+
+    def start(self, lookups: Lookups) -> None:
+        """One scorer for each lane."""
+        self._lookups = lookups
+        first = self._scorers[0]
+        for _ in range(1, lookups.lanes):
+            other = make_scorer(self.name, self._shape)
+            if isinstance(first, Trainable) and isinstance(other, Trainable) and self._history is not None:
+                other.restore(first.state())
+            elif self._history is not None:
+                _learn(other, self._history, self._settings, self._note)
+            self._scorers.append(other)
+        self._streams: list[Iterator[Array]] = [iter(()) for _ in self._scorers]
+        self._scores = np.zeros((lookups.lanes, len(self.rule.values)), dtype=np.float32)
+        self._begun = 0
+
+    def before(self, token: int) -> Array | None:
+        """Take the scores before this token."""
+        lookups = self._lookups
+        number = int(lookups.sequence[token])
+        sequence = lookups.sequences[number]
+        lane = sequence.lane
+        if number == self._begun:
+            next(self._streams[lane], None)  # the last token of the lane's sequence before is observed
+            self._begun += 1
+            self._scorers[lane].begin_prompt(sequence.task)
+            trace, rows = lookups.trace, sequence.rows
+            weights = None if trace.weights is None else trace.weights[rows]
+            token_ids = None if trace.token_ids is None else trace.token_ids[rows]
+            self._streams[lane] = scores_before(self._scorers[lane], trace.experts[rows], weights, token_ids)
+        scores = next(self._streams[lane]).reshape(-1)
+        if lookups.lanes == 1:
+            self.rule.values[:] = scores
+        else:
+            self._scores[lane] = scores
+            self._scores.mean(axis=0, out=self.rule.values)
+        return None
+
+
+class Planned:
+    """A predictor's plan: asked every p prompts. It is told of every prompt that has ended.
+
+    Without a history the first call comes after p prompts, until when the least recently used goes first: there is
+    nothing yet to predict from.
+    """
+
+    def __init__(self, name: str, shape: RoutingShape, history: Trace | None, settings: Settings, note: Note) -> None:
+        self.name = name
+        self.rule = Scored(name, shape.layers * shape.experts)
+        self._settings = settings
+        self._learned = history is not None
+        self._predictor: Predictor = make_predictor(name, shape)
+        if history is not None:
+            _learn(self._predictor, history, settings, note)
+
+    def start(self, lookups: Lookups) -> None:
+        """Forget which prompts ran."""
+        self._lookups = lookups
+        self._running: list[int | None] = [None] * lookups.lanes
+        self._begun = 0
+
+    def before(self, token: int) -> Array | None:
+        """Ask for a plan where a p-th prompt begins."""
+        number = int(self._lookups.sequence[token])
+        if number != self._begun:
+            return None
+        self._begun += 1
+        sequence = self._lookups.sequences[number]
+        ended = self._running[sequence.lane]
+        if ended is not None:
+            before = self._lookups.sequences[ended]
+            self._predictor.begin_prompt(before.task)
+            self._predictor.observe(self._lookups.trace.experts[before.rows])
+        self._running[sequence.lane] = number
+        if number % self._settings.replan_prompts or not (number or self._learned):
+            return None
+        shares = self._predictor.predict(sequence.task)
+        self.rule.values[:] = shares.reshape(-1)
+        return shares if self._settings.prefetch else None
+
+
+def _learn(learner: Predictor | UseScorer, history: Trace, settings: Settings, note: Note) -> None:
+    """Fit what can be fitted; show the rest the history's prompts in order."""
+    if isinstance(learner, Trainable):
+        learner.fit(history, seed=settings.seed, progress=note)
+        return
+    for prompt in range(history.num_prompts):
+        rows = slice(int(history.offsets[prompt]), int(history.offsets[prompt + 1]))
+        learner.begin_prompt(history.task_of(prompt))
+        learner.observe(history.experts[rows])
+
+
+def names() -> tuple[str, ...]:
+    """Every policy that can be named."""
+    return tuple(dict.fromkeys((*sorted(EVICTION_RULES), "random", *sorted(SCORERS), *sorted(PREDICTORS), "belady")))
+
+
+def check(name: str) -> None:
+    """Raises UsageError where no policy has that name."""
+    if name not in names():
+        raise UsageError(f"no policy is called {name!r}: choose one of {', '.join(names())}.")
+
+
+def plans(name: str) -> bool:
+    """Whether the policy is a predictor that plans for whole prompts."""
+    return name in PREDICTORS and name not in SCORERS
+
+
+def make_policy(
+    name: str, shape: RoutingShape, settings: Settings, history: Trace | None = None, note: Note = lambda _: None
+) -> Policy:
+    """Return a new policy by name, having learned from `history` if there is one.
+
+    Raises:
+        UsageError: no policy has that name.
+    """
+    check(name)
+    if name == "belady":
+        return Belady()
+    if name == "random":
+        return Plain(name, RandomEviction(settings.seed))
+    if name in EVICTION_RULES:
+        return Plain(name, make_eviction(name))
+    made: type[ByScore] | type[Planned] = Planned if plans(name) else ByScore
+    return made(name, shape, history, settings, note)
+
+
+__all__ = ["Belady", "Settings", "check", "make_policy", "names", "plans", "scores_before"]
