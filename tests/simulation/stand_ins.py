@@ -47,7 +47,7 @@ def traces(draw: st.DrawFn, layers: int = 3, experts: int = 6, top_k: int = 2, t
 
 
 class RecentScorer:
-    """Uses of the running prompt so far, and a hundredth of those before."""
+    """Uses of the running prompt so far, and half of those before, prompt by prompt."""
 
     name = "recent"
 
@@ -57,7 +57,7 @@ class RecentScorer:
         self.tasks: list[str | None] = []
 
     def begin_prompt(self, task: str | None) -> None:
-        self.counts *= np.float32(0.01)
+        self.counts *= np.float32(0.5)
         self.tasks.append(task)
 
     def observe(self, routes: Array, weights: Array | None = None, token_ids: Array | None = None) -> None:

@@ -1,0 +1,171 @@
+"""Scorers and predictors as policies: when they are told what, and what comes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emoe.errors import UsageError
+from emoe.prediction.protocol import Array, RoutingShape
+from emoe.prediction.registry import PREDICTORS, SCORERS
+from emoe.routing.trace import Trace
+from emoe.simulation.banks import serve
+from emoe.simulation.lookups import Lookups
+from emoe.simulation.policies import Settings, make_policy, names, scores_before
+from tests.simulation.stand_ins import (
+    BatchScorer,
+    CountPredictor,
+    RecentScorer,
+    TrainedPredictor,
+    make_trace,
+    traces,
+)
+
+SHAPE = RoutingShape(3, 6, 2)
+MADE: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(kind: type[Any]) -> Any:
+        def make(shape: RoutingShape) -> Any:
+            MADE.append(kind(shape))
+            return MADE[-1]
+
+        return make
+
+    MADE.clear()
+    for scorer in (RecentScorer, BatchScorer):
+        monkeypatch.setitem(SCORERS, scorer.name, kept(scorer))
+    for predictor in (CountPredictor, TrainedPredictor):
+        monkeypatch.setitem(PREDICTORS, predictor.name, kept(predictor))
+
+
+@given(traces())
+def test_scores_come_from_before_the_token_and_a_batch_gives_the_same(trace: Trace) -> None:
+    one, many = RecentScorer(SHAPE), BatchScorer(SHAPE)
+    for prompt in range(trace.num_prompts):
+        rows = slice(int(trace.offsets[prompt]), int(trace.offsets[prompt + 1]))
+        for scorer in (one, many):
+            scorer.begin_prompt(None)
+        seen = np.copy(one.counts)
+        streams = [scores_before(scorer, trace.experts[rows], None, None) for scorer in (one, many)]
+        for token, (single, batch) in enumerate(zip(*streams, strict=True)):
+            assert np.array_equal(single, seen)
+            assert np.array_equal(single, batch)
+            seen = seen + SHAPE.counts(trace.experts[rows][token : token + 1])
+    assert np.array_equal(one.counts, many.counts)
+
+
+@given(traces(), st.integers(1, 3))
+def test_a_batch_of_scores_changes_no_figure(trace: Trace, lanes: int) -> None:
+    lookups = Lookups.of(trace, interleave=lanes)
+    one, many = (serve(lookups, [3], make_policy(name, SHAPE, Settings()))[0] for name in ("recent", "recent-batch"))
+    assert np.array_equal(one.missed, many.missed)
+
+
+@given(traces())
+def test_each_of_interleaved_sequences_has_a_scorer_that_sees_it_alone(trace: Trace) -> None:
+    MADE.clear()
+    lookups = Lookups.of(trace, interleave=2)
+    serve(lookups, [3], make_policy("recent", SHAPE, Settings()))
+    assert len(MADE) == 2
+    for lane, scorer in enumerate(MADE):
+        mine = [each for each in lookups.sequences if each.lane == lane]
+        assert scorer.tasks == [each.task for each in mine]
+        expected = np.zeros_like(scorer.counts)
+        for i, each in enumerate(mine):
+            expected *= np.float32(0.5)
+            # The last token of the last sequence is never scored after, so it need not be observed.
+            expected += SHAPE.counts(trace.experts[each.rows[:-1] if i == len(mine) - 1 else each.rows])
+        assert np.array_equal(scorer.counts, expected.astype(np.float32))
+
+
+def by_hand(
+    lookups: Lookups, slots: int, p: int, prefetch: bool, learned: Array | None
+) -> tuple[list[list[int]], list[list[int]], int]:
+    """The planned policy, one layer and one set at a time: (misses [tokens][layers], prefetched keys, wasted)."""
+    shape, trace = lookups.shape, lookups.trace
+    total = np.zeros((shape.layers, shape.experts)) if learned is None else learned.astype(float)
+    held: list[set[int]] = [set() for _ in range(shape.layers)]
+    value = np.zeros((shape.layers, shape.experts))
+    last = np.full((shape.layers, shape.experts), -1)
+    unused: list[set[int]] = [set() for _ in range(shape.layers)]
+    running: dict[int, int] = {}
+    missed, fetched, wasted, begun = [], [], 0, 0
+    for token, number in enumerate(lookups.sequence.tolist()):
+        if number == begun:
+            begun += 1
+            lane = lookups.sequences[number].lane
+            if lane in running:
+                total += shape.counts(trace.experts[lookups.sequences[running[lane]].rows])
+            running[lane] = number
+            if number % p == 0 and (number or learned is not None):
+                value = shape.normalised(total).astype(np.float32).astype(float)
+                exact = shape.normalised(total)
+                for layer in range(shape.layers) if prefetch else ():
+                    plan = sorted(range(shape.experts), key=lambda e: (-exact[layer, e], e))[:slots]
+                    new = [e for e in plan if e not in held[layer]]
+                    while len(held[layer]) + len(new) > slots:
+                        out = min(held[layer] - set(plan), key=lambda e: (value[layer, e], last[layer, e], e))
+                        held[layer].remove(out)
+                        wasted += out in unused[layer]
+                        unused[layer].discard(out)
+                    held[layer] |= set(new)
+                    unused[layer] |= set(new)
+                    fetched.append([layer * shape.experts + e for e in new])
+        row = []
+        for layer, keys in enumerate(lookups.keys[token].reshape(shape.layers, -1).tolist()):
+            now = {key - layer * shape.experts for key in keys if key != lookups.nowhere}
+            last[layer, list(now)] = token
+            unused[layer] -= now
+            new_keys = now - held[layer]
+            row.append(len(new_keys))
+            while len(held[layer]) + len(new_keys) > slots:
+                out = min(held[layer] - now, key=lambda e: (value[layer, e], last[layer, e], e))
+                held[layer].remove(out)
+                wasted += out in unused[layer]
+                unused[layer].discard(out)
+            held[layer] |= new_keys
+        missed.append(row)
+    return missed, fetched, wasted + sum(map(len, unused))
+
+
+@given(traces(), st.integers(2, 6), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(1, 2))
+def test_a_planned_policy_is_what_it_is_by_hand(
+    trace: Trace, slots: int, p: int, prefetch: bool, history: bool, lanes: int
+) -> None:
+    lookups = Lookups.of(trace, interleave=lanes)
+    policy = make_policy("trained", SHAPE, Settings(p, prefetch), trace if history else None)
+    tally = serve(lookups, [2, slots], policy)[1]
+    learned = trace.counts().sum(axis=0) if history else None
+    missed, fetched, wasted = by_hand(lookups, slots, p, prefetch, learned)
+    assert tally.missed.tolist() == missed
+    assert [key for each in tally.prefetches for key in each.keys.tolist()] == [key for keys in fetched for key in keys]
+    assert tally.wasted == wasted
+    assert tally.loads == tally.misses + sum(len(each.keys) for each in tally.prefetches)
+    [best] = serve(lookups, [slots], make_policy("belady", SHAPE, Settings()))
+    assert tally.loads >= best.loads, "prefetching hides no load"
+
+
+def test_a_history_is_fitted_or_shown() -> None:
+    trace = make_trace(np.zeros((4, 3, 1), int), [2, 2], 6, tasks=[0, 1])
+    shape = RoutingShape(3, 6, 1)
+    make_policy("trained", shape, Settings(), trace)
+    make_policy("count", shape, Settings(), trace)
+    trained, shown = MADE
+    assert trained.fits == 1 and not trained.prompts
+    assert shown.prompts == ["task 0", "task 1"]
+    assert np.array_equal(trained.total, shown.total) and shown.total.sum() == 12
+
+
+def test_an_unknown_policy_is_refused_with_the_choices() -> None:
+    with pytest.raises(UsageError, match=r"no policy is called 'fifo': choose one of .*lru.*count.*belady"):
+        make_policy("fifo", SHAPE, Settings())
+    assert {"lru", "lfu", "least-stale", "random", "recent", "trained", "belady"} <= set(names())
+    with pytest.raises(UsageError, match="--replan-prompts must be at least 1"):
+        Settings(replan_prompts=0)
