@@ -9,8 +9,8 @@ from typing import Literal
 
 from emoe.errors import UsageError
 
-Mode = Literal["exact", "resident"]
-MODES: tuple[Mode, ...] = ("exact", "resident")
+Mode = Literal["exact", "balanced", "resident"]
+MODES: tuple[Mode, ...] = ("exact", "balanced", "resident")
 
 _UNITS: dict[str, int] = {
     "": 1,
@@ -77,9 +77,7 @@ class ExpertMemory:
         if self.value <= 0:
             raise UsageError(f"expert memory must be positive, not {self}")
         if self.kind == "share" and self.value > 1:
-            raise UsageError(
-                f"expert memory {self} is more than all experts; '100%' keeps everything resident"
-            )
+            raise UsageError(f"expert memory {self} is more than all experts; '100%' keeps everything resident")
 
     @classmethod
     def parse(cls, value: str | int | ExpertMemory) -> ExpertMemory:
@@ -92,9 +90,7 @@ class ExpertMemory:
             if match := _PER_LAYER.fullmatch(value):
                 return cls("per_layer", int(match[1]))
         elif isinstance(value, bool) or not isinstance(value, int):
-            raise UsageError(
-                f"expert memory must be like '8GiB', '40%', '12/layer' or bytes (int), not {value!r}"
-            )
+            raise UsageError(f"expert memory must be like '8GiB', '40%', '12/layer' or bytes (int), not {value!r}")
         try:
             return cls("bytes", parse_bytes(value))
         except UsageError as error:

@@ -32,7 +32,7 @@ def tokens(seed: int, length: int = 10, batch: int = 1) -> torch.Tensor:
 @settings(max_examples=20)
 @given(share=st.integers(26, 100), seed=st.integers(0, 999), batch=st.integers(1, 3), length=st.integers(1, 12))
 def test_bytes_read_are_the_sum_of_the_loads(path: Path, share: int, seed: int, batch: int, length: int) -> None:
-    """Invariant 3 (there are no prefetches yet), and that a chunk reads an expert at most once per layer."""
+    """Invariant 3 without prefetches (test_ahead has them), and that a chunk reads an expert at most once per layer."""
     model, _ = emoe.load(path, expert_memory=f"{share}%")
     index = binding_of(model).index
     with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from emoe.checkpoint.fingerprint import fingerprint
 from emoe.checkpoint.index import ExpertIndex, LayerIndex, build_index
 from emoe.checkpoint.memory_room import choose_reader
 from emoe.checkpoint.readers import Reader
@@ -18,21 +19,25 @@ from emoe.checkpoint.skeleton import skeleton
 from emoe.checkpoint.source import resolve
 from emoe.config import MODES, ExpertMemory, Mode, format_bytes
 from emoe.errors import BudgetError, UnsupportedModelError, UsageError
+from emoe.model.foresight import Ahead, Foresight, LayerSplit, Prefetch
 from emoe.model.kernels import ExpertMath
 from emoe.model.loading import device_of, load_dense
 from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Runtime
 from emoe.model.tracing import record_trace
 from emoe.residency.bank import Bank, slot_nbytes
 from emoe.residency.budget import LayerNeed, SlotPlan, plan_slots
-from emoe.residency.eviction import make_eviction
 from emoe.residency.loader import Loader
 from emoe.residency.pool import ExpertPool, Progress
 from emoe.residency.table import ResidencyTable
 from emoe.routing.rules import rule_for
 from emoe.routing.topk import top_k_of
+from emoe.tasks.profile import Profile
 
 LOADER_THREADS = {"cached": 2, "direct": 4, "advised": 4}
 """A copy from the page cache is bound by memory, so two threads do; a disk wants several requests under way."""
+
+
+_CLOSE_S = 1.0
 
 
 class Loaded(NamedTuple):
@@ -53,6 +58,7 @@ class Binding:
         reader: Reader,
         reason: str,
         loader: Loader,
+        ahead: Ahead,
     ) -> None:
         self.runtime = runtime
         self.index = index
@@ -60,6 +66,7 @@ class Binding:
         self.reader = reader
         self.reader_reason = reason
         self.loader = loader
+        self.ahead = ahead
         self.pools: list[ExpertPool] = []
         self.handles: list[Any] = []
         self.finishers: list[Callable[[], object]] = []
@@ -67,7 +74,12 @@ class Binding:
     def close(self) -> None:
         """Stop the threads and finish the trace; the model cannot run afterwards. Safe to call twice."""
         self.runtime.closed = True
+        if self.runtime.lock.acquire(timeout=_CLOSE_S):  # else a layer is running: its own loads end it
+            for pool in self.pools:
+                pool.prefetches.stop()
+            self.runtime.lock.release()
         self.loader.close()
+        self.ahead.close()
         self.reader.close()
         for handle in self.handles:
             handle.remove()
@@ -96,6 +108,11 @@ def load(
     reader: str = "auto",
     eviction: str = "least-stale",
     replan_prompts: int = 1,
+    profile: str | Path | Profile | None = None,
+    predictor: str | None = None,
+    prefetch: Prefetch | None = None,
+    layer_split: LayerSplit = "uniform",
+    sensitivity_threshold: float | None = None,
     trace: str | Path | None = None,
     task: str | None = None,
     progress: bool | Progress = False,
@@ -111,11 +128,23 @@ def load(
         model_id: a checkpoint's folder or a hub id; None is the embedded emoe-nano.
         expert_memory: "8GiB", "40%", "12/layer" or bytes; None keeps every expert resident.
         mode: "exact" loads and waits for a missing expert; "resident" (the paper, section 2.5; lossy) sends the token
-            to the best-scored expert that is resident, and nothing waits.
+            to the best-scored expert that is resident, and nothing waits; "balanced" (lossy) does the first in layers
+            where the running task is sensitive to wrong routing and the second elsewhere, as the profile says.
         reader: "auto", "cached", "direct" or "advised"; see the user guide.
-        eviction: "least-stale", "lru" or "lfu".
-        replan_prompts: p of the paper (section 2.3). In mode "resident" every p-th prompt is read with its own routes
-            (its experts stream through) and what it routed most becomes resident until the next such prompt.
+        eviction: "least-stale", "lru" or "lfu", or a scorer of expected use: "next-use", "decayed".
+        replan_prompts: p of the paper (section 2.3): at every p-th prompt the resident experts are chosen anew. Without
+            a predictor, such a prompt is read with its own routes (its experts stream through) and what it routed most
+            becomes resident; that is for the modes that reroute. With one, the predictor is asked and Equation 2 gives
+            the plan, in any mode; only the first prompt is read with its own routes.
+        profile: the folder that `emoe profile` made for this model: tasks, sensitivity, popularity, what predictors
+            and scorers have learned.
+        predictor: the name of a predictor (emoe.prediction.registry.PREDICTORS) whose plans are loaded ahead.
+        prefetch: "plan" (with a predictor; the default then) or "next-gate", which asks the next layer's router ahead
+            (mode "exact"). Both switch themselves off while they make things slower; `stats` says so.
+        layer_split: "uniform" slots for every layer, or "expected-misses": the split of the same bytes that leaves the
+            fewest misses by the profile's popularity.
+        sensitivity_threshold: accuracy from which a layer counts as insensitive for a task (default: the profile's,
+            0.85). In mode "balanced" 0 reroutes every miss of the profile's tasks, and more than 1 none.
         trace: a file to record the routing to, written when the model is closed or collected.
         task: the label that the recorded prompts carry; `label_task` changes it between prompts.
         progress: True for a progress bar, or a function called with (bytes done, bytes in all).
@@ -130,9 +159,12 @@ def load(
         CheckpointError: files missing, truncated or inconsistent.
         UnsupportedModelError: a dense model, an unknown layout, or no routing rule for mode "resident".
         BudgetError: the budget is below the floor, which the message names.
+        ProfileError: the profile is missing or damaged.
     """
-    _check_arguments(mode, replan_prompts, kwargs)
-    rule = make_eviction(eviction)
+    _check_arguments(mode, kwargs)
+    settings = Foresight(
+        mode, eviction, predictor, prefetch, replan_prompts, layer_split, sensitivity_threshold, profile is not None
+    )
     memory = None if expert_memory is None else ExpertMemory.parse(expert_memory)
     hub = {name: kwargs[name] for name in ("revision", "token", "local_files_only") if name in kwargs}
     path = resolve(_nano() if model_id is None else model_id, **hub)
@@ -140,10 +172,12 @@ def load(
     _, empty = skeleton(path, **config_kwargs)
     index = build_index(path, empty)
     needs = layer_needs(index, empty)
-    plan = plan_slots(memory, needs, lane=mode == "resident", shared_from=rule.shared_from)
-    _check_resident(mode, plan, needs, empty, index)
-    del empty
     runtime = Runtime(mode, replan_prompts, task)
+    ahead = Ahead(settings, runtime, index, needs, _profile(profile, path))
+    lane = mode != "exact"
+    plan = plan_slots(memory, needs, lane=lane, shared_from=settings.shared_from, popularity=ahead.popularity())
+    _check_rerouting(mode, plan, needs, empty, index)
+    del empty
     finish_trace = None if trace is None else record_trace(runtime, index, needs, Path(trace))
     kind, reason = choose_reader(
         index, plan.resident_bytes, reader, reserved_bytes=plan.resident_bytes + index.dense_nbytes
@@ -152,9 +186,11 @@ def load(
     model = load_dense(path, index, IMPLEMENTATION, **local)
     opened = Reader(kind, index.files, max_bytes_per_s=max_read_bytes_per_s)
     loader = Loader(LOADER_THREADS[opened.kind])
-    binding = Binding(runtime, index, plan, opened, opened.notice or reason, loader)
+    binding = Binding(runtime, index, plan, opened, opened.notice or reason, loader, ahead)
+    tokenizer = _tokenizer(path, kwargs)
     try:
-        _bind(model, binding, needs, eviction, opened)
+        _bind(model, binding, needs, opened)
+        binding.handles += ahead.attach(model, binding.pools, tokenizer)
         if plan.all_resident:
             _preload(binding, progress)
         if finish_trace is not None:
@@ -167,7 +203,7 @@ def load(
     model._can_compile_fullgraph = False
     model.save_pretrained = _refuse_to_save
     weakref.finalize(model, binding.close)
-    return Loaded(model, _tokenizer(path, kwargs))
+    return Loaded(model, tokenizer)
 
 
 def close(model: PreTrainedModel) -> None:
@@ -200,21 +236,19 @@ def binding_of(model: PreTrainedModel) -> Binding:
     return binding
 
 
-def _check_arguments(mode: str, replan_prompts: int, kwargs: dict[str, Any]) -> None:
+def _check_arguments(mode: str, kwargs: dict[str, Any]) -> None:
     if mode not in MODES:
         raise UsageError(f"no mode is called {mode!r}: choose one of {', '.join(MODES)}.")
-    if replan_prompts < 1:
-        raise UsageError(f"replan_prompts is {replan_prompts}, but must be at least 1.")
     for name in ("quantization_config", "experts_implementation", "use_safetensors"):
         if name in kwargs:
             raise UsageError(f"emoe.load sets {name} itself: leave it out.")
 
 
-def _check_resident(
+def _check_rerouting(
     mode: Mode, plan: SlotPlan, needs: list[LayerNeed], model: PreTrainedModel, index: ExpertIndex
 ) -> None:
-    """Mode `resident` needs a routing rule, and in each layer at least one token's experts of its own."""
-    if mode != "resident":
+    """Modes that reroute need a routing rule, and in each layer at least one token's experts of its own."""
+    if mode == "exact":
         return
     for entry in index.layers:
         experts = model.get_submodule(entry.module)
@@ -223,13 +257,13 @@ def _check_resident(
         lanes = {need.group: need.slot_nbytes for need in needs}
         least = sum(need.top_k * need.slot_nbytes for need in needs) + sum(lanes.values())
         raise BudgetError(
-            f"mode 'resident' needs room for one token's experts in every layer and one to read through, {least} "
+            f"mode {mode!r} needs room for one token's experts in every layer and one to read through, {least} "
             f"bytes ({format_bytes(least)}), and the budget is {format_bytes(plan.budget_bytes)}. Give that much, or "
             f"use mode 'exact', which works from {format_bytes(plan.floor_bytes)} up."
         )
 
 
-def _bind(model: PreTrainedModel, binding: Binding, needs: list[LayerNeed], eviction: str, reader: Reader) -> None:
+def _bind(model: PreTrainedModel, binding: Binding, needs: list[LayerNeed], reader: Reader) -> None:
     """Make the banks and attach each experts module to its layer."""
     runtime, index = binding.runtime, binding.index
     entries = {entry.layer: entry for entry in index.layers}
@@ -237,7 +271,8 @@ def _bind(model: PreTrainedModel, binding: Binding, needs: list[LayerNeed], evic
         members = [need for need in needs if need.group == pool_plan.group]
         first = entries[members[0].layer]
         device = _device_of_all(model, [entries[need.layer] for need in members])
-        table = ResidencyTable(pool_plan, {need.layer: need.experts for need in members}, make_eviction(eviction))
+        experts = {need.layer: need.experts for need in members}
+        table = ResidencyTable(pool_plan, experts, binding.ahead.rule(experts))
         bank = Bank(first.parts, pool_plan.slots, device)
         pool = ExpertPool(table, bank, index, reader, binding.loader)
         binding.pools.append(pool)
@@ -249,7 +284,7 @@ def _bind(model: PreTrainedModel, binding: Binding, needs: list[LayerNeed], evic
             layer = LayerRuntime(need.layer, need.experts, pool, ExpertMath(module), runtime, weights, dtype)
             runtime.layers[need.layer] = layer
             module._emoe_layer = layer
-            if runtime.mode == "resident":
+            if runtime.mode != "exact":
                 binding.handles.append(_attach_rule(model, entries[need.layer], layer))
     ends = getattr(model.generation_config, "eos_token_id", None)
     runtime.end_tokens = frozenset(ends if isinstance(ends, list | tuple) else () if ends is None else (ends,))
@@ -304,6 +339,16 @@ def _refuse_to_save(*args: object, **kwargs: object) -> None:
         "a model made by emoe.load holds its dense weights only, so saving it would lose the experts. Copy the "
         "checkpoint's folder, or load it with transformers to save it."
     )
+
+
+def _profile(given: str | Path | Profile | None, path: Path) -> Profile | None:
+    """The profile, refused if it is of another model."""
+    if given is None:
+        return None
+    if isinstance(given, Profile):
+        given.check(fingerprint(path), str(path))
+        return given
+    return Profile.read(given, fingerprint(path), str(path))
 
 
 def _nano() -> Path:

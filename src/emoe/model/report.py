@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from emoe.model.bind import binding_of
+from emoe.model.bind import Binding, binding_of
 
 
 def stats(model: PreTrainedModel) -> dict[str, Any]:
@@ -47,6 +47,7 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         wait = sum(pool.load_wait_s for pool in binding.pools)
         passes = max(pool.table.pass_no for pool in binding.pools)
         eviction = binding.pools[0].table.eviction.name
+        prefetching = _prefetching(binding)
 
     def total(name: str) -> int:
         return sum(int(layer[name]) for layer in layers.values())
@@ -59,7 +60,7 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
     )
     return {
         "mode": runtime.mode,
-        "lossy": runtime.mode != "exact",
+        "lossy": binding.ahead.lossy,
         "budget_bytes": plan.budget_bytes,
         "resident_bytes": resident,
         "peak_resident_bytes": peak,
@@ -80,5 +81,33 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         "reader": binding.reader.kind,
         "reader_reason": binding.reader_reason,
         "eviction": eviction,
+        "predictor": binding.ahead.settings.predictor,
+        "plans": 0 if binding.ahead.planner is None else binding.ahead.planner.plans,
+        "tasks": list(runtime.tasks),
+        "prefetch": prefetching,
         "layers": dict(sorted(layers.items())),
+    }
+
+
+def _prefetching(binding: Binding) -> dict[str, Any] | None:
+    """Every prefetch ends as used, evicted unused or cancelled; until then it waits."""
+    ahead = binding.ahead
+    name = ahead.settings.prefetch or (None if ahead.settings.predictor is None else "plan")
+    if name is None:
+        return None
+    counters = [c for pool in binding.pools for c in pool.table.counters.values()]
+    return {
+        "name": name,
+        "issued": sum(c.prefetches for c in counters),
+        "used": sum(c.prefetches_used for c in counters),
+        "unused": sum(c.prefetches_unused for c in counters),
+        "cancelled": sum(c.prefetches_cancelled for c in counters),
+        "waiting": sum(c.prefetches_waiting for c in counters),
+        "failed": sum(pool.prefetches.failed for pool in binding.pools),
+        "last_error": next((pool.prefetches.last_error for pool in binding.pools if pool.prefetches.last_error), ""),
+        "hidden_s": ahead.worth.hidden_s,
+        "delayed_s": ahead.worth.delayed_s,
+        "overhead_s": ahead.worth.overhead_s,
+        "active": ahead.worth.active and not ahead.idle,
+        "reason": ahead.idle or ahead.worth.reason,
     }

@@ -39,7 +39,11 @@ class Pass:
 
 @dataclass(slots=True)
 class LayerRuntime:
-    """One MoE layer bound to its pool."""
+    """One MoE layer bound to its pool.
+
+    `waits`: a miss is loaded and waited for, also in a mode that reroutes (`balanced`, where the layer is sensitive for
+    the running task). `keeps_route`: whether the visit now under way runs the model's own route.
+    """
 
     layer: int
     experts: int
@@ -48,6 +52,8 @@ class LayerRuntime:
     owner: Runtime
     weights: list[Weights]
     dtype: torch.dtype
+    waits: bool = False
+    keeps_route: bool = True
     prompt_counts: list[int] = field(default_factory=list)
     _mask_key: tuple[int, ...] = ()
     _mask: torch.Tensor | None = None
@@ -59,8 +65,11 @@ class LayerRuntime:
         return frozenset(order[:quota])
 
     def allowed(self) -> torch.Tensor | None:
-        """Mode `resident`: the [experts] mask of what may be run, or None where the model's own route is kept."""
-        if self.owner.observing:
+        """The [experts] mask of what may be run, or None where the model's own route is kept.
+
+        A layer of which nothing is resident (a prompt that was to fill it has failed) keeps its route, and loads.
+        """
+        if self.keeps_route:
             return None
         resident = tuple(self.pool.table.resident(self.layer))
         if len(resident) == self.experts:
@@ -78,16 +87,23 @@ class Runtime:
     def __init__(self, mode: Mode, replan_prompts: int = 1, task: str | None = None) -> None:
         """Start with no layers.
 
-        `replan_prompts` is p: mode `resident` plans anew at every p-th prompt. `task` labels the prompts to come.
+        `replan_prompts` is p: a mode that reroutes plans anew at every p-th prompt. `task` labels the prompts to come.
+        Those who look ahead set `tasks_of` (the task of each sequence of a pass), `reads_own_routes` (whether the
+        prompt of that number is read with its own routes), `at_pass_start` and `after_take` (a layer's experts are
+        there and about to be run).
         """
         self.task = task
         self.mode: Mode = mode
-        self.replan_prompts = replan_prompts
+        self.tasks: list[str | None] = []
+        self.tasks_of: Callable[[Pass], list[str | None]] | None = None
+        self.reads_own_routes: Callable[[int], bool] = lambda prompt: prompt % replan_prompts == 0
+        self.at_pass_start: list[Callable[[Pass], None]] = []
+        self.after_take: Callable[[LayerRuntime], None] | None = None
         self.layers: dict[int, LayerRuntime] = {}
         self.now = Pass()
         self.prompts = 0
         self.observers: list[RouteObserver] = []
-        self.observing = mode == "resident"
+        self.observing = mode != "exact"
         self.lock = threading.RLock()
         self.workspace = Workspace()
         self.closed = False
@@ -125,7 +141,9 @@ class Runtime:
         with self.lock:
             self.now = now
             if now.new_prompt:
-                self.observing = self.mode == "resident" and self.prompts % self.replan_prompts == 0
+                label = [self.task] * now.batch
+                self.tasks = label if self.tasks_of is None else self.tasks_of(now)
+                self.observing = self.mode != "exact" and self.reads_own_routes(self.prompts)
                 self.prompts += 1
                 for layer in self.layers.values():
                     layer.prompt_counts = [0] * layer.experts
@@ -133,11 +151,12 @@ class Runtime:
                 self.observing = False
             for table in {id(layer.pool): layer.pool.table for layer in self.layers.values()}.values():
                 table.begin_pass()
+            for start in self.at_pass_start:
+                start(now)
 
-    @property
-    def counts(self) -> bool:
-        """Whether the pools count hits and misses: not where the route they see has been rerouted already."""
-        return self.mode == "exact" or self.observing
+    def counts(self, layer: LayerRuntime) -> bool:
+        """Whether the pool counts hits and misses: not where the route it sees has been rerouted already."""
+        return self.mode == "exact" or layer.keeps_route
 
     # -- routes ---------------------------------------------------------------------------------------------
 
@@ -147,10 +166,12 @@ class Runtime:
             observer(self.now, layer, ids, weights)
 
     def note_route(self, layer: LayerRuntime, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """Mode `resident`: count what the router wanted against what is there, before anything is rerouted."""
+        """Where misses are rerouted: count what the router wanted against what is there, before that happens."""
         with self.lock:
             self.observe(layer.layer, ids, weights)
-            if self.observing:
+            layer.pool.prefetches.poll()
+            layer.keeps_route = self.observing or layer.waits or not layer.pool.table.resident(layer.layer)
+            if layer.keeps_route:
                 return  # nothing is rerouted; the pool counts
             counters = layer.pool.table.counters[layer.layer]
             chosen = torch.unique(ids).tolist() if ids.shape[0] > 1 else ids[0].tolist()
@@ -193,11 +214,15 @@ class Runtime:
         with self.lock:
             table = layer.pool.table
             table.counters[layer.layer].tokens += hidden.shape[0]
+            if self.mode == "exact":  # elsewhere `note_route` has done so, before it read off what is resident
+                layer.pool.prefetches.poll()
             if self.mode == "exact" and self.observers:
                 self.observe(layer.layer, ids, gates)
             if hidden.shape[0] == 1:
-                slots = layer.pool.take(layer.layer, ids[0].tolist(), count=self.counts)
+                slots = layer.pool.take(layer.layer, ids[0].tolist(), count=self.counts(layer))
                 try:
+                    if self.after_take is not None:
+                        self.after_take(layer)
                     return one_token(layer.math, hidden, [layer.weights[s] for s in slots], gates)
                 finally:
                     layer.pool.release(slots)
@@ -215,7 +240,9 @@ class Runtime:
             for expert, n in grouping.counts.items():
                 layer.prompt_counts[expert] += n
             wanted = layer.wanted()
-        stream = layer.pool.stream(layer.layer, grouping.by_count(), prefill=prefill, wanted=wanted, count=self.counts)
+        stream = layer.pool.stream(
+            layer.layer, grouping.by_count(), prefill=prefill, wanted=wanted, count=self.counts(layer)
+        )
         try:
             ready = ((expert, layer.weights[slot]) for expert, slot in stream)
             return many_tokens(layer.math, hidden, grouping, ready, gates, self.workspace)

@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 
 from emoe.checkpoint.index import ExpertIndex
+from emoe.model.collecting import LiveTokens, tokens_of
 from emoe.model.runtime import Pass, Runtime
 from emoe.residency.budget import LayerNeed
 from emoe.routing.recorder import TraceWriter
 
 
-def record_trace(
-    runtime: Runtime, index: ExpertIndex, needs: Sequence[LayerNeed], path: Path
-) -> Callable[[], object]:
+def record_trace(runtime: Runtime, index: ExpertIndex, needs: Sequence[LayerNeed], path: Path) -> Callable[[], object]:
     """Record every route from now on; return the function that writes the file.
 
     Each sequence of a batch is a prompt of the trace, labelled with `runtime.task`; padding is left out. In mode
@@ -32,24 +31,15 @@ def record_trace(
         source={"model": index.path.name, "mode": runtime.mode},
     )
     prompts: list[int] = []
-    ended: list[bool] = []
+    live = LiveTokens(runtime)
     current: list[Pass] = []
-
-    def mask_of(now: Pass) -> torch.Tensor | None:
-        """Padding, and sequences of a batch that have ended: `generate` feeds them on until the others end."""
-        if now.phase == "decode" and now.input_ids is not None and now.batch > 1:
-            for row, token in enumerate(now.input_ids[:, -1].tolist()):
-                ended[row] = ended[row] or token in runtime.end_tokens
-            return ~torch.tensor(ended)
-        return now.mask
 
     def begin(now: Pass) -> None:
         if now.new_prompt or len(prompts) != now.batch:
             prompts[:] = [
-                writer.add_prompt(task=runtime.task, token_ids=_tokens_of(now, row)) for row in range(now.batch)
+                writer.add_prompt(task=runtime.task, token_ids=tokens_of(now, row)) for row in range(now.batch)
             ]
-            ended[:] = [False] * now.batch
-        writer.begin_pass(prompts, now.phase, now.tokens, mask=mask_of(now), token_ids=now.input_ids)
+        writer.begin_pass(prompts, now.phase, now.tokens, mask=live.mask_of(now), token_ids=now.input_ids)
         current[:] = [now]
 
     def observe(now: Pass, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
@@ -59,14 +49,3 @@ def record_trace(
 
     runtime.observers.append(observe)
     return writer.finish
-
-
-def _tokens_of(now: Pass, row: int) -> list[int] | None:
-    """A sequence's prompt without its padding."""
-    if now.input_ids is None:
-        return None
-    ids = now.input_ids[row]
-    if now.mask is not None:
-        ids = ids[now.mask.view(now.batch, now.tokens)[row]]
-    found: list[int] = ids.tolist()
-    return found

@@ -87,11 +87,17 @@ class Loader:
             raise load.error
         return load.nbytes
 
+    def drop(self, load: Load) -> bool:
+        """Cancel `load` if nobody has started it; return whether that was so."""
+        if not self._claim(load):
+            return False
+        load.error = ReadError(f"{load.what} was not loaded: the load was cancelled.")
+        load.done.set()
+        return True
+
     def cancel(self, load: Load) -> None:
         """Return once `load` no longer runs: dropped if no thread had started it, else waited for."""
-        if self._claim(load):
-            load.error = ReadError(f"{load.what} was not loaded: the load was cancelled.")
-            load.done.set()
+        self.drop(load)
         while not load.done.wait(_LIVENESS_S) and any(thread.is_alive() for thread in self._threads):
             pass
 

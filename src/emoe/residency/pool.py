@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -15,18 +14,12 @@ from emoe.checkpoint.pieces import Piece
 from emoe.checkpoint.readers import Reader
 from emoe.errors import BudgetError
 from emoe.residency.bank import Bank, carve
-from emoe.residency.loader import Load, Loader
-from emoe.residency.table import ResidencyTable, SlotState
+from emoe.residency.loader import DEMAND, Load, Loader
+from emoe.residency.prefetches import Flight, Prefetches
+from emoe.residency.table import Key, ResidencyTable, SlotState
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
-
-
-@dataclass(slots=True)
-class _InFlight:
-    expert: int
-    slot: int
-    load: Load
 
 
 class ExpertPool:
@@ -57,6 +50,7 @@ class ExpertPool:
         self._local = threading.local()
         self._cuda = bank.device.type == "cuda"
         self._last_use: dict[int, torch.cuda.Event] = {}
+        self.prefetches = Prefetches(table, loader, self._submit)
 
     # -- what a layer asks for ------------------------------------------------------------------------------
 
@@ -77,9 +71,11 @@ class ExpertPool:
         missing: list[int] = []
         for expert in experts:
             key = (layer, expert)
-            table.use(key, keep=True)
             slot = table.find(key)
-            if slot is None:
+            if slot is not None and table.slots[slot].prefetched:
+                self._note_use(key, slot)
+            table.use(key, keep=True)
+            if slot is None or table.slots[slot].state is SlotState.LOADING:
                 missing.append(expert)
                 counters.misses += count
                 slots.append(-1)
@@ -103,11 +99,21 @@ class ExpertPool:
 
     def _load_missing(self, layer: int, experts: Sequence[int], missing: list[int], held: list[int]) -> None:
         protect = frozenset((layer, expert) for expert in experts)
-        flights: deque[_InFlight] = deque()
+        beside = self.prefetches.flying
+        before = self.load_wait_s
+        flights: deque[Flight] = deque()
         taken: list[int] = []
         try:
+            flights.extend(self._claim(layer, missing))
+            begun = {flight.key for flight in flights}
             for expert in dict.fromkeys(missing):
-                slot = self.table.reserve((layer, expert), protect=protect)
+                key = (layer, expert)
+                if key in begun:
+                    continue
+                slot = self.table.reserve(key, protect=protect)
+                if slot is None and self.prefetches.flying:
+                    self.prefetches.cancel()
+                    slot = self.table.reserve(key, protect=protect)
                 if slot is None:
                     raise BudgetError(
                         f"layer {layer} needs {len(protect)} experts at once and the budget has "
@@ -115,10 +121,12 @@ class ExpertPool:
                         f"{len(protect) * self.bank.slot_nbytes} bytes of expert memory."
                     )
                 flights.append(self._start(layer, expert, slot))
+            demanded = [flight.key for flight in flights if not flight.ahead]
             while flights:
                 flight = flights.popleft()
-                self._finish(layer, flight)
+                self._finish(flight)
                 taken.append(flight.slot)
+            self.prefetches.demanded(demanded, self.load_wait_s - before, beside=beside, prefill=False)
         except BaseException:
             self._drain(flights)
             for slot in {*held, *taken}:
@@ -150,10 +158,15 @@ class ExpertPool:
         """
         table = self.table
         table.visit(layer)
+        beside = self.prefetches.flying
+        before = self.load_wait_s
         hits = [e for e in experts if table.is_resident((layer, e))]
         resident = set(hits)
         missing = deque(e for e in experts if e not in resident)
         for expert in experts:
+            slot = table.find((layer, expert))
+            if slot is not None and table.slots[slot].prefetched:
+                self._note_use((layer, expert), slot)
             table.use((layer, expert), keep=not prefill)
         if count:
             table.counters[layer].hits += len(hits)
@@ -161,7 +174,10 @@ class ExpertPool:
         if wanted is not None:
             missing = deque(sorted(missing, key=lambda e: e not in wanted))
         protect = frozenset((layer, e) for e in wanted) if wanted is not None else frozenset()
-        flights: deque[_InFlight] = deque()
+        flights = self._claim(layer, missing)
+        begun = {flight.key[1] for flight in flights}
+        missing = deque(e for e in missing if e not in begun)
+        demanded: list[Key] = []
         pinned: set[int] = set()
 
         def fill() -> None:
@@ -172,6 +188,7 @@ class ExpertPool:
                 if slot is None:
                     return
                 missing.popleft()
+                demanded.append((layer, expert))
                 flights.append(self._start(layer, expert, slot))
 
         def done(slot: int) -> None:
@@ -192,18 +209,22 @@ class ExpertPool:
                 done(slot)
                 fill()
             while missing or flights:
+                if not flights and self.prefetches.flying:  # they hold the slots that this layer needs
+                    self.prefetches.cancel()
+                    fill()
                 if not flights:
                     raise BudgetError(
                         f"no slot could be freed for layer {layer}, which is a defect in emoe: please report it with "
                         "the output of emoe.stats."
                     )
                 flight = flights.popleft()
-                self._finish(layer, flight)
+                self._finish(flight)
                 pinned.add(flight.slot)
                 fill()
-                yield flight.expert, flight.slot
+                yield flight.key[1], flight.slot
                 done(flight.slot)
                 fill()
+            self.prefetches.demanded(demanded, self.load_wait_s - before, beside=beside, prefill=prefill)
         finally:
             self._drain(flights)
             for slot in pinned:
@@ -218,7 +239,7 @@ class ExpertPool:
         """
         todo = deque(key for key in keys if self.table.find(key) is None)
         total = len(todo) * self.bank.slot_nbytes
-        flights: deque[tuple[int, _InFlight]] = deque()
+        flights: deque[Flight] = deque()
         finished = 0
         try:
             while todo or flights:
@@ -227,15 +248,15 @@ class ExpertPool:
                     slot = self.table.reserve((layer, expert))
                     if slot is None:
                         raise BudgetError(f"no slot is left for expert {expert} of layer {layer}.")
-                    flights.append((layer, self._start(layer, expert, slot)))
-                layer, flight = flights.popleft()
-                self._finish(layer, flight)
+                    flights.append(self._start(layer, expert, slot))
+                flight = flights.popleft()
+                self._finish(flight)
                 self._unpin(flight.slot)
                 finished += 1
                 if progress is not None:
                     progress(finished * self.bank.slot_nbytes, total)
         finally:
-            self._drain(flight for _, flight in flights)
+            self._drain(flights)
 
     # -- loads ----------------------------------------------------------------------------------------------
 
@@ -245,14 +266,27 @@ class ExpertPool:
             raise BudgetError(f"expert {expert} of layer {layer} left its slot while in use: a defect in emoe.")
         return slot
 
-    def _start(self, layer: int, expert: int, slot: int) -> _InFlight:
-        self.peak_occupied = max(self.peak_occupied, self.table.occupied)
-        load = self._loader.submit(
-            lambda: self._read(layer, expert, slot), f"expert {expert} of layer {layer} of {self._index.path}"
-        )
-        return _InFlight(expert, slot, load)
+    def _claim(self, layer: int, experts: Iterable[int]) -> deque[Flight]:
+        """The prefetches under way of these experts: what a layer needs now is no prefetch any more."""
+        claimed = (self.prefetches.claim((layer, expert)) for expert in dict.fromkeys(experts))
+        return deque(flight for flight in claimed if flight is not None)
 
-    def _finish(self, layer: int, flight: _InFlight) -> None:
+    def _note_use(self, key: Key, slot: int) -> None:
+        if self.table.slots[slot].state is not SlotState.LOADING:
+            self.prefetches.used(key)
+
+    def _submit(self, key: Key, slot: int, priority: int) -> Load:
+        layer, expert = key
+        self.peak_occupied = max(self.peak_occupied, self.table.occupied)
+        return self._loader.submit(
+            lambda: self._read(layer, expert, slot), f"expert {expert} of layer {layer} of {self._index.path}", priority
+        )
+
+    def _start(self, layer: int, expert: int, slot: int) -> Flight:
+        key = (layer, expert)
+        return Flight(key, slot, self._submit(key, slot, DEMAND))
+
+    def _finish(self, flight: Flight) -> None:
         """Wait for a load; its slot is then pinned, or empty if the load failed."""
         start = time.perf_counter()
         try:
@@ -262,11 +296,14 @@ class ExpertPool:
             self.table.abort(flight.slot)
             raise
         finally:
-            self.load_wait_s += time.perf_counter() - start
+            waited_s = time.perf_counter() - start
+            self.load_wait_s += waited_s
         self.table.commit(flight.slot, nbytes)
+        if flight.ahead:
+            self.prefetches.landed(flight, waited_s)
         self.table.pin(flight.slot)
 
-    def _drain(self, flights: Iterable[_InFlight]) -> None:
+    def _drain(self, flights: Iterable[Flight]) -> None:
         """Give back the slots of loads that nobody will wait for."""
         for flight in flights:
             self._loader.cancel(flight.load)

@@ -95,6 +95,7 @@ class ResidencyTable:
     tick: int = 0
     slots: list[_Slot] = field(init=False)
     counters: dict[int, LayerCounters] = field(init=False)
+    evicted: Key | None = field(init=False, default=None)
     _where: dict[Key, int] = field(init=False, default_factory=dict)
     _free: list[int] = field(init=False)
     _by_layer: dict[int, set[int]] = field(init=False)
@@ -217,12 +218,14 @@ class ResidencyTable:
             prefetch: nothing waits for it; it is counted as a prefetch.
 
         Returns:
-            The slot, or None when no slot may be taken now (all are pinned, loading or protected).
+            The slot, or None when no slot may be taken now (all are pinned, loading or protected). `evicted` is the
+            key that had to go for it, or None.
         """
         slot = self._pick(key, transient, protect)
         if slot is None:
             return None
-        if self.slots[slot].key is not None:
+        self.evicted = self.slots[slot].key
+        if self.evicted is not None:
             self.evict(slot)
             self._free.pop()
         entry = self.slots[slot]

@@ -1,0 +1,189 @@
+"""Task-aware loading: every p prompts a predictor is asked, Equation 2 makes a plan, and what is missing is loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from emoe.model.collecting import PassRoutes
+from emoe.model.runtime import Pass, Runtime
+from emoe.prediction.protocol import Predictor
+from emoe.residency.plans import TaskDemand, best_keys, best_keys_of_all, expected_tokens
+from emoe.residency.pool import ExpertPool
+from emoe.residency.worth import Worth
+
+Array = npt.NDArray[Any]
+Task = str | None
+
+
+class Answers(Protocol):
+    """A predictor that may take its time: told of whole prompts, asked, and polled for what it answers."""
+
+    def tell(self, task: Task, routes: Array) -> None:
+        """Note a prompt that has ended, with the routes [tokens, layers, k] of all its tokens."""
+        ...
+
+    def ask(self, tasks: Sequence[Task]) -> None:
+        """Ask for the shares of the next prompts, of these tasks. A question not yet answered is forgotten."""
+        ...
+
+    def poll(self) -> dict[Task, Array] | None:
+        """The answer to the last question, [layers, experts] for each task; None while there is none (any more)."""
+        ...
+
+    def close(self) -> None:
+        """End what was started."""
+        ...
+
+
+class AnswersHere:
+    """A predictor that answers at once, in this process."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        """Wrap it."""
+        self._predictor = predictor
+        self._answer: dict[Task, Array] | None = None
+
+    def tell(self, task: Task, routes: Array) -> None:
+        """Let it observe one prompt."""
+        self._predictor.begin_prompt(task)
+        self._predictor.observe(routes)
+
+    def ask(self, tasks: Sequence[Task]) -> None:
+        """Predict now."""
+        self._answer = {task: self._predictor.predict(task) for task in tasks}
+
+    def poll(self) -> dict[Task, Array] | None:
+        """Give the answer once."""
+        answer, self._answer = self._answer, None
+        return answer
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+class Habits(Protocol):
+    """What is known of tasks from before: a profile's, or nothing."""
+
+    def output_tokens(self, task: Task) -> float | None:
+        """Expected output tokens of a request, None where unknown."""
+        ...
+
+    def sensitive(self, task: Task) -> Array | None:
+        """bool [layers], None where unknown (every layer is then)."""
+        ...
+
+
+class Planner:
+    """Follows the prompts of a runtime and keeps the pools' plans up to date.
+
+    The collector must hand over the last pass before `start_pass` announces the next.
+
+    The first prompt of all is read as without a predictor: there is nothing yet to predict from, and nothing resident.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        pools: Sequence[ExpertPool],
+        answers: Answers,
+        due: Callable[[int], bool],
+        habits: Habits,
+        worth: Worth,
+    ) -> None:
+        """Wire the parts; `due` says at which prompts to ask."""
+        self.plans = 0
+        self._runtime = runtime
+        self._pools = pools
+        self._answers = answers
+        self._due = due
+        self._habits = habits
+        self._worth = worth
+        self._ranks = {layer: rank for rank, layer in enumerate(sorted(runtime.layers))}
+        self._routes: list[list[Array]] = []
+        self._tasks: list[Task] = []
+        self._inputs: list[int] = []
+        self._asked = False
+        self._ended_prompts = self._output_tokens = 0
+
+    # -- what the runtime calls -----------------------------------------------------------------------------
+
+    def reads_own_routes(self, prompt: int) -> bool:
+        """Whether a mode that reroutes reads this prompt with its own routes: the first, or when switched off."""
+        return prompt == 0 or (not self._worth.active and self._due(prompt))
+
+    def collect(self, found: PassRoutes) -> None:
+        """Keep one pass's routes until its prompts have ended."""
+        for row in range(len(self._routes)):
+            own = found.routes if len(self._routes) == 1 else found.routes[found.sequence == row]
+            if len(own):
+                self._routes[row].append(own)
+
+    def start_pass(self, now: Pass) -> None:
+        """At a new prompt: tell of those that have ended, and ask if it is time. At any pass: take an answer."""
+        if not now.new_prompt and not self._asked:
+            return
+        start = time.perf_counter()
+        if now.new_prompt:
+            self._end_prompts()
+            self._begin_prompts(now)
+            index = self._runtime.prompts - 1
+            if self._worth.active and index > 0 and self._due(index):
+                self._answers.ask(list(dict.fromkeys(self._tasks)))
+                self._asked = True
+        if not self._worth.active:
+            self._asked = False
+            for pool in self._pools:
+                pool.prefetches.stop()
+        elif self._asked and (answer := self._answers.poll()) is not None:
+            self._asked = False
+            self._apply(answer)
+        self._worth.spend(time.perf_counter() - start)
+
+    def close(self) -> None:
+        """End the predictor."""
+        self._answers.close()
+
+    # -- prompts --------------------------------------------------------------------------------------------
+
+    def _end_prompts(self) -> None:
+        for task, inputs, routes in zip(self._tasks, self._inputs, self._routes, strict=True):
+            if routes:
+                whole = np.concatenate(routes)
+                self._answers.tell(task, whole)
+                self._ended_prompts += 1
+                self._output_tokens += max(0, len(whole) - inputs)
+
+    def _begin_prompts(self, now: Pass) -> None:
+        self._tasks = list(self._runtime.tasks)
+        self._inputs = [now.tokens] * now.batch
+        if now.mask is not None:
+            self._inputs = now.mask.view(now.batch, now.tokens).sum(dim=1).tolist()
+        self._routes = [[] for _ in range(now.batch)]
+
+    # -- plans ----------------------------------------------------------------------------------------------
+
+    def _apply(self, answer: Mapping[Task, Array]) -> None:
+        """Equation 2 over the running prompts, the best L of each layer, and loads of what is missing."""
+        tokens = expected_tokens(self._demand(task, shares) for task, shares in answer.items())
+        self.plans += 1
+        for pool in self._pools:
+            table = pool.table
+            layers = sorted(table.experts)
+            own = tokens[[self._ranks[layer] for layer in layers]]
+            for row, layer in enumerate(layers):
+                own[row, table.experts[layer] :] = 0.0  # of layers with fewer experts than others
+            quotas = [table.plan.quotas[layer] for layer in layers]
+            best = best_keys(own, quotas) if all(quotas) else best_keys_of_all(own, table.plan.slots)
+            pool.prefetches.plan([(layer, e) for layer, experts in zip(layers, best, strict=True) for e in experts])
+
+    def _demand(self, task: Task, shares: Array) -> TaskDemand:
+        inputs = [count for count, own in zip(self._inputs, self._tasks, strict=True) if own == task]
+        output = self._habits.output_tokens(task)
+        if output is None:
+            output = self._output_tokens / max(1, self._ended_prompts)
+        return TaskDemand(inputs, output, shares, self._habits.sensitive(task))
