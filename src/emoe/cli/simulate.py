@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emoe.cli.options import add_command, positive, size
@@ -15,6 +16,8 @@ from emoe.errors import UsageError
 if TYPE_CHECKING:
     from emoe.routing.trace import Trace
     from emoe.simulation.runs import Row, Task
+
+Curves = dict[str, list[tuple[float, float]]]
 
 SUMMARY = "Serve a recorded trace under policies and capacities, beside the best possible (Belady's rule)."
 DEFAULT_POLICIES = "lru,lfu,least-stale,belady"
@@ -33,16 +36,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--policy",
         type=_names,
-        default=_names(DEFAULT_POLICIES),
         metavar="NAMES",
-        help="policies, separated by commas; NAME@pool: one bank shared by all layers (default: %(default)s)",
+        help="policies, separated by commas; NAME@pool: one bank shared by all layers; an unknown name lists all "
+        f"(default: {DEFAULT_POLICIES})",
     )
     parser.add_argument(
         "--capacity",
         type=_capacities,
         default=_capacities(DEFAULT_CAPACITIES),
         metavar="SHARES",
-        help=f"shares of each layer's experts that fit (default: {DEFAULT_CAPACITIES})".replace("%", "%%"),
+        help="shares of each layer's experts that fit (default: 20%%,40%%,60%%,80%%)",
     )
     parser.add_argument("--history", metavar="TRACE", help="what policies may learn from before")
     parser.add_argument(
@@ -80,6 +83,12 @@ def add_parser(commands: Any) -> None:
         "--token-ids", action=argparse.BooleanOptionalAction, default=True, help="show or hide the tokens' ids"
     )
     parser.add_argument(
+        "--subtract-prefix",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="counts for each prompt: leave out what all prompts of a label have in common (default: leave out)",
+    )
+    parser.add_argument(
         "--expert-bytes", type=size, metavar="SIZE", help="bytes of one expert (default: as the trace says)"
     )
     parser.add_argument("--bandwidth", type=_rate, metavar="SIZE/s", help="of loads: adds the time per token")
@@ -93,6 +102,22 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one row for each policy and capacity."""
+    from emoe.routing.counts import holds_counts
+
+    if (args.trace is None) == (args.random is None):
+        raise UsageError("give a TRACE or --random, one of the two.")
+    if args.plot is not None:
+        from emoe.simulation.plot import check_plot
+
+        check_plot(args.plot)
+    if args.trace is not None and holds_counts(args.trace):
+        _run_counts(args)
+    else:
+        _run_trace(args)
+    return 0
+
+
+def _run_trace(args: argparse.Namespace) -> None:
     from emoe.simulation.runs import simulate
 
     trace = _trace(args)
@@ -103,12 +128,74 @@ def run(args: argparse.Namespace) -> int:
     note(f"{about}, top-{trace.top_k}{_labels(trace)}")
     if task.expert_bytes is None:
         note("the trace does not say how large an expert is, so loads are not given in bytes: see --expert-bytes")
-    rows = simulate(runs, task, _Tokens(), note)
+    rows = simulate(runs, task, _Progress("tokens"), note)
     if args.json:
         print_json([row.as_dict(task.expert_bytes) for row in rows])
     else:
         print(table(cells(rows, task.expert_bytes), right=range(1, 20), indent=""))
-    return 0
+    ratios = {row.policy: [(r.capacity, r.belady_ratio) for r in rows if r.policy == row.policy] for row in rows}
+    hits = {row.policy: [(r.capacity, r.hit_rate) for r in rows if r.policy == row.policy] for row in rows}
+    _plot(args, {"loads, times those of Belady's rule": ratios, "hit rate": hits}, "belady")
+
+
+def _run_counts(args: argparse.Namespace) -> None:
+    """Per-prompt counts: predictors alone."""
+    from emoe.routing.counts import read_counts
+    from emoe.simulation.policies import Settings
+    from emoe.simulation.prompts import check_predictors, plan_prompts
+
+    names = _names("static,task-popularity,previous-prompt") if args.policy is None else args.policy
+    check_predictors(names)
+    _refuse_for_counts(args)
+    counts, past = (None if path is None else read_counts(path) for path in (args.trace, args.history))
+    if counts is None:  # a path was given
+        raise UsageError("give a TRACE.")
+    if args.subtract_prefix:
+        counts, past = counts.without_prefix(), None if past is None else past.without_prefix()
+        note("counted without what all prompts of a label have in common; --no-subtract-prefix keeps it")
+    if not args.tasks:
+        counts, past = counts.without_tasks(), None if past is None else past.without_tasks()
+    prompts, layers, experts = counts.counts.shape
+    note(f"counts of {prompts} prompts, {layers} layers x {experts}, top-{counts.top_k}, {len(counts.tasks)} labels")
+    runs = [(counts, past)]
+    if args.split is not None:
+        runs = [(counts.select(scored), counts.select(learned)) for learned, scored in _halves(args, prompts)]
+    settings = Settings(args.replan_prompts or 1, args.prefetch, args.seed)
+    rows = plan_prompts(runs, names, args.capacity, settings, _Progress("prompts"), note)
+    if args.json:
+        print_json([row.as_dict() for row in rows])
+    else:
+        lines = [["policy", "capacity", "lookups", "hit rate", "best set", "of it"]]
+        for row in rows:
+            rates = (row.hit_rate, row.best_rate, row.hit_rate / row.best_rate)
+            lines.append([row.policy, _percent(row.capacity), str(row.lookups), *(f"{rate:.4f}" for rate in rates)])
+        print(table(lines, right=range(1, 6), indent=""))
+    hits = {row.policy: [(r.capacity, r.hit_rate) for r in rows if r.policy == row.policy] for row in rows}
+    hits["best set"] = [(row.capacity, row.best_rate) for row in rows if row.policy == names[0]]
+    _plot(args, {"hit rate of a plan for the prompt": hits}, "best set")
+
+
+def _refuse_for_counts(args: argparse.Namespace) -> None:
+    """Options that need the order of tokens."""
+    given = {
+        "--interleave": args.interleave != 1,
+        "--phase": args.phase != "all",
+        "--prompts": args.prompts is not None,
+        "--bandwidth": args.bandwidth is not None,
+    }
+    for name, there in given.items():
+        if there:
+            raise UsageError(f"{name} means nothing for counts of whole prompts: leave it out.")
+
+
+def _plot(args: argparse.Namespace, curves: dict[str, Curves], bound: str) -> None:
+    if args.plot is None:
+        return
+    from emoe.simulation.plot import Panel, check_plot, draw
+
+    title = args.random or Path(args.trace).resolve().name
+    draw(check_plot(args.plot), title, [Panel(label, each, bound) for label, each in curves.items()])
+    note(f"drawn to {args.plot}")
 
 
 def cells(rows: Sequence[Row], expert_bytes: int | None) -> list[list[str]]:
@@ -120,8 +207,7 @@ def cells(rows: Sequence[Row], expert_bytes: int | None) -> list[list[str]]:
     lines = [head]
     for row in rows:
         values = row.as_dict(expert_bytes)
-        line = [row.policy, f"{row.capacity:.4g}", str(row.lookups), str(row.misses), str(row.loads)]
-        line[1] = f"{row.capacity * 100:.4g}%"
+        line = [row.policy, _percent(row.capacity), str(row.lookups), str(row.misses), str(row.loads)]
         line += [f"{row.hit_rate:.4f}", f"{row.belady_ratio:.3f}"]
         if spread:
             line.append(f"{(max(row.ratios) - min(row.ratios)) / 2:.3f}")
@@ -133,11 +219,16 @@ def cells(rows: Sequence[Row], expert_bytes: int | None) -> list[list[str]]:
     return lines
 
 
-class _Tokens(ProgressLine):
-    """Progress in tokens; called with (what runs, tokens done, tokens in all)."""
+def _percent(share: float) -> str:
+    return f"{share * 100:.4g}%"
 
-    def __init__(self) -> None:
+
+class _Progress(ProgressLine):
+    """Progress in tokens or prompts; called with (what runs, done, in all)."""
+
+    def __init__(self, unit: str) -> None:
         super().__init__("")
+        self._unit = unit
 
     def __call__(self, *state: Any) -> None:
         """Show the state, if it is time to."""
@@ -148,9 +239,9 @@ class _Tokens(ProgressLine):
         super().__call__(done, total)
 
     def line(self, done: int, total: int, seconds: float, since: int) -> str:
-        """The text for `done` of `total` tokens."""
+        """The text for `done` of `total`."""
         rate = since / max(seconds, 1e-3)
-        return f"{self._what} {done} of {total} tokens ({done / total:.0%})  {rate:.0f} tokens/s"
+        return f"{self._what} {done} of {total} {self._unit} ({done / total:.0%})  {rate:.0f} {self._unit}/s"
 
 
 def _trace(args: argparse.Namespace) -> Trace:
@@ -158,8 +249,6 @@ def _trace(args: argparse.Namespace) -> Trace:
     from emoe.simulation.generate import parse_random, random_trace
     from emoe.simulation.runs import without
 
-    if (args.trace is None) == (args.random is None):
-        raise UsageError("give a TRACE or --random, one of the two.")
     if args.random is not None:
         return random_trace(*parse_random(args.random), args.seed)
     return without(Trace.read(args.trace, args.experts), tasks=not args.tasks, token_ids=not args.token_ids)
@@ -168,17 +257,23 @@ def _trace(args: argparse.Namespace) -> Trace:
 def _runs(args: argparse.Namespace, trace: Trace) -> list[tuple[Trace, Trace | None]]:
     """What is scored, and what was learned from before."""
     from emoe.routing.trace import Trace as Read
-    from emoe.simulation.runs import halves, without
+    from emoe.simulation.runs import without
 
-    if args.history is not None and args.split is not None:
-        raise UsageError("--history and --split both say what to learn from: give one of them.")
     if args.split is not None:
-        pairs = [halves(trace, seed) for seed in args.split]
-        return [(scored, learned) for learned, scored in pairs]
+        return [(trace.select(scored), trace.select(learned)) for learned, scored in _halves(args, trace.num_prompts)]
     if args.history is None:
         return [(trace, None)]
     history = Read.read(args.history, args.experts or trace.num_experts)
     return [(trace, without(history, tasks=not args.tasks, token_ids=not args.token_ids))]
+
+
+def _halves(args: argparse.Namespace, prompts: int) -> list[tuple[list[int], list[int]]]:
+    """For each seed, prompts to learn from and prompts to score."""
+    from emoe.simulation.runs import halves
+
+    if args.history is not None:
+        raise UsageError("--history and --split both say what to learn from: give one of them.")
+    return [halves(prompts, seed) for seed in args.split]
 
 
 def _task(args: argparse.Namespace, trace: Trace) -> Task:
@@ -188,7 +283,7 @@ def _task(args: argparse.Namespace, trace: Trace) -> Task:
 
     known = trace.source.get("expert_bytes")
     return Task(
-        policies=args.policy,
+        policies=_names(DEFAULT_POLICIES) if args.policy is None else args.policy,
         capacities=args.capacity,
         settings=Settings(args.replan_prompts or DEFAULT_REPLAN_PROMPTS, args.prefetch, args.seed),
         phases=args.phase,

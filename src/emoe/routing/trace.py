@@ -203,7 +203,7 @@ class Trace:
 
         path = Path(path)
         file = path / "trace.npz" if path.is_dir() else path
-        arrays = _load(file)
+        arrays = load_arrays(file)
         if "header" not in arrays:
             return read_foreign(file, arrays, num_experts)
         header = _header(file, arrays.pop("header"))
@@ -236,7 +236,8 @@ def _slices(offsets: Array, chosen: Array) -> tuple[Array, Array]:
     return np.repeat(offsets[chosen] - ends[:-1], lengths) + np.arange(ends[-1]), ends
 
 
-def _load(file: Path) -> dict[str, Array]:
+def load_arrays(file: Path) -> dict[str, Array]:
+    """The arrays of an .npz file. Raises TraceError naming what is wrong with it."""
     try:
         with file.open("rb") as stream:
             archive = np.load(stream, allow_pickle=False)

@@ -153,7 +153,7 @@ class ByScore:
         self._shape, self._history, self._settings, self._note = shape, history, settings, note
         first = make_scorer(name, shape)
         if history is not None:
-            _learn(first, history, settings, note)
+            learn(first, history, settings, note)
         self._scorers: list[UseScorer] = [first]
 
     def start(self, lookups: Lookups) -> None:
@@ -165,7 +165,7 @@ class ByScore:
             if isinstance(first, Trainable) and isinstance(other, Trainable) and self._history is not None:
                 other.restore(first.state())
             elif self._history is not None:
-                _learn(other, self._history, self._settings, self._note)
+                learn(other, self._history, self._settings, self._note)
             self._scorers.append(other)
         self._streams: list[Iterator[Array]] = [iter(()) for _ in self._scorers]
         self._scores = np.zeros((lookups.lanes, len(self.rule.values)), dtype=np.float32)
@@ -208,7 +208,7 @@ class Planned:
         self._learned = history is not None
         self._predictor: Predictor = make_predictor(name, shape)
         if history is not None:
-            _learn(self._predictor, history, settings, note)
+            learn(self._predictor, history, settings, note)
 
     def start(self, lookups: Lookups) -> None:
         """Forget which prompts ran."""
@@ -236,8 +236,8 @@ class Planned:
         return shares if self._settings.prefetch else None
 
 
-def _learn(learner: Predictor | UseScorer, history: Trace, settings: Settings, note: Note) -> None:
-    """Fit what can be fitted; show the rest the history's prompts in order."""
+def learn(learner: Predictor | UseScorer, history: Trace, settings: Settings, note: Note) -> None:
+    """Fit what can be fitted; show the others the prompts of the history, in order."""
     if isinstance(learner, Trainable):
         learner.fit(history, seed=settings.seed, progress=note)
         return
@@ -282,4 +282,4 @@ def make_policy(
     return made(name, shape, history, settings, note)
 
 
-__all__ = ["Belady", "Settings", "check", "make_policy", "names", "plans", "scores_before"]
+__all__ = ["Belady", "Note", "Settings", "check", "learn", "make_policy", "names", "plans", "scores_before"]

@@ -125,17 +125,16 @@ class Row:
         return values
 
 
-def halves(trace: Trace, seed: int) -> tuple[Trace, Trace]:
+def halves(prompts: int, seed: int) -> tuple[list[int], list[int]]:
     """A random half of the prompts to learn from, and the other to score; each in the trace's own order.
 
     Raises:
         UsageError: there are fewer than two prompts.
     """
-    if trace.num_prompts < 2:
-        raise UsageError(f"a trace of {trace.num_prompts} prompts cannot be split into two halves.")
-    order = np.random.default_rng(seed).permutation(trace.num_prompts)
-    half = trace.num_prompts // 2
-    return trace.select(np.sort(order[:half]).tolist()), trace.select(np.sort(order[half:]).tolist())
+    if prompts < 2:
+        raise UsageError(f"{prompts} prompts cannot be split into two halves.")
+    order = np.random.default_rng(seed).permutation(prompts)
+    return np.sort(order[: prompts // 2]).tolist(), np.sort(order[prompts // 2 :]).tolist()
 
 
 def without(trace: Trace, *, tasks: bool = False, token_ids: bool = False) -> Trace:
