@@ -51,5 +51,5 @@ def test_no_plan_beats_the_best_set_and_all_experts_find_all() -> None:
 
 
 def test_only_predictors_can_be_judged() -> None:
-    with pytest.raises(UsageError, match="lru: counts say nothing of the order of tokens.*count"):
+    with pytest.raises(UsageError, match=r"lru: counts say nothing of the order of tokens.*count"):
         plan_prompts([(COUNTS, None)], ["lru"], [0.5], Settings())
