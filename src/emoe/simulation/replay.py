@@ -1,0 +1,147 @@
+"""A recorded run once more through the engine's own pool, with slots that hold no bytes, on a virtual clock.
+
+Passes are the trace's steps: a pass of one token takes its experts at once, any other streams them, as in
+`emoe.model.runtime`. The hits, misses and loads are those of the engine that recorded the trace, given the same slots
+and eviction rule (mode `exact`, no prefetching). One thing a trace does not hold: padding, whose tokens the engine
+routes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+
+from emoe.config import ExpertMemory
+from emoe.residency.budget import LayerNeed, SlotPlan, plan_slots
+from emoe.residency.eviction import Eviction
+from emoe.residency.loader import Loader
+from emoe.residency.table import LayerCounters, ResidencyTable
+from emoe.routing.trace import PREFILL, Array, Trace
+from emoe.simulation.clock import Link
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What the engine would have counted.
+
+    Attributes:
+        layers: hits, misses, loads, bytes and tokens by decoder layer.
+        seconds: the virtual clock at the end: loads one after another, and layers computing.
+        slots: over all banks.
+    """
+
+    layers: dict[int, LayerCounters]
+    seconds: float
+    slots: int
+
+    def total(self, name: str) -> int:
+        """The sum of a counter over layers."""
+        return sum(int(getattr(each, name)) for each in self.layers.values())
+
+
+def plan_of(trace: Trace, share: float, rule: Eviction, expert_bytes: int = 1) -> SlotPlan:
+    """The slots that the engine would make of a budget of this share of all experts, under this rule.
+
+    Raises:
+        BudgetError: the share is below one token's experts of one layer.
+    """
+    needs = [LayerNeed(layer, trace.num_experts, trace.top_k, expert_bytes) for layer in trace.layers.tolist()]
+    return plan_slots(ExpertMemory("share", share), needs, shared_from=rule.shared_from)
+
+
+def replay(
+    trace: Trace,
+    plan: SlotPlan,
+    make_rule: Callable[[], Eviction],
+    *,
+    experts: Mapping[int, int] | None = None,
+    link: Link | None = None,
+) -> Replay:
+    """Serve a trace's passes in the order in which they ran.
+
+    Args:
+        trace: as recorded by `emoe.load(..., trace=...)`.
+        plan: the engine's slots.
+        make_rule: returns a new eviction rule for each bank.
+        experts: experts of each decoder layer (default: the trace's number for all).
+        link: what loads and layers take; without one the clock stands still.
+
+    Raises:
+        BudgetError: the slots do not hold one token's experts.
+    """
+    from emoe.residency.pool import ExpertPool  # here: it imports torch
+
+    clock = _Clock(link)
+    loader = Loader(threads=0)  # every load is run by whoever waits for it
+    pool_of: dict[int, ExpertPool] = {}
+    pools: list[ExpertPool] = []
+    for part in plan.pools:
+        sizes = {layer: trace.num_experts if experts is None else experts[layer] for layer in part.quotas}
+        # In place of a bank, an index and a reader: only what the pool asks of them.
+        bank = SimpleNamespace(
+            device=SimpleNamespace(type="cpu"), slot_nbytes=part.slot_nbytes, views=[{} for _ in range(part.slots)]
+        )
+        index = SimpleNamespace(path=trace.source.get("model", "a trace"), pieces=lambda layer, expert: ())
+        nbytes = part.slot_nbytes
+        reader = SimpleNamespace(read_into=lambda pieces, views, size=nbytes: clock.load(size))
+        table = ResidencyTable(part, sizes, make_rule())
+        pool = ExpertPool(table, *cast(tuple[Any, Any, Any], (bank, index, reader)), loader)
+        if plan.all_resident:
+            pool.preload((layer, e) for layer, n in sorted(sizes.items()) for e in range(n))
+        pools.append(pool)
+        pool_of.update(dict.fromkeys(sizes, pool))
+    layers = trace.layers.tolist()
+    computed = trace.computed
+    for rows in passes(trace):
+        prefill = bool((trace.phase[rows] == PREFILL).any())
+        for pool in pools:
+            pool.table.begin_pass()
+        for rank, layer in enumerate(layers):
+            known = computed[rows, rank]
+            _serve(pool_of[layer], layer, trace.experts[rows, rank], known, prefill)
+            clock.compute(int(known.any(axis=1).sum()))
+    loader.close()
+    counters = {layer: pool.table.counters[layer] for layer, pool in sorted(pool_of.items())}
+    return Replay(counters, clock.now, plan.slots)
+
+
+def passes(trace: Trace) -> Iterator[Array]:
+    """The rows of each forward pass, in the order of passes; within one, in the trace's order."""
+    order = trace.in_time()
+    ends = np.flatnonzero(np.diff(trace.step[order])) + 1
+    yield from np.split(order, ends) if len(order) else ()
+
+
+def _serve(pool: Any, layer: int, routes: Array, known: Array, prefill: bool) -> None:
+    """One layer of one pass: routes [tokens, k], of which `known` were computed."""
+    tokens = int(known.any(axis=1).sum())
+    if not tokens:
+        return
+    pool.table.counters[layer].tokens += tokens
+    if tokens == 1:
+        pool.release(pool.take(layer, routes[known].tolist()))
+        return
+    counts = np.bincount(routes[known])
+    chosen = np.flatnonzero(counts)
+    by_count = chosen[np.argsort(-counts[chosen], kind="stable")].tolist()  # as Grouping.by_count
+    for _ in pool.stream(layer, by_count, prefill=prefill):
+        pass
+
+
+class _Clock:
+    def __init__(self, link: Link | None) -> None:
+        self._link = link
+        self.now = 0.0
+
+    def load(self, nbytes: int) -> int:
+        if self._link is not None:
+            self.now += nbytes / self._link.bytes_per_s
+        return nbytes
+
+    def compute(self, tokens: int) -> None:
+        if self._link is not None:
+            self.now += tokens * self._link.layer_s

@@ -1,0 +1,77 @@
+"""Invariant 4: the engine's own trace, replayed, gives the engine's hits, misses and loads, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import emoe
+from emoe.model.bind import binding_of
+from emoe.prediction.protocol import RoutingShape
+from emoe.residency.eviction import make_eviction
+from emoe.routing.trace import DECODE, PREFILL, Trace
+from emoe.simulation.clock import Link
+from emoe.simulation.generate import random_trace
+from emoe.simulation.replay import passes, plan_of, replay
+from tests.simulation.stand_ins import make_trace
+
+PROMPTS = ["Question: what is 3 + 4?\nAnswer:", "Summarise: the cat sat on the mat.", "A"]
+
+
+@pytest.mark.parametrize(
+    ("eviction", "memory", "shared"),
+    [
+        ("lru", "40%", False),
+        ("lfu", "40%", False),
+        ("least-stale", "40%", True),
+        ("lru", "15%", False),
+        ("least-stale", "4%", True),
+        ("lru", "100%", False),
+    ],
+)
+def test_a_replayed_run_counts_what_the_engine_counted(
+    eviction: str, memory: str, shared: bool, tmp_path: Path
+) -> None:
+    model, tokenizer = emoe.load(expert_memory=memory, eviction=eviction, trace=tmp_path / "run.npz")
+    assert tokenizer is not None
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=12, do_sample=False)
+        # Two sequences of one length, so that no padding is routed, and that end together.
+        ids = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(1))
+        model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8, do_sample=False
+        )
+    stats = emoe.stats(model)
+    plan = binding_of(model).plan
+    assert (not any(plan.pools[0].quotas.values())) == shared
+    emoe.close(model)
+    trace = Trace.read(tmp_path / "run.npz")
+    again = replay(trace, plan, lambda: make_eviction(eviction))
+    assert stats["loads"] > 0
+    for layer, counted in stats["layers"].items():
+        found = again.layers[layer]
+        assert (found.hits, found.misses, found.loads) == (counted["hits"], counted["misses"], counted["loads"])
+        assert found.tokens == counted["routed_tokens"]
+    if memory == "40%":
+        share = plan_of(trace, 0.4, make_eviction(eviction))
+        assert [pool.quotas for pool in share.pools] == [pool.quotas for pool in plan.pools]
+        assert [pool.slots for pool in share.pools] == [pool.slots for pool in plan.pools]
+
+
+def test_passes_are_steps_in_time() -> None:
+    trace = make_trace(np.zeros((6, 1, 1), int), [3, 3], 2, phase=[PREFILL, PREFILL, DECODE] * 2)
+    trace.step[:] = [4, 4, 7, 2, 4, 5]
+    assert [rows.tolist() for rows in passes(trace)] == [[3], [0, 1, 4], [5], [2]]
+
+
+def test_the_clock_adds_loads_and_layers() -> None:
+    trace = random_trace(RoutingShape(2, 6, 2), 50)
+    plan = plan_of(trace, 0.5, make_eviction("lru"), expert_bytes=10)
+    found = replay(trace, plan, lambda: make_eviction("lru"), link=Link(100.0, 0.5))
+    assert found.total("hits") + found.total("misses") == 50 * 4
+    assert found.seconds == pytest.approx(found.total("loads") * 0.1 + 50 * 2 * 0.5)
+    assert found.total("bytes_read") == found.total("loads") * 10
