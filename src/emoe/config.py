@@ -11,6 +11,10 @@ from emoe.errors import UsageError
 
 Mode = Literal["exact", "balanced", "resident"]
 MODES: tuple[Mode, ...] = ("exact", "balanced", "resident")
+LayerSplit = Literal["uniform", "expected-misses"]
+LAYER_SPLITS: tuple[LayerSplit, ...] = ("uniform", "expected-misses")
+Prefetch = Literal["plan", "next-gate"]
+PREFETCHES: tuple[Prefetch, ...] = ("plan", "next-gate")
 
 _UNITS: dict[str, int] = {
     "": 1,

@@ -17,13 +17,14 @@ from emoe.checkpoint.memory_room import choose_reader
 from emoe.checkpoint.readers import Reader
 from emoe.checkpoint.skeleton import skeleton
 from emoe.checkpoint.source import resolve
-from emoe.config import MODES, ExpertMemory, Mode, format_bytes
+from emoe.config import ExpertMemory, LayerSplit, Mode, Prefetch, format_bytes
 from emoe.errors import BudgetError, UnsupportedModelError, UsageError
-from emoe.model.foresight import Ahead, Foresight, LayerSplit, Prefetch
+from emoe.model.foresight import Ahead
 from emoe.model.kernels import ExpertMath
 from emoe.model.loading import device_of, load_dense
 from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Runtime
 from emoe.model.tracing import record_trace
+from emoe.policies.foresight import Foresight
 from emoe.residency.bank import Bank, slot_nbytes
 from emoe.residency.budget import LayerNeed, SlotPlan, plan_slots
 from emoe.residency.loader import Loader
@@ -137,7 +138,7 @@ def load(
             becomes resident; that is for the modes that reroute. With one, the predictor is asked and Equation 2 gives
             the plan, in any mode; only the first prompt is read with its own routes.
         profile: the folder that `emoe profile` made for this model: tasks, sensitivity, popularity, what predictors
-            and scorers have learned.
+            and scorers have learned. The embedded model uses the one it ships with.
         predictor: the name of a predictor (emoe.prediction.registry.PREDICTORS) whose plans are loaded ahead.
         prefetch: "plan" (with a predictor; the default then) or "next-gate", which asks the next layer's router ahead
             (mode "exact"). Both switch themselves off while they make things slower; `stats` says so.
@@ -161,10 +162,13 @@ def load(
         BudgetError: the budget is below the floor, which the message names.
         ProfileError: the profile is missing or damaged.
     """
-    _check_arguments(mode, kwargs)
+    _check_arguments(kwargs)
+    profiled = profile is not None or (model_id is None and _nano_profile() is not None)
     settings = Foresight(
-        mode, eviction, predictor, prefetch, replan_prompts, layer_split, sensitivity_threshold, profile is not None
+        mode, eviction, predictor, prefetch, replan_prompts, layer_split, sensitivity_threshold, profiled
     )
+    if profile is None and settings.wants_profile and model_id is None:
+        profile = _nano_profile()
     memory = None if expert_memory is None else ExpertMemory.parse(expert_memory)
     hub = {name: kwargs[name] for name in ("revision", "token", "local_files_only") if name in kwargs}
     path = resolve(_nano() if model_id is None else model_id, **hub)
@@ -236,9 +240,7 @@ def binding_of(model: PreTrainedModel) -> Binding:
     return binding
 
 
-def _check_arguments(mode: str, kwargs: dict[str, Any]) -> None:
-    if mode not in MODES:
-        raise UsageError(f"no mode is called {mode!r}: choose one of {', '.join(MODES)}.")
+def _check_arguments(kwargs: dict[str, Any]) -> None:
     for name in ("quantization_config", "experts_implementation", "use_safetensors"):
         if name in kwargs:
             raise UsageError(f"emoe.load sets {name} itself: leave it out.")
@@ -355,6 +357,12 @@ def _nano() -> Path:
     from emoe import nano
 
     return nano.path()
+
+
+def _nano_profile() -> Path | None:
+    from emoe import nano
+
+    return nano.profile_path() if nano.profile_path().is_dir() else None
 
 
 def _tokenizer(path: Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:

@@ -1,18 +1,15 @@
-"""Looking ahead: which predictor, prefetcher, scorer and profile a model is loaded with, checked and put in place."""
+"""Looking ahead: puts the predictor, prefetcher, scorer and profile that a model is loaded with in place."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emoe.checkpoint.index import ExpertIndex
-from emoe.config import Mode
-from emoe.errors import UnsupportedModelError, UsageError
+from emoe.errors import UnsupportedModelError
 from emoe.model.balance import Balance
 from emoe.model.collecting import RouteCollector
 from emoe.model.planning import Answers, AnswersHere, Planner
@@ -20,75 +17,15 @@ from emoe.model.prefetch import NextGate
 from emoe.model.runtime import Runtime
 from emoe.model.scoring import LiveScored, Scores
 from emoe.model.tasking import KnownHabits, TaskReader
-from emoe.prediction.protocol import Predictor, RoutingShape, Trainable, UseScorer
-from emoe.prediction.registry import PREDICTORS, SCORERS, make_predictor, make_scorer
+from emoe.policies.foresight import Foresight
+from emoe.prediction.protocol import RoutingShape, Trainable
+from emoe.prediction.registry import SCORERS, make_predictor, make_scorer
 from emoe.residency.budget import LayerNeed
-from emoe.residency.eviction import EVICTION_RULES, Eviction, Scored, make_eviction
+from emoe.residency.eviction import Eviction, make_eviction
 from emoe.residency.pool import ExpertPool
 from emoe.residency.worth import Worth
 from emoe.routing.rules import has_rule
 from emoe.tasks.profile import Profile
-
-LayerSplit = Literal["uniform", "expected-misses"]
-LAYER_SPLITS: tuple[LayerSplit, ...] = ("uniform", "expected-misses")
-Prefetch = Literal["plan", "next-gate"]
-PREFETCHES: tuple[Prefetch, ...] = ("plan", "next-gate")
-
-
-@dataclass(frozen=True, slots=True)
-class Foresight:
-    """The settings of `load` that look ahead; see there.
-
-    Raises:
-        UsageError: settings that contradict each other, with what to change.
-    """
-
-    mode: Mode = "exact"
-    eviction: str = "least-stale"
-    predictor: str | None = None
-    prefetch: Prefetch | None = None
-    replan_prompts: int = 1
-    layer_split: LayerSplit = "uniform"
-    sensitivity_threshold: float | None = None
-    profiled: bool = False
-
-    def __post_init__(self) -> None:
-        if self.eviction not in EVICTION_RULES and self.eviction not in SCORERS:
-            known = ", ".join(sorted({*EVICTION_RULES, *SCORERS}))
-            raise UsageError(f"no eviction rule is called {self.eviction!r}: choose one of {known}.")
-        if self.predictor is not None and self.predictor not in PREDICTORS:
-            raise UsageError(
-                f"no predictor is called {self.predictor!r}: choose one of {', '.join(sorted(PREDICTORS))}."
-            )
-        if self.replan_prompts < 1:
-            raise UsageError(f"replan_prompts is {self.replan_prompts}, but must be at least 1.")
-        if self.layer_split not in LAYER_SPLITS:
-            raise UsageError(f"no layer_split is called {self.layer_split!r}: choose one of {', '.join(LAYER_SPLITS)}.")
-        if self.prefetch is not None and self.prefetch not in PREFETCHES:
-            raise UsageError(f"no prefetch is called {self.prefetch!r}: choose one of {', '.join(PREFETCHES)}.")
-        if self.prefetch == "plan" and self.predictor is None:
-            raise UsageError("prefetch='plan' loads what a predictor expects: name one with predictor=.")
-        if self.prefetch == "next-gate" and self.predictor is not None:
-            raise UsageError("prefetch='next-gate' and a predictor both load ahead: choose one.")
-        if self.prefetch == "next-gate" and self.mode != "exact":
-            raise UsageError(
-                f"prefetch='next-gate' works in mode 'exact': in mode {self.mode!r} what is resident decides the route."
-            )
-        threshold = self.sensitivity_threshold
-        if threshold is not None and not (math.isfinite(threshold) and threshold >= 0):
-            raise UsageError(f"sensitivity_threshold is {threshold}, but must be a number of at least 0.")
-        if not self.profiled:
-            for wanted, setting in (
-                (self.mode == "balanced", "mode='balanced'"),
-                (self.layer_split == "expected-misses", "layer_split='expected-misses'"),
-            ):
-                if wanted:
-                    raise UsageError(f"{setting} needs a profile of the model: make one with `emoe profile`.")
-
-    @property
-    def shared_from(self) -> float:
-        """From how many slots per layer one shared pool is better under the eviction rule."""
-        return Scored.shared_from if self.eviction in SCORERS else make_eviction(self.eviction).shared_from
 
 
 class Ahead:
@@ -208,6 +145,3 @@ class Ahead:
                 )
             found[entry.layer] = routers[0]
         return found
-
-
-__all__ = ["LAYER_SPLITS", "PREFETCHES", "Ahead", "Foresight", "LayerSplit", "Predictor", "Prefetch", "UseScorer"]

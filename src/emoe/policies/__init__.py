@@ -1,0 +1,1 @@
+"""Named choices that assemble residency, prediction and tasks into a way to run."""
