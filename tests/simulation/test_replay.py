@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import emoe
+from emoe.errors import UsageError
 from emoe.model.bind import binding_of
 from emoe.prediction.protocol import RoutingShape
+from emoe.prediction.registry import SCORERS
+from emoe.residency.budget import SlotPlan
 from emoe.residency.eviction import make_eviction
 from emoe.routing.trace import DECODE, PREFILL, Trace
 from emoe.simulation.clock import Link
 from emoe.simulation.generate import random_trace
-from emoe.simulation.replay import passes, plan_of, replay
-from tests.simulation.stand_ins import make_trace
+from emoe.simulation.replay import Replay, passes, plan_of, replay
+from tests.simulation.stand_ins import RecentScorer, make_trace
 
 PROMPTS = ["Question: what is 3 + 4?\nAnswer:", "Summarise: the cat sat on the mat.", "A"]
+
+
+def run_engine(path: Path, memory: str, eviction: str) -> tuple[dict[str, Any], SlotPlan]:
+    """emoe.stats and the slots of a few prompts, one of them a batch, recorded to `path`."""
+    model, tokenizer = emoe.load(expert_memory=memory, eviction=eviction, trace=path)
+    assert tokenizer is not None
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=12, do_sample=False)
+        # Two sequences of one length, so that no padding is routed, and that end together.
+        ids = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(1))
+        model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8, do_sample=False
+        )
+    stats, plan = emoe.stats(model), binding_of(model).plan
+    emoe.close(model)
+    return stats, plan
+
+
+def check(stats: dict[str, Any], again: Replay) -> None:
+    assert stats["loads"] > 0
+    for layer, counted in stats["layers"].items():
+        found = again.layers[layer]
+        assert (found.hits, found.misses, found.loads) == (counted["hits"], counted["misses"], counted["loads"])
+        assert found.tokens == counted["routed_tokens"]
 
 
 @pytest.mark.parametrize(
@@ -35,31 +64,22 @@ PROMPTS = ["Question: what is 3 + 4?\nAnswer:", "Summarise: the cat sat on the m
 def test_a_replayed_run_counts_what_the_engine_counted(
     eviction: str, memory: str, shared: bool, tmp_path: Path
 ) -> None:
-    model, tokenizer = emoe.load(expert_memory=memory, eviction=eviction, trace=tmp_path / "run.npz")
-    assert tokenizer is not None
-    with torch.no_grad():
-        for prompt in PROMPTS:
-            model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=12, do_sample=False)
-        # Two sequences of one length, so that no padding is routed, and that end together.
-        ids = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(1))
-        model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8, do_sample=False
-        )
-    stats = emoe.stats(model)
-    plan = binding_of(model).plan
+    stats, plan = run_engine(tmp_path / "run.npz", memory, eviction)
     assert (not any(plan.pools[0].quotas.values())) == shared
-    emoe.close(model)
     trace = Trace.read(tmp_path / "run.npz")
-    again = replay(trace, plan, lambda: make_eviction(eviction))
-    assert stats["loads"] > 0
-    for layer, counted in stats["layers"].items():
-        found = again.layers[layer]
-        assert (found.hits, found.misses, found.loads) == (counted["hits"], counted["misses"], counted["loads"])
-        assert found.tokens == counted["routed_tokens"]
+    check(stats, replay(trace, plan, lambda: make_eviction(eviction)))
     if memory == "40%":
-        share = plan_of(trace, 0.4, make_eviction(eviction))
-        assert [pool.quotas for pool in share.pools] == [pool.quotas for pool in plan.pools]
-        assert [pool.slots for pool in share.pools] == [pool.slots for pool in plan.pools]
+        same = plan_of(trace, 0.4, make_eviction(eviction))
+        assert [(pool.slots, pool.quotas) for pool in same.pools] == [(pool.slots, pool.quotas) for pool in plan.pools]
+
+
+def test_a_scorer_sees_in_a_replay_what_it_saw_in_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCORERS, "recent", RecentScorer)
+    stats, plan = run_engine(tmp_path / "run.npz", "40%", "recent")
+    trace = Trace.read(tmp_path / "run.npz")
+    check(stats, replay(trace, plan, scorer=RecentScorer(RoutingShape.of(trace))))
+    with pytest.raises(UsageError, match="a rule or by a scorer"):
+        replay(trace, plan)
 
 
 def test_passes_are_steps_in_time() -> None:

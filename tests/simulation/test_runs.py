@@ -57,6 +57,13 @@ def test_beladys_own_ratio_is_one_on_either_bank() -> None:
     assert rows[2].belady_ratio == rows[2].loads / rows[1].loads
 
 
+def test_a_replay_of_single_tokens_is_a_bank_for_each_layer() -> None:
+    rows = simulate([(TRACE, None)], Task(["lru", "lru@engine"], [0.5, 1.0]))
+    assert rows[0].misses == rows[2].misses and rows[0].lookups == rows[2].lookups
+    assert (rows[2].belady_ratio, rows[2].slots) == (None, 4)
+    assert (rows[3].misses, rows[3].loads) == (0, 3 * 8), "where all fits the engine loads all before it starts"
+
+
 def test_times_come_with_a_link() -> None:
     task = Task(["lru"], [0.5], expert_bytes=1000, link=Link(1e6, 0.002))
     [row] = simulate([(TRACE, None)], task)
@@ -93,6 +100,8 @@ def test_labels_and_ids_can_be_hidden() -> None:
         (Task([], [0.5]), "at least one policy"),
         (Task(["static@pool"], [0.5]), "leave @pool out"),
         (Task(["lru"], [1.5]), "at most 100 %"),
+        (Task(["belady@engine"], [0.5]), "the engine evicts by lru"),
+        (Task(["lru@engine"], [0.5], interleave=2), "replays every pass as"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(task: Task, message: str) -> None:

@@ -37,7 +37,8 @@ def add_parser(commands: Any) -> None:
         "--policy",
         type=_names,
         metavar="NAMES",
-        help="policies, separated by commas; NAME@pool: one bank shared by all layers; an unknown name lists all "
+        help="policies, separated by commas; NAME@pool: one bank shared by all layers, NAME@engine: a replay "
+        "as recorded, with the engine's slots and its prefill; an unknown name lists all "
         f"(default: {DEFAULT_POLICIES})",
     )
     parser.add_argument(
@@ -133,8 +134,12 @@ def _run_trace(args: argparse.Namespace) -> None:
         print_json([row.as_dict(task.expert_bytes) for row in rows])
     else:
         print(table(cells(rows, task.expert_bytes), right=range(1, 20), indent=""))
-    ratios = {row.policy: [(r.capacity, r.belady_ratio) for r in rows if r.policy == row.policy] for row in rows}
-    hits = {row.policy: [(r.capacity, r.hit_rate) for r in rows if r.policy == row.policy] for row in rows}
+    ratios: Curves = {}
+    hits: Curves = {}
+    for row in rows:
+        hits.setdefault(row.policy, []).append((row.capacity, row.hit_rate))
+        if row.belady_ratio is not None:
+            ratios.setdefault(row.policy, []).append((row.capacity, row.belady_ratio))
     _plot(args, {"loads, times those of Belady's rule": ratios, "hit rate": hits}, "belady")
 
 
@@ -208,13 +213,14 @@ def cells(rows: Sequence[Row], expert_bytes: int | None) -> list[list[str]]:
     for row in rows:
         values = row.as_dict(expert_bytes)
         line = [row.policy, _percent(row.capacity), str(row.lookups), str(row.misses), str(row.loads)]
-        line += [f"{row.hit_rate:.4f}", f"{row.belady_ratio:.3f}"]
+        line += [f"{row.hit_rate:.4f}", "-" if row.belady_ratio is None else f"{row.belady_ratio:.3f}"]
         if spread:
-            line.append(f"{(max(row.ratios) - min(row.ratios)) / 2:.3f}")
+            line.append(f"{(max(row.ratios) - min(row.ratios)) / 2:.3f}" if row.ratios else "-")
         for count, name in ((row.loads, "bytes_loaded"), (row.wasted, "wasted_prefetch_bytes")):
             line.append(str(count) if values[name] is None else format_bytes(values[name]))
         if timed:
-            line += [f"{values[f'token_{name}_s'] * 1000:.4g} ms" for name in ("mean", "p50", "p95")]
+            times = [values.get(f"token_{name}_s") for name in ("mean", "p50", "p95")]
+            line += ["-" if time is None else f"{time * 1000:.4g} ms" for time in times]
         lines.append(line)
     return lines
 

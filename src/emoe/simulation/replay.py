@@ -8,7 +8,7 @@ routes too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,8 +16,10 @@ from typing import Any, cast
 import numpy as np
 
 from emoe.config import ExpertMemory
+from emoe.errors import UsageError
+from emoe.prediction.protocol import UseScorer
 from emoe.residency.budget import LayerNeed, SlotPlan, plan_slots
-from emoe.residency.eviction import Eviction
+from emoe.residency.eviction import Eviction, Scored
 from emoe.residency.loader import Loader
 from emoe.residency.table import LayerCounters, ResidencyTable
 from emoe.routing.trace import PREFILL, Array, Trace
@@ -43,21 +45,22 @@ class Replay:
         return sum(int(getattr(each, name)) for each in self.layers.values())
 
 
-def plan_of(trace: Trace, share: float, rule: Eviction, expert_bytes: int = 1) -> SlotPlan:
-    """The slots that the engine would make of a budget of this share of all experts, under this rule.
+def plan_of(trace: Trace, share: float, rule: Eviction | None = None, expert_bytes: int = 1) -> SlotPlan:
+    """The slots that the engine would make of a budget of this share of all experts, under this rule (None: a scorer).
 
     Raises:
         BudgetError: the share is below one token's experts of one layer.
     """
     needs = [LayerNeed(layer, trace.num_experts, trace.top_k, expert_bytes) for layer in trace.layers.tolist()]
-    return plan_slots(ExpertMemory("share", share), needs, shared_from=rule.shared_from)
+    return plan_slots(ExpertMemory("share", share), needs, shared_from=(rule or Scored).shared_from)
 
 
 def replay(
     trace: Trace,
     plan: SlotPlan,
-    make_rule: Callable[[], Eviction],
+    make_rule: Callable[[], Eviction] | None = None,
     *,
+    scorer: UseScorer | None = None,
     experts: Mapping[int, int] | None = None,
     link: Link | None = None,
 ) -> Replay:
@@ -66,13 +69,17 @@ def replay(
     Args:
         trace: as recorded by `emoe.load(..., trace=...)`.
         plan: the engine's slots.
-        make_rule: returns a new eviction rule for each bank.
+        make_rule: returns a new eviction rule for each bank; or else
+        scorer: scores the experts of all banks. It is told of prompts and passes as the engine tells its own.
         experts: experts of each decoder layer (default: the trace's number for all).
         link: what loads and layers take; without one the clock stands still.
 
     Raises:
+        UsageError: both or neither of a rule and a scorer are given.
         BudgetError: the slots do not hold one token's experts.
     """
+    if (make_rule is None) == (scorer is None):
+        raise UsageError("a replay evicts by a rule or by a scorer: give one of them.")
     from emoe.residency.pool import ExpertPool  # here: it imports torch
 
     clock = _Clock(link)
@@ -88,7 +95,8 @@ def replay(
         index = SimpleNamespace(path=trace.source.get("model", "a trace"), pieces=lambda layer, expert: ())
         nbytes = part.slot_nbytes
         reader = SimpleNamespace(read_into=lambda pieces, views, size=nbytes: clock.load(size))
-        table = ResidencyTable(part, sizes, make_rule())
+        rule = make_rule() if make_rule is not None else Scored("scorer", sum(sizes.values()))
+        table = ResidencyTable(part, sizes, rule)
         pool = ExpertPool(table, *cast(tuple[Any, Any, Any], (bank, index, reader)), loader)
         if plan.all_resident:
             pool.preload((layer, e) for layer, n in sorted(sizes.items()) for e in range(n))
@@ -98,15 +106,37 @@ def replay(
     computed = trace.computed
     for rows in passes(trace):
         prefill = bool((trace.phase[rows] == PREFILL).any())
+        if scorer is not None:
+            _begin(scorer, trace, rows, pools)
         for pool in pools:
             pool.table.begin_pass()
         for rank, layer in enumerate(layers):
             known = computed[rows, rank]
             _serve(pool_of[layer], layer, trace.experts[rows, rank], known, prefill)
             clock.compute(int(known.any(axis=1).sum()))
+        if scorer is not None:
+            _tell(scorer, trace, rows)
     loader.close()
     counters = {layer: pool.table.counters[layer] for layer, pool in sorted(pool_of.items())}
     return Replay(counters, clock.now, plan.slots)
+
+
+def _begin(scorer: UseScorer, trace: Trace, rows: Array, pools: Sequence[Any]) -> None:
+    """Announce what begins with this pass, and take the scores before it (as `emoe.model.scoring`)."""
+    if np.isin(rows, trace.offsets[:-1]).any():
+        prompts = np.searchsorted(trace.offsets, rows, side="right") - 1
+        tasks = {trace.task_of(int(prompt)) for prompt in np.unique(prompts)}
+        scorer.begin_prompt(tasks.pop() if len(tasks) == 1 else None)
+    scores = scorer.scores()
+    rank_of = {layer: rank for rank, layer in enumerate(trace.layers.tolist())}
+    for pool in pools:
+        sizes = sorted(pool.table.experts.items())
+        pool.table.eviction.values = np.concatenate([scores[rank_of[layer], :count] for layer, count in sizes])
+
+
+def _tell(scorer: UseScorer, trace: Trace, rows: Array) -> None:
+    weights = None if trace.weights is None else trace.weights[rows]
+    scorer.observe(trace.experts[rows], weights, None if trace.token_ids is None else trace.token_ids[rows])
 
 
 def passes(trace: Trace) -> Iterator[Array]:

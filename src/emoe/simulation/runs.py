@@ -11,16 +11,22 @@ import numpy as np
 
 from emoe.errors import UsageError
 from emoe.prediction.protocol import RoutingShape
+from emoe.prediction.registry import SCORERS, make_scorer
+from emoe.residency.eviction import EVICTION_RULES, make_eviction
 from emoe.routing.trace import Trace
 from emoe.simulation import policies
 from emoe.simulation.banks import Policy, Tally, serve, slots_for
 from emoe.simulation.clock import Latency, Link, latency
 from emoe.simulation.lookups import Lookups, Phases
 from emoe.simulation.policies import Settings, make_policy
+from emoe.simulation.replay import Replay, plan_of, replay
 from emoe.simulation.shared import serve_shared
 
 POOL = "@pool"
 """Ends the name of a policy whose layers share one bank."""
+
+ENGINE = "@engine"
+"""Ends the name of a rule that is replayed through the engine's own pool: passes as recorded, prefills streamed."""
 
 Report = Callable[[str, int, int], None]
 """Called now and then with (what runs, tokens done, tokens in all)."""
@@ -31,7 +37,7 @@ class Task:
     """What to simulate.
 
     Attributes:
-        policies: names, those of a shared bank ending in "@pool".
+        policies: names, those of a shared bank ending in "@pool", those of a replay in "@engine".
         capacities: shares of each layer's experts.
         settings: how the policies run.
         phases: which tokens count.
@@ -55,9 +61,17 @@ class Task:
         if not self.policies or not self.capacities:
             raise UsageError("name at least one policy and one capacity.")
         for name in self.policies:
-            policies.check(name.removesuffix(POOL))
-            if name.endswith(POOL) and policies.plans(name.removesuffix(POOL)):
+            bare = name.removesuffix(POOL).removesuffix(ENGINE)
+            policies.check(bare)
+            if name.endswith(POOL) and policies.plans(bare):
                 raise UsageError(f"{name}: predictors plan for the banks of single layers: leave {POOL} out.")
+            if name.endswith(ENGINE):
+                if bare not in EVICTION_RULES and bare not in SCORERS:
+                    raise UsageError(f"{name}: the engine evicts by {', '.join((*EVICTION_RULES, *SCORERS))}.")
+                if self.interleave != 1 or self.phases != "all" or self.prompts is not None:
+                    raise UsageError(
+                        f"{name} replays every pass as it was recorded: choose no phase, order or prompts."
+                    )
         if self.link is not None and self.expert_bytes is None:
             raise UsageError("a bandwidth says nothing without the size of an expert: give --expert-bytes.")
 
@@ -82,10 +96,16 @@ class Row:
         self.misses += tally.misses
         self.prefetches += tally.loads - tally.misses
         self.wasted += tally.wasted
-        # Where Belady's rule loads nothing nobody else does: an empty bank misses every first use.
-        self.ratios.append(tally.loads / best.loads)
+        self.ratios.append(tally.loads / best.loads)  # never of 0: an empty bank misses every first use
         if clock is not None:
             self.latencies.append(clock)
+
+    def add_replay(self, done: Replay) -> None:
+        """Count one replay in. What was loaded before the first pass, where everything fits, counts as prefetched."""
+        self.slots = done.slots // len(done.layers)
+        self.lookups += done.total("hits") + done.total("misses")
+        self.misses += done.total("misses")
+        self.prefetches += done.total("loads") - done.total("misses")
 
     @property
     def loads(self) -> int:
@@ -98,9 +118,9 @@ class Row:
         return 1 - self.misses / self.lookups
 
     @property
-    def belady_ratio(self) -> float:
-        """Loads over those of Belady's rule, mean over splits."""
-        return float(np.mean(self.ratios))
+    def belady_ratio(self) -> float | None:
+        """Loads over those of Belady's rule, mean over splits; None where that rule has no such bank."""
+        return float(np.mean(self.ratios)) if self.ratios else None
 
     def as_dict(self, expert_bytes: int | None) -> dict[str, Any]:
         """The row as `--json` prints it (docs/cli.md)."""
@@ -172,6 +192,12 @@ def simulate(
         count = lookups.count
         best: dict[bool, list[Tally]] = {}
         for name in task.policies:
+            if name.endswith(ENGINE):
+                for i, capacity in enumerate(task.capacities):
+                    rows[name, i].add_replay(
+                        _replayed(name.removesuffix(ENGINE), scored, history, capacity, task, note)
+                    )
+                continue
             pool = name.endswith(POOL)
             if pool not in best:
                 best[pool] = _tallies("belady" + POOL * pool, lookups, slots, task, None, report, note)
@@ -183,6 +209,18 @@ def simulate(
                     clock = latency(lookups, tally, task.link, task.expert_bytes)
                 rows[name, i].add(count, tally, best[pool][i], clock)
     return list(rows.values())
+
+
+def _replayed(
+    name: str, trace: Trace, history: Trace | None, capacity: float, task: Task, note: policies.Note
+) -> Replay:
+    """One rule or scorer at one capacity, through the engine's pool."""
+    if name in EVICTION_RULES:
+        return replay(trace, plan_of(trace, capacity, make_eviction(name)), lambda: make_eviction(name))
+    scorer = make_scorer(name, RoutingShape.of(trace))
+    if history is not None:
+        policies.learn(scorer, history, task.settings, note)
+    return replay(trace, plan_of(trace, capacity), scorer=scorer)
 
 
 def _tallies(
