@@ -69,13 +69,14 @@ class ProgressLine:
         rate = since / max(seconds, 1e-3)
         left = (total - done) / rate if rate > 0 else 0.0
         share = done / total if total else 1.0
-        end = f"{_clock(left)} left" if done < total else f"in {seconds:.1f} s"
+        end = f"{clock(left)} left" if done < total else f"in {seconds:.1f} s"
         return (
             f"{self._what} {format_bytes(done)} of {format_bytes(total)} ({share:.0%})  "
             f"{format_bytes(int(rate))}/s  {end}"
         )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds: "2:05"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"

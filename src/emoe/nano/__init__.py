@@ -20,6 +20,11 @@ def path() -> Path:
     return _FOLDER / "checkpoint"
 
 
+def profile_path() -> Path:
+    """Its profile (docs/profile.md), which `emoe profile` made from prompts that training saw."""
+    return _FOLDER / "profile"
+
+
 def prompts() -> list[dict[str, str]]:
     """Prompts that training never saw, about eight per task: `task`, `prompt`, `reference`."""
     with (_FOLDER / "prompts.jsonl").open(encoding="utf-8") as lines:

@@ -1,0 +1,1 @@
+"""Runs a bound model to learn what its profile holds (docs/profile.md)."""

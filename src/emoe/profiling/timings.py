@@ -1,0 +1,102 @@
+"""How fast experts come from the store on this machine, by the engine's own reader and loader threads."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from emoe.model.bind import Binding, binding_of
+from emoe.profiling.running import Answer
+from emoe.residency.bank import Bank, carve
+from emoe.residency.loader import Load
+from emoe.tasks.profile import Timings
+
+DEPTH = 4
+"""Loads under way at once, as in a pool."""
+MOST_S = 3.0
+"""Seconds for each of the two measurements at most; at least three loads are timed."""
+
+
+def measure_timings(
+    model: PreTrainedModel, prompt_tokens: Sequence[int], answers: Sequence[Answer], *, loads: int = 64, seed: int = 0
+) -> Timings:
+    """Load random experts, one at a time and several at once, into slots of their own; add the answers' own times.
+
+    What the page cache holds comes from memory: that is what the engine would see, too.
+
+    Raises:
+        ReadError: an expert could not be read.
+    """
+    binding = binding_of(model)
+    keys = binding.index.keys()
+    chosen = random.Random(seed).choices(keys, k=loads)
+    slots = _Slots(binding)
+    alone = []
+    start = time.perf_counter()
+    for key in chosen:
+        began = time.perf_counter()
+        binding.loader.wait(slots.start(key, 0))
+        alone.append(time.perf_counter() - began)
+        if len(alone) >= 3 and time.perf_counter() - start > MOST_S:
+            break
+    steps = sum(max(0, len(each.ids) - 1) for each in answers)
+    tokens = sum(prompt_tokens)
+    return Timings(
+        load_bytes_per_s=_bandwidth(binding, slots, chosen),
+        expert_load_s=statistics.median(alone),
+        token_s=sum(each.decode_s for each in answers) / steps if steps else None,
+        prefill_token_s=sum(each.prefill_s for each in answers) / tokens if tokens else None,
+        reader=binding.reader.kind,
+        device=slots.device.type,
+    )
+
+
+def _bandwidth(binding: Binding, slots: _Slots, keys: Sequence[tuple[int, int]]) -> float:
+    """Bytes per second with DEPTH loads under way, each in a slot of its own."""
+    flights: deque[Load] = deque()
+    nbytes, ended = 0, 0
+    start = time.perf_counter()
+    for number, key in enumerate(keys):
+        if len(flights) == DEPTH:
+            nbytes += binding.loader.wait(flights.popleft())
+            ended += 1
+        if ended >= 3 and time.perf_counter() - start > MOST_S:
+            break
+        flights.append(slots.start(key, number % DEPTH))
+    while flights:
+        nbytes += binding.loader.wait(flights.popleft())
+    return nbytes / (time.perf_counter() - start)
+
+
+class _Slots:
+    """Scratch memory for DEPTH experts of any layer, on the experts' device."""
+
+    def __init__(self, binding: Binding) -> None:
+        self._binding = binding
+        self.device = binding.pools[0].bank.device
+        # Layers whose parts have other shapes lie in other banks.
+        self._banks = {pool.bank.parts: Bank(pool.bank.parts, DEPTH, self.device) for pool in binding.pools}
+        self._parts = {entry.layer: entry.parts for entry in binding.index.layers}
+
+    def start(self, key: tuple[int, int], slot: int) -> Load:
+        """Queue a load of one expert into a slot."""
+        layer, expert = key
+        bank = self._banks[self._parts[layer]]
+        return self._binding.loader.submit(lambda: self._read(key, bank, slot), f"expert {expert} of layer {layer}")
+
+    def _read(self, key: tuple[int, int], bank: Bank, slot: int) -> int:
+        pieces = self._binding.index.pieces(*key)
+        if self.device.type != "cuda":
+            return self._binding.reader.read_into(pieces, bank.views[slot])
+        staging = carve(torch.empty(bank.slot_nbytes, dtype=torch.uint8, pin_memory=True), bank.parts)
+        nbytes = self._binding.reader.read_into(pieces, staging)
+        for name, view in bank.views[slot].items():
+            view.copy_(staging[name], non_blocking=True)
+        torch.cuda.current_stream(self.device).synchronize()
+        return nbytes
