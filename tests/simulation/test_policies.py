@@ -15,7 +15,7 @@ from emoe.prediction.registry import PREDICTORS, SCORERS
 from emoe.routing.trace import Trace
 from emoe.simulation.banks import serve
 from emoe.simulation.lookups import Lookups
-from emoe.simulation.policies import Settings, make_policy, names, scores_before
+from emoe.simulation.policies import ByScore, Settings, make_policy, names, scores_before
 from tests.simulation.stand_ins import (
     BatchScorer,
     CountPredictor,
@@ -83,6 +83,27 @@ def test_each_of_interleaved_sequences_has_a_scorer_that_sees_it_alone(trace: Tr
             # The last token of the last sequence is never scored after, so it need not be observed.
             expected += SHAPE.counts(trace.experts[each.rows[:-1] if i == len(mine) - 1 else each.rows])
         assert np.array_equal(scorer.counts, expected.astype(np.float32))
+
+
+@given(traces())
+def test_of_interleaved_sequences_the_mean_of_their_scores_counts(trace: Trace) -> None:
+    lookups = Lookups.of(trace, interleave=2)
+    policy = make_policy("recent", SHAPE, Settings())
+    policy.start(lookups)
+    seen = np.zeros((2, 3, 6), dtype=np.float32)
+    scored = np.zeros_like(seen)
+    done = [0] * len(lookups.sequences)
+    for token, number in enumerate(lookups.sequence.tolist()):
+        sequence = lookups.sequences[number]
+        if not done[number]:
+            seen[sequence.lane] *= np.float32(0.5)
+        scored[sequence.lane] = seen[sequence.lane]
+        row = sequence.rows[done[number]]
+        done[number] += 1
+        policy.before(token)
+        assert isinstance(policy, ByScore)
+        assert np.array_equal(policy.rule.values, scored.mean(axis=0).ravel())
+        seen[sequence.lane] += SHAPE.counts(trace.experts[row : row + 1])
 
 
 def by_hand(

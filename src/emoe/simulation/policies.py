@@ -145,7 +145,11 @@ class Belady:
 
 
 class ByScore:
-    """A scorer's order. Of interleaved sequences each has a scorer of its own, and a key's score is their mean."""
+    """A scorer's order. Of interleaved sequences each has a scorer of its own, and a key's score is their mean.
+
+    On gpt-oss-20b, eight sequences at 40 %, decayed counts of half-life 8: 1.41 times Belady's loads; the largest score
+    instead of the mean 1.60, one scorer that sees the tokens of all 1.49.
+    """
 
     def __init__(self, name: str, shape: RoutingShape, history: Trace | None, settings: Settings, note: Note) -> None:
         self.name = name
@@ -282,4 +286,4 @@ def make_policy(
     return made(name, shape, history, settings, note)
 
 
-__all__ = ["Belady", "Note", "Settings", "check", "learn", "make_policy", "names", "plans", "scores_before"]
+__all__ = ["Belady", "ByScore", "Note", "Settings", "check", "learn", "make_policy", "names", "plans", "scores_before"]
