@@ -147,8 +147,8 @@ class Belady:
 class ByScore:
     """A scorer's order. Of interleaved sequences each has a scorer of its own, and a key's score is their mean.
 
-    On gpt-oss-20b, eight sequences at 40 %, decayed counts of half-life 8: 1.41 times Belady's loads; the largest score
-    instead of the mean 1.60, one scorer that sees the tokens of all 1.49.
+    Measured with decayed counts on gpt-oss-20b (docs/log.md): the mean loads less than the largest score does, and than
+    one scorer that sees the tokens of all, unless its memory is made longer by the number of sequences.
     """
 
     def __init__(self, name: str, shape: RoutingShape, history: Trace | None, settings: Settings, note: Note) -> None:
