@@ -20,6 +20,14 @@ def _simple(module: str, name: str) -> Callable[[RoutingShape], Predictor]:
     return make
 
 
+def _sequence(name: str, kind: str, network: str) -> Callable[[RoutingShape], Predictor]:
+    def make(shape: RoutingShape) -> Predictor:
+        predictor: Predictor = getattr(import_module("emoe.prediction.emoe_sequence"), kind)(shape, name, network)
+        return predictor
+
+    return make
+
+
 PREDICTORS: dict[str, Callable[[RoutingShape], Predictor]] = {
     "static": _simple("popularity", "Static"),
     "task-popularity": _simple("popularity", "TaskPopularity"),
@@ -27,6 +35,12 @@ PREDICTORS: dict[str, Callable[[RoutingShape], Predictor]] = {
     "decayed-prompt": _simple("popularity", "DecayedPrompt"),
     "transitions": _simple("transitions", "Transitions"),
     "moe-infinity": _simple("matching", "ActivationMatching"),
+    "emoe-a": _sequence("emoe-a", "EmoeA", "xlnet"),
+    "emoe-l": _sequence("emoe-l", "EmoeL", "xlnet"),
+    "emoe-a-gpt2": _sequence("emoe-a-gpt2", "EmoeA", "gpt2"),
+    "emoe-a-bert": _sequence("emoe-a-bert", "EmoeA", "bert"),
+    "emoe-l-gpt2": _sequence("emoe-l-gpt2", "EmoeL", "gpt2"),
+    "emoe-l-bert": _sequence("emoe-l-bert", "EmoeL", "bert"),
 }
 """Prompt-level predictors by name."""
 
