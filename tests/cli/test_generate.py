@@ -61,6 +61,18 @@ def test_a_lossy_mode_is_named_even_when_quiet(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == ""
 
 
+def test_what_looks_ahead_is_named_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    full = run_json(capsys)
+    for options in (["--prefetch", "next-gate"], ["--predictor", "static", "--replan-prompts", "adaptive"]):
+        answer = run_json(capsys, "--expert-memory", "50%", "--eviction", "lru", *options)
+        assert answer["text"] == full["text"]
+        ahead = answer["stats"]["prefetch"]
+        assert ahead["issued"] == ahead["used"] + ahead["unused"] + ahead["cancelled"] + ahead["waiting"]
+    args = ["generate", "-p", PROMPT, "-n", "8", "--expert-memory", "50%", "--prefetch", "next-gate"]
+    assert main(args) == 0
+    assert "prefetches used" in capsys.readouterr().err
+
+
 def test_the_prompt_can_be_piped_in(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT + "\n"))
     assert main(["generate", "-n", "4", "--json"]) == 0

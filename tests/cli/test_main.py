@@ -106,12 +106,14 @@ def test_a_budget_below_the_floor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from emoe.cli import main\n"
-        "wrong = (['--expert-memory', '1kB'], ['./nothing'], [sys.argv[1]])\n"
+        "wrong = (['--expert-memory', '1kB'], ['./nothing'], [sys.argv[1]], ['--predictor', 'x'],\n"
+        "         ['--prefetch', 'plan'], ['--eviction', 'fifo'], ['--sensitivity-threshold', '-1'],\n"
+        "         ['--prefetch', 'next-gate', '--mode', 'resident'], ['--replan-prompts', 'adaptive'])\n"
         "codes = [main(['generate', '-p', 'x', *args]) for args in wrong]\n"
         "print(codes, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout == "[5, 2, 3] False\n"
+    assert done.stdout == f"{[5, 2, 3, *[2] * 6]} False\n"
 
 
 def test_a_model_without_a_tokenizer_cannot_be_given_text(

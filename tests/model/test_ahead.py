@@ -228,3 +228,20 @@ def test_settings_that_contradict_each_other_are_refused(path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=text):
             emoe.load(path, expert_memory="50%", **settings_)
+
+
+def test_an_adaptive_schedule_asks_when_the_routes_have_drifted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PREDICTORS, "adversary", lambda shape: Adversary(shape, True, 0))
+    plans = {}
+    for schedule in ("adaptive:1", "adaptive:0"):  # nothing drifts that far; everything drifts
+        model, _ = emoe.load(path, expert_memory="50%", predictor="adversary", replan_prompts=schedule)
+        with torch.no_grad():
+            for seed in range(4):
+                model(prompt(seed, 200))
+        plans[schedule] = emoe.stats(model)["plans"]
+        emoe.close(model)
+    assert plans == {"adaptive:1": 0, "adaptive:0": 3}
+    with pytest.raises(UsageError, match="name a predictor"):
+        emoe.load(path, expert_memory="50%", replan_prompts="adaptive")
+    with pytest.raises(UsageError, match="no schedule is called 'often'"):
+        emoe.load(path, expert_memory="50%", replan_prompts="often")

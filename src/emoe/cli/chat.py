@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from emoe.cli.early import refuse_early
+from emoe.cli.early import refuse_early, refuse_settings
 from emoe.cli.options import add_command, add_loading, add_model, add_sampling, sampling
 from emoe.cli.output import note
 from emoe.config import format_bytes
@@ -30,6 +30,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Converse until /quit, the end of input or two Ctrl-C."""
     options = sampling(args)
+    refuse_settings(args)
     refuse_early(args.model, args.expert_memory)
     from emoe.cli.session import announce, open_session
 

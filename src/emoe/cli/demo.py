@@ -181,6 +181,11 @@ def _run_prompt(
 # What the demo does not let one choose.
 _LOADING: dict[str, Any] = {
     "replan_prompts": 1,
+    "profile": None,
+    "predictor": None,
+    "prefetch": None,
+    "layer_split": "uniform",
+    "sensitivity_threshold": None,
     "reader": "auto",
     "eviction": "least-stale",
     "trace": None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from emoe import nano
 from emoe.checkpoint.headers import read_headers
 from emoe.checkpoint.source import resolve
@@ -9,6 +11,7 @@ from emoe.config import ExpertMemory
 from emoe.planner.facts import layer_needs
 from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
 from emoe.planner.remote import is_hub_id
+from emoe.policies.foresight import Foresight
 from emoe.residency.budget import plan_slots
 
 
@@ -32,3 +35,21 @@ def refuse_early(model: str | None, expert_memory: ExpertMemory | None) -> None:
     except Unsure:
         return
     plan_slots(expert_memory, layer_needs(facts))
+
+
+def refuse_settings(args: argparse.Namespace) -> None:
+    """Raise what loading would raise for options that contradict each other, or names that nothing has.
+
+    Raises:
+        UsageError: with what to change.
+    """
+    Foresight(
+        mode=args.mode,
+        eviction=args.eviction,
+        predictor=args.predictor,
+        prefetch=args.prefetch,
+        replan_prompts=args.replan_prompts,
+        layer_split=args.layer_split,
+        sensitivity_threshold=args.sensitivity_threshold,
+        profiled=args.profile is not None or (args.model is None and nano.profile_path().is_dir()),
+    )

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from emoe.cli.early import refuse_early
+from emoe.cli.early import refuse_early, refuse_settings
 from emoe.cli.options import add_command, add_json, add_loading, add_model, add_sampling, sampling
 from emoe.cli.output import note, print_json
 from emoe.errors import UsageError
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Stream the answer. Ctrl-C stops it: exit code 130."""
     prompt = _prompt(args)
     options = sampling(args)
+    refuse_settings(args)
     refuse_early(args.model, args.expert_memory)
     from emoe.cli.session import announce, figures, open_session, warn_if_lossy
 

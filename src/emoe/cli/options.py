@@ -6,11 +6,10 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from emoe.config import MODES, ExpertMemory, parse_bytes
+from emoe.config import LAYER_SPLITS, MODES, PREFETCHES, ExpertMemory, parse_bytes
 from emoe.errors import UsageError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-EVICTIONS = ("least-stale", "lru", "lfu")
 READERS = ("auto", "cached", "direct", "advised")
 
 
@@ -48,23 +47,54 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=MODES,
         default="exact",
-        help="exact: load a missing expert and wait; resident: use the best resident one (lossy)",
+        help="exact: load a missing expert and wait; resident: use the best resident one (lossy); balanced: the first "
+        "where the task is sensitive to it, the second elsewhere (lossy; needs a profile)",
     )
     parser.add_argument(
         "--replan-prompts",
-        type=positive,
+        type=prompts_apart,
         default=1,
         metavar="N",
-        help="mode resident: choose the resident experts anew at every N-th prompt (default: 1)",
+        help="choose the resident experts anew at every N-th prompt, in modes that reroute or with a predictor, which "
+        "can also be asked when its prediction has drifted: adaptive (default: 1)",
+    )
+    parser.add_argument(
+        "--profile", metavar="DIR", help="what `emoe profile` learned of this model (emoe-nano has its own)"
+    )
+    parser.add_argument(
+        "--predictor", metavar="NAME", help="load ahead what this predictor expects; an unknown name lists all"
+    )
+    parser.add_argument(
+        "--prefetch",
+        choices=PREFETCHES,
+        help="what is loaded ahead: a predictor's plan, or what the next layer's router would choose now (mode exact)",
+    )
+    parser.add_argument(
+        "--layer-split",
+        choices=LAYER_SPLITS,
+        default="uniform",
+        help="how layers share the memory: evenly, or for the fewest misses by the profile's popularity",
+    )
+    parser.add_argument(
+        "--sensitivity-threshold",
+        type=float,
+        metavar="X",
+        help="mode balanced: accuracy from which a layer may reroute; 0: all may, above 1: none (default: 0.85)",
     )
     parser.add_argument("--reader", choices=READERS, default="auto", help="how experts are read from disk")
-    parser.add_argument("--eviction", choices=EVICTIONS, default="least-stale", help="which resident expert makes room")
+    parser.add_argument(
+        "--eviction",
+        metavar="NAME",
+        default="least-stale",
+        help="which resident expert makes room: least-stale, lru, lfu, or a scorer of expected use; an unknown name "
+        "lists all (default: least-stale)",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument(
         "-t", "--threads", type=positive, metavar="N", help="CPU threads (default: torch's; 1 for emoe-nano)"
     )
     parser.add_argument("--trace", metavar="FILE", help="record the routing to FILE")
-    parser.add_argument("--task", metavar="LABEL", help="label of the recorded prompts")
+    parser.add_argument("--task", metavar="LABEL", help="the prompts' task, for the trace and for what looks ahead")
 
 
 def add_sampling(parser: argparse.ArgumentParser, default_tokens: int | None = None) -> None:
@@ -125,6 +155,11 @@ def expert_memory(text: str) -> ExpertMemory:
         return ExpertMemory.parse(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def prompts_apart(text: str) -> int | str:
+    """argparse type for p: a whole number of prompts, or "adaptive"."""
+    return text if text.partition(":")[0] == "adaptive" else positive(text)
 
 
 def positive(text: str) -> int:

@@ -22,6 +22,7 @@ from emoe.cli.output import ProgressLine, note
 from emoe.config import format_bytes
 from emoe.errors import UsageError
 from emoe.model import close
+from emoe.model.encoding import encode
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -88,13 +89,7 @@ class Session:
 
     def encode(self, prompt: str | Sequence[dict[str, str]], raw: bool = False) -> list[int]:
         """Token ids of a prompt or conversation, in the chat template unless `raw` or there is none."""
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise UsageError(f"{self.name} has no tokenizer, so it cannot be given text; use emoe.load and token ids")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if raw or tokenizer.chat_template is None:
-            return list(tokenizer("\n".join(message["content"] for message in messages)).input_ids)
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        return encode(self.tokenizer, prompt, raw=raw, name=self.name)
 
     def generate(self, ids: Sequence[int], *, show: bool = True, seed: int | None = None, **options: Any) -> Answer:
         """Answer the prompt `ids`, streaming the text to stdout when `show`. Ctrl-C stops after the current
@@ -196,8 +191,12 @@ def stop_on_interrupt() -> Iterator[Interrupt]:
 
 def open_session(args: argparse.Namespace, **overrides: Any) -> Session:
     """Load the model that a command's options describe. `overrides` replace emoe.load's keywords."""
-    if args.task is not None and args.trace is None:
-        raise UsageError("--task labels recorded prompts, and nothing is recorded: give --trace FILE too")
+    looks_ahead = args.predictor is not None or args.mode == "balanced"
+    if args.task is not None and args.trace is None and not looks_ahead:
+        raise UsageError(
+            "--task is for recorded prompts and for what looks ahead: give --trace FILE, --predictor NAME or "
+            "--mode balanced too"
+        )
     bars_on_terminals_only()
     choose_threads(args.threads, args.model)
     name = args.model or "emoe-nano"
@@ -205,6 +204,11 @@ def open_session(args: argparse.Namespace, **overrides: Any) -> Session:
         "expert_memory": args.expert_memory,
         "mode": args.mode,
         "replan_prompts": args.replan_prompts,
+        "profile": args.profile,
+        "predictor": args.predictor,
+        "prefetch": args.prefetch,
+        "layer_split": args.layer_split,
+        "sensitivity_threshold": args.sensitivity_threshold,
         "reader": args.reader,
         "eviction": args.eviction,
         "trace": args.trace,
@@ -234,10 +238,10 @@ def announce(session: Session) -> None:
 def warn_if_lossy(stats: dict[str, Any]) -> None:
     """One line that no option silences."""
     if stats["lossy"]:
+        where = " in layers where the task tolerates it" if stats["mode"] == "balanced" else ""
         note(
-            f"LOSSY: in mode {stats['mode']!r} tokens go to resident experts instead of the chosen ones, so "
-            "the text "
-            "can differ from the full model's"
+            f"LOSSY: in mode {stats['mode']!r} tokens go to resident experts instead of the chosen ones{where}, so the "
+            "text can differ from the full model's"
         )
 
 
@@ -246,6 +250,10 @@ def figures(answer: Answer, stats: dict[str, Any]) -> str:
     rate = f"{answer.decode_tokens_per_s:.1f} tokens/s" if answer.decode_tokens_per_s else "one token"
     hits = "no routes" if stats["hit_rate"] is None else f"{stats['hit_rate']:.1%} hits"
     rerouted = f", {stats['rerouted_share']:.1%} rerouted" if stats["lossy"] else ""
+    if stats["prefetch"] is not None:
+        ahead = stats["prefetch"]
+        rerouted += f", {ahead['used']} of {ahead['issued']} prefetches used"
+        rerouted += "" if ahead["active"] else f" ({ahead['reason']})"
     return (
         f"{answer.prompt_tokens} + {answer.new_tokens} tokens, first after {answer.first_token_s:.2f} s, "
         f"then {rate}; "

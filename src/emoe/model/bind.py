@@ -108,7 +108,7 @@ def load(
     mode: Mode = "exact",
     reader: str = "auto",
     eviction: str = "least-stale",
-    replan_prompts: int = 1,
+    replan_prompts: int | str = 1,
     profile: str | Path | Profile | None = None,
     predictor: str | None = None,
     prefetch: Prefetch | None = None,
@@ -136,7 +136,8 @@ def load(
         replan_prompts: p of the paper (section 2.3): at every p-th prompt the resident experts are chosen anew. Without
             a predictor, such a prompt is read with its own routes (its experts stream through) and what it routed most
             becomes resident; that is for the modes that reroute. With one, the predictor is asked and Equation 2 gives
-            the plan, in any mode; only the first prompt is read with its own routes.
+            the plan, in any mode; only the first prompt is read with its own routes. "adaptive" asks when what is
+            routed has drifted from what was predicted.
         profile: the folder that `emoe profile` made for this model: tasks, sensitivity, popularity, what predictors
             and scorers have learned. The embedded model uses the one it ships with.
         predictor: the name of a predictor (emoe.prediction.registry.PREDICTORS) whose plans are loaded ahead.
@@ -176,7 +177,7 @@ def load(
     _, empty = skeleton(path, **config_kwargs)
     index = build_index(path, empty)
     needs = layer_needs(index, empty)
-    runtime = Runtime(mode, replan_prompts, task)
+    runtime = Runtime(mode, replan_prompts if isinstance(replan_prompts, int) else 1, task)
     ahead = Ahead(settings, runtime, index, needs, _profile(profile, path))
     lane = mode != "exact"
     plan = plan_slots(memory, needs, lane=lane, shared_from=settings.shared_from, popularity=ahead.popularity())

@@ -20,6 +20,7 @@ from emoe.model.tasking import KnownHabits, TaskReader
 from emoe.policies.foresight import Foresight
 from emoe.prediction.protocol import RoutingShape, Trainable
 from emoe.prediction.registry import SCORERS, make_predictor, make_scorer
+from emoe.prediction.schedule import make_schedule
 from emoe.residency.budget import LayerNeed
 from emoe.residency.eviction import Eviction, make_eviction
 from emoe.residency.pool import ExpertPool
@@ -123,8 +124,8 @@ class Ahead:
             self._answers.close()
 
     def _planner(self, pools: Sequence[ExpertPool], answers: Answers) -> Planner:
-        p = self.settings.replan_prompts
-        return Planner(self._runtime, pools, answers, lambda prompt: prompt % p == 0, self._habits, self.worth)
+        schedule = make_schedule(self.settings.replan_prompts)
+        return Planner(self._runtime, pools, answers, schedule, self._shape, self._habits, self.worth)
 
     def _restored(self, made: Any) -> Any:
         """What the profile learned for it, where it can learn and the profile has it."""

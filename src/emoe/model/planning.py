@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from emoe.model.collecting import PassRoutes
 from emoe.model.runtime import Pass, Runtime
-from emoe.prediction.protocol import Predictor
+from emoe.prediction.protocol import Predictor, RoutingShape
+from emoe.prediction.schedule import Adaptive, RecentShares, Schedule
 from emoe.residency.plans import TaskDemand, best_keys, best_keys_of_all, expected_tokens
 from emoe.residency.pool import ExpertPool
 from emoe.residency.worth import Worth
@@ -91,16 +92,20 @@ class Planner:
         runtime: Runtime,
         pools: Sequence[ExpertPool],
         answers: Answers,
-        due: Callable[[int], bool],
+        schedule: Schedule,
+        shape: RoutingShape,
         habits: Habits,
         worth: Worth,
     ) -> None:
-        """Wire the parts; `due` says at which prompts to ask."""
+        """Wire the parts; `schedule` says at which prompts to ask."""
         self.plans = 0
         self._runtime = runtime
         self._pools = pools
         self._answers = answers
-        self._due = due
+        self._schedule = schedule
+        self._shape = shape
+        self._recent = RecentShares(shape) if isinstance(schedule, Adaptive) else None
+        self._in_force: Array | None = None
         self._habits = habits
         self._worth = worth
         self._ranks = {layer: rank for rank, layer in enumerate(sorted(runtime.layers))}
@@ -116,12 +121,18 @@ class Planner:
         """Whether a mode that reroutes reads this prompt with its own routes: the first, or when switched off."""
         return prompt == 0 or (not self._worth.active and self._due(prompt))
 
+    def _due(self, prompt: int) -> bool:
+        observed = None if self._recent is None else self._recent.shares()
+        return self._schedule.due(prompt, observed, self._in_force)
+
     def collect(self, found: PassRoutes) -> None:
         """Keep one pass's routes until its prompts have ended."""
         for row in range(len(self._routes)):
             own = found.routes if len(self._routes) == 1 else found.routes[found.sequence == row]
             if len(own):
                 self._routes[row].append(own)
+        if self._recent is not None and len(found.routes):
+            self._recent.observe(found.routes)
 
     def start_pass(self, now: Pass) -> None:
         """At a new prompt: tell of those that have ended, and ask if it is time. At any pass: take an answer."""
@@ -155,6 +166,8 @@ class Planner:
             if routes:
                 whole = np.concatenate(routes)
                 self._answers.tell(task, whole)
+                if self._in_force is None:  # what the first prompt routed to is what is resident after it
+                    self._in_force = self._shape.normalised(self._shape.counts(whole).astype(np.float64))
                 self._ended_prompts += 1
                 self._output_tokens += max(0, len(whole) - inputs)
 
@@ -171,6 +184,9 @@ class Planner:
         """Equation 2 over the running prompts, the best L of each layer, and loads of what is missing."""
         tokens = expected_tokens(self._demand(task, shares) for task, shares in answer.items())
         self.plans += 1
+        self._in_force = np.mean(list(answer.values()), axis=0)
+        if self._recent is not None:
+            self._recent.clear()
         for pool in self._pools:
             table = pool.table
             layers = sorted(table.experts)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from emoe.config import LAYER_SPLITS, MODES, PREFETCHES, LayerSplit, Mode, Prefetch
 from emoe.errors import UsageError
 from emoe.prediction.registry import PREDICTORS, SCORERS
+from emoe.prediction.schedule import Adaptive, Every, make_schedule
 from emoe.residency.eviction import EVICTION_RULES, Scored, make_eviction
 
 
@@ -23,7 +24,7 @@ class Foresight:
     eviction: str = "least-stale"
     predictor: str | None = None
     prefetch: Prefetch | None = None
-    replan_prompts: int = 1
+    replan_prompts: int | str = 1
     layer_split: LayerSplit = "uniform"
     sensitivity_threshold: float | None = None
     profiled: bool = False
@@ -38,7 +39,13 @@ class Foresight:
             raise UsageError(
                 f"no predictor is called {self.predictor!r}: choose one of {', '.join(sorted(PREDICTORS))}."
             )
-        if self.replan_prompts < 1:
+        schedule = make_schedule(self.replan_prompts)
+        if isinstance(schedule, Adaptive) and self.predictor is None:
+            raise UsageError(
+                f"replan_prompts={self.replan_prompts!r} compares what is routed with what was predicted: name a "
+                "predictor, or give a number of prompts."
+            )
+        if isinstance(schedule, Every) and schedule.prompts < 1:
             raise UsageError(f"replan_prompts is {self.replan_prompts}, but must be at least 1.")
         if self.layer_split not in LAYER_SPLITS:
             raise UsageError(f"no layer_split is called {self.layer_split!r}: choose one of {', '.join(LAYER_SPLITS)}.")
