@@ -68,6 +68,8 @@ def test_phases_and_the_first_prompts_alone() -> None:
     assert Lookups.of(trace, prompts=1).keys.ravel().tolist() == [0, 1, 2]
     with pytest.raises(UsageError, match="no routed token in phase prefill"):
         Lookups.of(numbered([2]), phases="prefill")
+    with pytest.raises(UsageError, match="of 2 tokens the trace holds no expert"):
+        Lookups.of(make_trace(np.full((2, 1, 1), 255), [2], 4))
 
 
 def test_an_expert_named_twice_for_a_token_is_looked_up_once() -> None:

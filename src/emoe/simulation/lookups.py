@@ -108,7 +108,12 @@ class Lookups:
             which = "" if phases == "all" else f" in phase {phases}"
             raise UsageError(f"the trace holds no routed token{which}, so there is nothing to look up.")
         sequences, order, sequence = _take_turns(trace, waiting, interleave)
-        return cls(trace, shape, _flat_keys(trace, shape, order), tuple(sequences), sequence, interleave)
+        found = cls(trace, shape, _flat_keys(trace, shape, order), tuple(sequences), sequence, interleave)
+        if not found.count:
+            raise UsageError(
+                f"of {len(found)} tokens the trace holds no expert of any layer: there is nothing to look up."
+            )
+        return found
 
 
 def _take_turns(trace: Trace, waiting: list[tuple[int, Array]], lanes: int) -> tuple[list[Sequence], Array, Array]:
