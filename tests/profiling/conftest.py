@@ -20,7 +20,7 @@ WORDS = TEXT.split()
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three MoE layers of 8 experts, top 2, and a tokenizer of whole words without a chat template."""
+    """Three MoE layers of 8 experts, and a tokenizer of whole words without a chat template."""
     folder = make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("tiny"), seed=3)
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()

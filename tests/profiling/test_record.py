@@ -90,7 +90,8 @@ def test_joining_keeps_labels_and_order(loaded: Any, tmp_path: Path) -> None:
 
     model, _ = loaded
     paths = [tmp_path / "a.npz", tmp_path / "b.npz"]
-    for path, labels in zip(paths, (["x", None], ["y", "x"]), strict=True):
+    labelled: list[list[str | None]] = [["x", None], ["y", "x"]]
+    for path, labels in zip(paths, labelled, strict=True):
         with recording(model, path):
             for label in labels:
                 label_task(model, label)

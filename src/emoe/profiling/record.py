@@ -34,13 +34,14 @@ def record(
     new_tokens: int,
     folder: Path,
     step: Step,
-    part_s: float = PART_S,
+    part_s: float | None = None,
 ) -> tuple[Trace, list[Answer]]:
-    """Answer what `folder` does not yet hold, and return everything recorded.
+    """Answer what `folder` does not yet hold, and return everything recorded; `part_s` stands in for `PART_S`.
 
     Raises:
         ReadError: an expert could not be read.
     """
+    part_s = PART_S if part_s is None else part_s
     folder.mkdir(parents=True, exist_ok=True)
     answers = _answers(folder)
     step(len(answers), len(prompts))

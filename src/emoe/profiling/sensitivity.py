@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from emoe.model.bind import binding_of
 from emoe.prediction.protocol import Array
 from emoe.profiling.prompts import Prompt
 from emoe.profiling.running import Answer, answer, judge
-from emoe.profiling.similarity import SentenceEncoder
 from emoe.tasks.sensitivity import Sensitivity
 
 MORE_TOKENS = 8
@@ -66,6 +65,14 @@ class _Scrambled:
         return (args[0], ids, *args[2:]), kwargs
 
 
+class Comparer(Protocol):
+    """What tells how alike texts are: `similarity.SentenceEncoder`, or a stand-in of a test."""
+
+    def similarities(self, text: str, others: Sequence[str]) -> list[float]:
+        """How alike `text` is to each of the others; 1: the same."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """prefixes: the numbers of randomly routed layers to measure, ascending, the last is all; new_tokens: of an answer
@@ -88,7 +95,7 @@ def measure(
     tokenizer: Any,
     work: Sequence[tuple[Prompt, Sequence[int], Answer]],
     settings: Settings,
-    encoder: SentenceEncoder | None,
+    encoder: Comparer | None,
     log: Path,
     step: Step,
 ) -> list[dict[str, Any]]:
@@ -131,7 +138,7 @@ def _measure_one(
     ids: list[int],
     answered: list[int],
     settings: Settings,
-    encoder: SentenceEncoder | None,
+    encoder: Comparer | None,
 ) -> dict[str, Any]:
     judged = answered
     if prompt.reference:

@@ -39,11 +39,17 @@ class SentenceEncoder:
         )
         states = self._model(**inputs).last_hidden_state
         mask = inputs["attention_mask"][:, :, None].to(states.dtype)
-        mean = (states * mask).sum(dim=1) / mask.sum(dim=1)
+        mean = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         found: Array = torch.nn.functional.normalize(mean, dim=-1).numpy()
         return found
 
     def similarities(self, text: str, others: Sequence[str]) -> list[float]:
-        """The cosine of `text` with each of the others; 1 for the same text."""
+        """The cosine of `text` with each of the others; 1 for the same text, 0 where one of the two is blank."""
         first, *rest = self.embed([text, *others])
-        return [1.0 if other == text else float(first @ each) for other, each in zip(others, rest, strict=True)]
+        return [_alike(text, other, first, each) for other, each in zip(others, rest, strict=True)]
+
+
+def _alike(a: str, b: str, embedded_a: Array, embedded_b: Array) -> float:
+    if a == b:
+        return 1.0
+    return float(embedded_a @ embedded_b) if a.strip() and b.strip() else 0.0

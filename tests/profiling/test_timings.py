@@ -1,0 +1,46 @@
+"""Loads are timed through the reader and the loader; answers' times are averaged by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from emoe.model.bind import binding_of
+from emoe.profiling.running import Answer
+from emoe.profiling.timings import _Slots, measure_timings
+
+
+def test_times_are_averages_and_loads_take_their_bytes(loaded: Any) -> None:
+    model, _ = loaded
+    answers = [Answer([1, 2, 3], False, 0.5, 0.2), Answer([1], False, 0.1, 0.0), Answer([1, 2], True, 0.4, 0.1)]
+    timings = measure_timings(model, [10, 5, 5], answers, loads=8)
+    assert timings.prefill_token_s == pytest.approx(1.0 / 20)
+    assert timings.token_s == pytest.approx(0.3 / 3)
+    assert timings.load_bytes_per_s is not None
+    assert timings.load_bytes_per_s > 0
+    assert timings.expert_load_s is not None
+    assert timings.expert_load_s > 0
+    assert (timings.reader, timings.device) == (binding_of(model).reader.kind, "cpu")
+
+
+def test_without_decoding_there_is_no_time_for_a_token(loaded: Any) -> None:
+    model, _ = loaded
+    assert measure_timings(model, [3], [Answer([1], False, 0.5, 0.0)], loads=3).token_s is None
+
+
+def test_the_scratch_slots_get_the_experts_own_weights(loaded: Any) -> None:
+    """The model's own slots are left alone."""
+    model, _ = loaded
+    binding = binding_of(model)
+    slots = _Slots(binding)
+    pool = binding.pools[0]
+    loads = pool.table.counters[0].loads
+    nbytes = binding.loader.wait(slots.start((0, 3), 1))
+    assert nbytes == binding.index.stored_nbytes(0, 3)
+    resident = pool.table.find((0, 3))
+    assert resident is not None
+    scratch = next(iter(slots._banks.values()))
+    for name, view in pool.bank.views[resident].items():
+        assert scratch.views[1][name].equal(view)
+    assert pool.table.counters[0].loads == loads
