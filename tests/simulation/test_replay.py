@@ -68,6 +68,7 @@ def test_a_replayed_run_counts_what_the_engine_counted(
     assert (not any(plan.pools[0].quotas.values())) == shared
     trace = Trace.read(tmp_path / "run.npz")
     check(stats, replay(trace, plan, lambda: make_eviction(eviction)))
+    assert trace.source["expert_bytes"] * stats["loads"] == stats["bytes_read"]
     if memory == "40%":
         same = plan_of(trace, 0.4, make_eviction(eviction))
         assert [(pool.slots, pool.quotas) for pool in same.pools] == [(pool.slots, pool.quotas) for pool in plan.pools]

@@ -28,7 +28,11 @@ def record_trace(runtime: Runtime, index: ExpertIndex, needs: Sequence[LayerNeed
         sorted(need.layer for need in needs),
         num_experts=max(need.experts for need in needs),
         top_k=max(need.top_k for need in needs),
-        source={"model": index.path.name, "mode": runtime.mode},
+        source={
+            "model": index.path.name,
+            "mode": runtime.mode,
+            "expert_bytes": max(index.stored_nbytes(need.layer, 0) for need in needs),
+        },
     )
     prompts: list[int] = []
     live = LiveTokens(runtime)
