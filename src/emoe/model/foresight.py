@@ -9,10 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emoe.checkpoint.index import ExpertIndex
-from emoe.errors import UnsupportedModelError
+from emoe.errors import UnsupportedModelError, UsageError
+from emoe.model.asking import Answers, AnswersAside, AnswersHere, Spent
 from emoe.model.balance import Balance
 from emoe.model.collecting import RouteCollector
-from emoe.model.planning import Answers, AnswersHere, Planner
+from emoe.model.planning import Planner
 from emoe.model.prefetch import NextGate
 from emoe.model.runtime import Runtime
 from emoe.model.scoring import LiveScored, Scores
@@ -21,12 +22,18 @@ from emoe.policies.foresight import Foresight
 from emoe.prediction.protocol import RoutingShape, Trainable
 from emoe.prediction.registry import SCORERS, make_predictor, make_scorer
 from emoe.prediction.schedule import make_schedule
+from emoe.prediction.worker import PredictorProcess
 from emoe.residency.budget import LayerNeed
 from emoe.residency.eviction import Eviction, make_eviction
 from emoe.residency.pool import ExpertPool
 from emoe.residency.worth import Worth
 from emoe.routing.rules import has_rule
 from emoe.tasks.profile import Profile
+
+
+def _is_network(predictor: str) -> bool:
+    """Whether a predictor is one of the paper's: a network, slow and in need of training."""
+    return predictor.startswith("emoe-")
 
 
 class Ahead:
@@ -55,14 +62,22 @@ class Ahead:
         if settings.eviction in SCORERS:
             self._scores = Scores(runtime, self._restored(make_scorer(settings.eviction, self._shape)))
         self._answers: Answers | None = None
-        if settings.predictor is not None:
-            self._answers = AnswersHere(self._restored(make_predictor(settings.predictor, self._shape)))
+        name = settings.predictor
+        if name is not None and _is_network(name) and (profile is None or name not in profile.predictors):
+            raise UsageError(
+                f"predictor {name!r} is a network that has to be trained, and no profile holds it: make one with "
+                f"`emoe profile --predictors {name}`, or choose a predictor that needs no training."
+            )
 
     @property
     def lossy(self) -> bool:
         """Whether the mode can change the text."""
         mode = self.settings.mode
         return mode == "resident" or (mode == "balanced" and not self._habits.all_sensitive())
+
+    def spent(self) -> Spent:
+        """What predicting took."""
+        return Spent() if self._answers is None else self._answers.spent()
 
     def popularity(self) -> dict[int, list[float]] | None:
         """For `plan_slots`: the profile's popularity over all prompts, where the split asks for it."""
@@ -93,6 +108,8 @@ class Ahead:
             return []
         for pool in pools:
             pool.prefetches.worth = self.worth
+        if settings.predictor is not None:
+            self._answers = self._ask(settings.predictor)
         if self._scores is not None or self._answers is not None:
             collector = RouteCollector(
                 runtime,
@@ -126,6 +143,12 @@ class Ahead:
     def _planner(self, pools: Sequence[ExpertPool], answers: Answers) -> Planner:
         schedule = make_schedule(self.settings.replan_prompts)
         return Planner(self._runtime, pools, answers, schedule, self._shape, self._habits, self.worth)
+
+    def _ask(self, name: str) -> Answers:
+        """Networks think in a process of their own; the others answer within microseconds."""
+        if not _is_network(name) or self.profile is None:
+            return AnswersHere(self._restored(make_predictor(name, self._shape)))
+        return AnswersAside(PredictorProcess(name, self._shape, self.profile.predictors[name]))
 
     def _restored(self, made: Any) -> Any:
         """What the profile learned for it, where it can learn and the profile has it."""

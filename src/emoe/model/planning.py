@@ -9,62 +9,17 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from emoe.model.asking import Answers, Task
 from emoe.model.collecting import PassRoutes
 from emoe.model.runtime import Pass, Runtime
-from emoe.prediction.protocol import Predictor, RoutingShape
+from emoe.prediction.protocol import RoutingShape
 from emoe.prediction.schedule import Adaptive, RecentShares, Schedule
+from emoe.prediction.worker import PredictorDiedError
 from emoe.residency.plans import TaskDemand, best_keys, best_keys_of_all, expected_tokens
 from emoe.residency.pool import ExpertPool
 from emoe.residency.worth import Worth
 
 Array = npt.NDArray[Any]
-Task = str | None
-
-
-class Answers(Protocol):
-    """A predictor that may take its time: told of whole prompts, asked, and polled for what it answers."""
-
-    def tell(self, task: Task, routes: Array) -> None:
-        """Note a prompt that has ended, with the routes [tokens, layers, k] of all its tokens."""
-        ...
-
-    def ask(self, tasks: Sequence[Task]) -> None:
-        """Ask for the shares of the next prompts, of these tasks. A question not yet answered is forgotten."""
-        ...
-
-    def poll(self) -> dict[Task, Array] | None:
-        """The answer to the last question, [layers, experts] for each task; None while there is none (any more)."""
-        ...
-
-    def close(self) -> None:
-        """End what was started."""
-        ...
-
-
-class AnswersHere:
-    """A predictor that answers at once, in this process."""
-
-    def __init__(self, predictor: Predictor) -> None:
-        """Wrap it."""
-        self._predictor = predictor
-        self._answer: dict[Task, Array] | None = None
-
-    def tell(self, task: Task, routes: Array) -> None:
-        """Let it observe one prompt."""
-        self._predictor.begin_prompt(task)
-        self._predictor.observe(routes)
-
-    def ask(self, tasks: Sequence[Task]) -> None:
-        """Predict now."""
-        self._answer = {task: self._predictor.predict(task) for task in tasks}
-
-    def poll(self) -> dict[Task, Array] | None:
-        """Give the answer once."""
-        answer, self._answer = self._answer, None
-        return answer
-
-    def close(self) -> None:
-        """Nothing was started."""
 
 
 class Habits(Protocol):
@@ -139,25 +94,24 @@ class Planner:
         if not now.new_prompt and not self._asked:
             return
         start = time.perf_counter()
-        if now.new_prompt:
-            self._end_prompts()
-            self._begin_prompts(now)
-            index = self._runtime.prompts - 1
-            if self._worth.active and index > 0 and self._due(index):
-                self._answers.ask(list(dict.fromkeys(self._tasks)))
-                self._asked = True
+        try:
+            if now.new_prompt:
+                self._end_prompts()
+                self._begin_prompts(now)
+                index = self._runtime.prompts - 1
+                if self._worth.active and index > 0 and self._due(index):
+                    self._answers.ask(list(dict.fromkeys(self._tasks)))
+                    self._asked = True
+            if self._worth.active and self._asked and (answer := self._answers.poll()) is not None:
+                self._asked = False
+                self._apply(answer)
+        except PredictorDiedError as error:  # the text is as good without: go on, and say so
+            self._worth.give_up(str(error))
         if not self._worth.active:
             self._asked = False
             for pool in self._pools:
                 pool.prefetches.stop()
-        elif self._asked and (answer := self._answers.poll()) is not None:
-            self._asked = False
-            self._apply(answer)
         self._worth.spend(time.perf_counter() - start)
-
-    def close(self) -> None:
-        """End the predictor."""
-        self._answers.close()
 
     # -- prompts --------------------------------------------------------------------------------------------
 
@@ -165,7 +119,8 @@ class Planner:
         for task, inputs, routes in zip(self._tasks, self._inputs, self._routes, strict=True):
             if routes:
                 whole = np.concatenate(routes)
-                self._answers.tell(task, whole)
+                if self._worth.usable:
+                    self._answers.tell(task, whole)
                 if self._in_force is None:  # what the first prompt routed to is what is resident after it
                     self._in_force = self._shape.normalised(self._shape.counts(whole).astype(np.float64))
                 self._ended_prompts += 1

@@ -82,6 +82,7 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         "reader_reason": binding.reader_reason,
         "eviction": eviction,
         "predictor": binding.ahead.settings.predictor,
+        "predictions": binding.ahead.spent()._asdict(),
         "plans": 0 if binding.ahead.planner is None else binding.ahead.planner.plans,
         "tasks": list(runtime.tasks),
         "prefetch": prefetching,

@@ -24,6 +24,7 @@ class Worth:
 
     Attributes:
         active: whether to load ahead now.
+        usable: False once it has broken down.
         reason: why it is off, or on again; empty while it has been on from the start.
         hidden_s: load time that nothing waited for, thanks to prefetches that were used.
         delayed_s: what demand loads waited longer because of prefetches, and reloads of what useless ones evicted.
@@ -32,7 +33,7 @@ class Worth:
 
     def __init__(self) -> None:
         """Start active, with nothing measured."""
-        self.active = True
+        self.active = self.usable = True
         self.reason = ""
         self.hidden_s = self.delayed_s = self.overhead_s = 0.0
         self._saved = self._lost = 0.0  # halved at every window: recent windows count most
@@ -68,9 +69,16 @@ class Worth:
             self._passes = 0
             self._judge()
 
+    def give_up(self, reason: str) -> None:
+        """Switch off for good."""
+        self.active = self.usable = False
+        self.reason = reason
+
     def _judge(self) -> None:
         saved, lost = self._saved, self._lost
         self._saved, self._lost = saved / 2, lost / 2
+        if not self.usable:
+            return
         if not self.active:
             self._windows_left -= 1
             if self._windows_left <= 0:
