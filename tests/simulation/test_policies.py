@@ -173,6 +173,20 @@ def test_a_planned_policy_is_what_it_is_by_hand(
     assert tally.loads >= best.loads, "prefetching hides no load"
 
 
+def test_an_adaptive_plan_comes_when_routing_has_drifted() -> None:
+    """Prompts of 300 tokens (a window of shares is 256): two to experts 0 and 1, then two to 4 and 5."""
+    routes = np.empty((1200, 3, 2), dtype=int)
+    routes[:600], routes[600:] = [0, 1], [4, 5]
+    lookups = Lookups.of(make_trace(routes, [300] * 4, 6))
+    [tally] = serve(lookups, [2], make_policy("count", SHAPE, Settings("adaptive")))
+    # At the second prompt nothing has drifted from what the first one used; at the fourth it has from that.
+    assert [each.token for each in tally.prefetches] == [900]
+    [tally] = serve(lookups, [2], make_policy("count", SHAPE, Settings("adaptive"), lookups.trace))
+    assert tally.prefetches[0].token == 0
+    [tally] = serve(lookups, [2], make_policy("count", SHAPE, Settings(0)))
+    assert [each.token for each in tally.prefetches] == [300, 600, 900]
+
+
 def test_a_history_is_fitted_or_shown() -> None:
     trace = make_trace(np.zeros((4, 3, 1), int), [2, 2], 6, tasks=[0, 1])
     shape = RoutingShape(3, 6, 1)
@@ -188,5 +202,6 @@ def test_an_unknown_policy_is_refused_with_the_choices() -> None:
     with pytest.raises(UsageError, match=r"no policy is called 'fifo': choose one of .*lru.*count.*belady"):
         make_policy("fifo", SHAPE, Settings())
     assert {"lru", "lfu", "least-stale", "random", "recent", "trained", "belady"} <= set(names())
-    with pytest.raises(UsageError, match="--replan-prompts must be at least 1"):
-        Settings(replan_prompts=0)
+    for wrong in (-1, "weekly", "adaptive:2"):
+        with pytest.raises(UsageError):
+            Settings(replan_prompts=wrong)

@@ -69,7 +69,9 @@ def add_parser(commands: Any) -> None:
         "--experts", type=positive, metavar="N", help="experts of a layer, for traces that do not say (default: seen)"
     )
     parser.add_argument(
-        "--replan-prompts", type=positive, metavar="P", help="prompts between two calls of a predictor (default: 40)"
+        "--replan-prompts",
+        metavar="P",
+        help="prompts between two calls of a predictor, or adaptive, or adaptive:DRIFT (default: 40; for counts 1)",
     )
     parser.add_argument(
         "--prefetch",
@@ -283,15 +285,16 @@ def _halves(args: argparse.Namespace, prompts: int) -> list[tuple[list[int], lis
 
 
 def _task(args: argparse.Namespace, trace: Trace) -> Task:
+    from emoe.prediction.schedule import DEFAULT_PROMPTS
     from emoe.simulation.clock import Link
-    from emoe.simulation.policies import DEFAULT_REPLAN_PROMPTS, Settings
+    from emoe.simulation.policies import Settings
     from emoe.simulation.runs import Task
 
     known = trace.source.get("expert_bytes")
     return Task(
         policies=_names(DEFAULT_POLICIES) if args.policy is None else args.policy,
         capacities=args.capacity,
-        settings=Settings(args.replan_prompts or DEFAULT_REPLAN_PROMPTS, args.prefetch, args.seed),
+        settings=Settings(args.replan_prompts or DEFAULT_PROMPTS, args.prefetch, args.seed),
         phases=args.phase,
         interleave=args.interleave,
         prompts=args.prompts,

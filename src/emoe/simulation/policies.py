@@ -18,16 +18,15 @@ import numpy as np
 from emoe.errors import UsageError
 from emoe.prediction.protocol import Predictor, RoutingShape, Trainable, UseScorer
 from emoe.prediction.registry import PREDICTORS, SCORERS, make_predictor, make_scorer
+from emoe.prediction.schedule import DEFAULT_PROMPTS, make_schedule
 from emoe.residency.eviction import EVICTION_RULES, Counts, Eviction, Now, Scored, Uses, make_eviction
 from emoe.routing.trace import Array, Trace
+from emoe.simulation.asking import Asking
 from emoe.simulation.banks import Policy
 from emoe.simulation.lookups import Lookups
 
 CHUNK_TOKENS = 256
 """Tokens that a scorer's batch method is given at once: scores of all their keys lie in memory."""
-
-DEFAULT_REPLAN_PROMPTS = 40
-"""p: the paper's default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +34,18 @@ class Settings:
     """How policies run.
 
     Attributes:
-        replan_prompts: p, prompts from one call of a predictor to the next.
+        replan_prompts: p, prompts from one call of a predictor to the next; or "adaptive", when what is observed has
+            drifted from what was predicted (`emoe.prediction.schedule`).
         prefetch: load what a predictor names; without it, its shares only order evictions.
         seed: of training and of `random`.
     """
 
-    replan_prompts: int = DEFAULT_REPLAN_PROMPTS
+    replan_prompts: str | int = DEFAULT_PROMPTS
     prefetch: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.replan_prompts < 1:
-            raise UsageError(f"--replan-prompts must be at least 1, not {self.replan_prompts}.")
+        make_schedule(self.replan_prompts)
 
 
 Note = Callable[[str], None]
@@ -199,20 +198,16 @@ class ByScore:
 
 
 class Planned:
-    """A predictor's plan: asked every p prompts. It is told of every prompt that has ended.
-
-    Without a history the first call comes after p prompts, until when the least recently used goes first: there is
-    nothing yet to predict from.
-    """
+    """A predictor's plan. Until the first, the least recently used goes first."""
 
     def __init__(self, name: str, shape: RoutingShape, history: Trace | None, settings: Settings, note: Note) -> None:
         self.name = name
         self.rule = Scored(name, shape.layers * shape.experts)
-        self._settings = settings
-        self._learned = history is not None
-        self._predictor: Predictor = make_predictor(name, shape)
+        self._prefetch = settings.prefetch
+        predictor = make_predictor(name, shape)
         if history is not None:
-            learn(self._predictor, history, settings, note)
+            learn(predictor, history, settings, note)
+        self._asking = Asking(predictor, shape, settings.replan_prompts, learned=history is not None)
 
     def start(self, lookups: Lookups) -> None:
         """Forget which prompts ran."""
@@ -221,7 +216,7 @@ class Planned:
         self._begun = 0
 
     def before(self, token: int) -> Array | None:
-        """Ask for a plan where a p-th prompt begins."""
+        """Ask for a plan where a prompt begins."""
         number = int(self._lookups.sequence[token])
         if number != self._begun:
             return None
@@ -230,14 +225,13 @@ class Planned:
         ended = self._running[sequence.lane]
         if ended is not None:
             before = self._lookups.sequences[ended]
-            self._predictor.begin_prompt(before.task)
-            self._predictor.observe(self._lookups.trace.experts[before.rows])
+            self._asking.ended(before.task, self._lookups.trace.experts[before.rows])
         self._running[sequence.lane] = number
-        if number % self._settings.replan_prompts or not (number or self._learned):
+        shares = self._asking.begins(number, sequence.task)
+        if shares is None:
             return None
-        shares = self._predictor.predict(sequence.task)
         self.rule.values[:] = shares.reshape(-1)
-        return shares if self._settings.prefetch else None
+        return shares if self._prefetch else None
 
 
 def learn(learner: Predictor | UseScorer, history: Trace, settings: Settings, note: Note) -> None:

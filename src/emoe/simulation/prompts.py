@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from emoe.errors import UsageError
-from emoe.prediction.protocol import Predictor, RoutingShape
+from emoe.prediction.protocol import RoutingShape
 from emoe.prediction.registry import PREDICTORS, make_predictor
 from emoe.routing.counts import PromptCounts
 from emoe.routing.trace import Array, Trace
+from emoe.simulation.asking import Asking
 from emoe.simulation.banks import slots_for
 from emoe.simulation.policies import Note, Settings, learn
 from emoe.simulation.runs import Report
@@ -83,8 +84,8 @@ def plan_prompts(
 ) -> list[PlanRow]:
     """Judge predictors over (scored counts, history or None) pairs; a row for each predictor and capacity.
 
-    A predictor is asked every `settings.replan_prompts` prompts, with the coming prompt's label, and told of every
-    prompt that has ended. Without a history its first plans come from nothing.
+    A predictor is asked as `settings.replan_prompts` says, with the coming prompt's label. Until the first call,
+    without a history, the plan is the experts with the lowest numbers.
 
     Raises:
         UsageError: a name that is no predictor's, or a capacity that cannot be meant.
@@ -102,7 +103,8 @@ def plan_prompts(
             predictor = make_predictor(name, shape)
             if past is not None:
                 learn(predictor, past, settings, note)
-            found = _found(predictor, scored, routes, slots, settings.replan_prompts, name, report)
+            asking = Asking(predictor, shape, settings.replan_prompts, learned=past is not None)
+            found = _found(asking, scored, routes, slots, name, report)
             for c, size in enumerate(slots):
                 row = rows[name, c]
                 row.lookups += int(scored.counts.sum())
@@ -112,24 +114,23 @@ def plan_prompts(
 
 
 def _found(
-    predictor: Predictor,
+    asking: Asking,
     scored: PromptCounts,
     routes: Trace,
     slots: Sequence[int],
-    replan_prompts: int,
     name: str,
     report: Report | None,
 ) -> Array:
     """int64 [capacities]: look-ups that went to planned experts."""
     found = np.zeros(len(slots), dtype=np.int64)
-    order = np.zeros(scored.counts.shape[1:], dtype=np.int64)
+    order = np.zeros(scored.counts.shape[1:], dtype=np.int64) + np.arange(scored.counts.shape[2])
     for prompt in range(scored.num_prompts):
-        if prompt % replan_prompts == 0:
-            order = np.argsort(-predictor.predict(scored.task_of(prompt)), axis=1, kind="stable")
+        shares = asking.begins(prompt, scored.task_of(prompt))
+        if shares is not None:
+            order = np.argsort(-shares, axis=1, kind="stable")
         used = np.take_along_axis(scored.counts[prompt], order, axis=1)
         found += [int(used[:, :size].sum()) for size in slots]
-        predictor.begin_prompt(scored.task_of(prompt))
-        predictor.observe(routes.experts[routes.offsets[prompt] : routes.offsets[prompt + 1]])
+        asking.ended(scored.task_of(prompt), routes.experts[routes.offsets[prompt] : routes.offsets[prompt + 1]])
         if report is not None and prompt % REPORT_PROMPTS == 0:
             report(name, prompt, scored.num_prompts)
     if report is not None:
