@@ -14,6 +14,7 @@ from emoe.prediction.protocol import Array, RoutingShape
 from emoe.prediction.registry import PREDICTORS, SCORERS
 from emoe.routing.trace import Trace
 from emoe.simulation.banks import serve
+from emoe.simulation.learning import Past
 from emoe.simulation.lookups import Lookups
 from emoe.simulation.policies import ByScore, Settings, make_policy, names, scores_before
 from tests.simulation.stand_ins import (
@@ -161,7 +162,7 @@ def test_a_planned_policy_is_what_it_is_by_hand(
     trace: Trace, slots: int, p: int, prefetch: bool, history: bool, lanes: int
 ) -> None:
     lookups = Lookups.of(trace, interleave=lanes)
-    policy = make_policy("trained", SHAPE, Settings(p, prefetch), trace if history else None)
+    policy = make_policy("trained", SHAPE, Settings(p, prefetch), Past(trace) if history else None)
     tally = serve(lookups, [2, slots], policy)[1]
     learned = trace.counts().sum(axis=0) if history else None
     missed, fetched, wasted = by_hand(lookups, slots, p, prefetch, learned)
@@ -181,7 +182,7 @@ def test_an_adaptive_plan_comes_when_routing_has_drifted() -> None:
     [tally] = serve(lookups, [2], make_policy("count", SHAPE, Settings("adaptive")))
     # At the second prompt nothing has drifted from what the first one used; at the fourth it has from that.
     assert [each.token for each in tally.prefetches] == [900]
-    [tally] = serve(lookups, [2], make_policy("count", SHAPE, Settings("adaptive"), lookups.trace))
+    [tally] = serve(lookups, [2], make_policy("count", SHAPE, Settings("adaptive"), Past(lookups.trace)))
     assert tally.prefetches[0].token == 0
     [tally] = serve(lookups, [2], make_policy("count", SHAPE, Settings(0)))
     assert [each.token for each in tally.prefetches] == [300, 600, 900]
@@ -190,12 +191,18 @@ def test_an_adaptive_plan_comes_when_routing_has_drifted() -> None:
 def test_a_history_is_fitted_or_shown() -> None:
     trace = make_trace(np.zeros((4, 3, 1), int), [2, 2], 6, tasks=[0, 1])
     shape = RoutingShape(3, 6, 1)
-    make_policy("trained", shape, Settings(), trace)
-    make_policy("count", shape, Settings(), trace)
+    past = Past(trace)
+    make_policy("trained", shape, Settings(), past)
+    make_policy("count", shape, Settings(), past)
     trained, shown = MADE
     assert trained.fits == 1 and not trained.prompts
     assert shown.prompts == ["task 0", "task 1"]
     assert np.array_equal(trained.total, shown.total) and shown.total.sum() == 12
+    trained.total += 1  # what it observes later is no part of what others start from
+    make_policy("trained", shape, Settings(), past)
+    assert MADE[2].fits == 0 and np.array_equal(MADE[2].total, shown.total)
+    make_policy("recent", shape, Settings(), past).start(Lookups.of(trace, interleave=2))
+    assert [scorer.tasks for scorer in MADE[3:]] == [["task 0", "task 1"]] * 2
 
 
 def test_an_unknown_policy_is_refused_with_the_choices() -> None:

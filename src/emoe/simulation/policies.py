@@ -9,20 +9,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from emoe.errors import UsageError
-from emoe.prediction.protocol import Predictor, RoutingShape, Trainable, UseScorer
+from emoe.prediction.protocol import RoutingShape, UseScorer
 from emoe.prediction.registry import PREDICTORS, SCORERS, make_predictor, make_scorer
 from emoe.prediction.schedule import DEFAULT_PROMPTS, make_schedule
 from emoe.residency.eviction import EVICTION_RULES, Counts, Eviction, Now, Scored, Uses, make_eviction
-from emoe.routing.trace import Array, Trace
+from emoe.routing.trace import Array
 from emoe.simulation.asking import Asking
 from emoe.simulation.banks import Policy
+from emoe.simulation.learning import Past
 from emoe.simulation.lookups import Lookups
 
 CHUNK_TOKENS = 256
@@ -46,9 +47,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         make_schedule(self.replan_prompts)
-
-
-Note = Callable[[str], None]
 
 
 class _BatchScorer(Protocol):
@@ -150,26 +148,19 @@ class ByScore:
     one scorer that sees the tokens of all, unless its memory is made longer by the number of sequences.
     """
 
-    def __init__(self, name: str, shape: RoutingShape, history: Trace | None, settings: Settings, note: Note) -> None:
+    def __init__(self, name: str, shape: RoutingShape, settings: Settings, past: Past | None) -> None:
         self.name = name
         self.rule = Scored(name, shape.layers * shape.experts)
-        self._shape, self._history, self._settings, self._note = shape, history, settings, note
-        first = make_scorer(name, shape)
-        if history is not None:
-            learn(first, history, settings, note)
-        self._scorers: list[UseScorer] = [first]
+        self._shape, self._past = shape, past
+        self._scorers: list[UseScorer] = []
 
     def start(self, lookups: Lookups) -> None:
         """One scorer for each lane."""
         self._lookups = lookups
-        first = self._scorers[0]
-        for _ in range(1, lookups.lanes):
-            other = make_scorer(self.name, self._shape)
-            if isinstance(first, Trainable) and isinstance(other, Trainable) and self._history is not None:
-                other.restore(first.state())
-            elif self._history is not None:
-                learn(other, self._history, self._settings, self._note)
-            self._scorers.append(other)
+        self._scorers = [make_scorer(self.name, self._shape) for _ in range(lookups.lanes)]
+        if self._past is not None:
+            for scorer in self._scorers:
+                self._past.teach(self.name, scorer)
         self._streams: list[Iterator[Array]] = [iter(()) for _ in self._scorers]
         self._scores = np.zeros((lookups.lanes, len(self.rule.values)), dtype=np.float32)
         self._begun = 0
@@ -200,14 +191,14 @@ class ByScore:
 class Planned:
     """A predictor's plan. Until the first, the least recently used goes first."""
 
-    def __init__(self, name: str, shape: RoutingShape, history: Trace | None, settings: Settings, note: Note) -> None:
+    def __init__(self, name: str, shape: RoutingShape, settings: Settings, past: Past | None) -> None:
         self.name = name
         self.rule = Scored(name, shape.layers * shape.experts)
         self._prefetch = settings.prefetch
         predictor = make_predictor(name, shape)
-        if history is not None:
-            learn(predictor, history, settings, note)
-        self._asking = Asking(predictor, shape, settings.replan_prompts, learned=history is not None)
+        if past is not None:
+            past.teach(name, predictor)
+        self._asking = Asking(predictor, shape, settings.replan_prompts, learned=past is not None)
 
     def start(self, lookups: Lookups) -> None:
         """Forget which prompts ran."""
@@ -234,17 +225,6 @@ class Planned:
         return shares if self._prefetch else None
 
 
-def learn(learner: Predictor | UseScorer, history: Trace, settings: Settings, note: Note) -> None:
-    """Fit what can be fitted; show the others the prompts of the history, in order."""
-    if isinstance(learner, Trainable):
-        learner.fit(history, seed=settings.seed, progress=note)
-        return
-    for prompt in range(history.num_prompts):
-        rows = slice(int(history.offsets[prompt]), int(history.offsets[prompt + 1]))
-        learner.begin_prompt(history.task_of(prompt))
-        learner.observe(history.experts[rows])
-
-
 def names() -> tuple[str, ...]:
     """Every policy that can be named."""
     return tuple(dict.fromkeys((*sorted(EVICTION_RULES), "random", *sorted(SCORERS), *sorted(PREDICTORS), "belady")))
@@ -261,10 +241,8 @@ def plans(name: str) -> bool:
     return name in PREDICTORS and name not in SCORERS
 
 
-def make_policy(
-    name: str, shape: RoutingShape, settings: Settings, history: Trace | None = None, note: Note = lambda _: None
-) -> Policy:
-    """Return a new policy by name, having learned from `history` if there is one.
+def make_policy(name: str, shape: RoutingShape, settings: Settings, past: Past | None = None) -> Policy:
+    """Return a new policy by name, having learned from the past if there is one.
 
     Raises:
         UsageError: no policy has that name.
@@ -277,7 +255,7 @@ def make_policy(
     if name in EVICTION_RULES:
         return Plain(name, make_eviction(name))
     made: type[ByScore] | type[Planned] = Planned if plans(name) else ByScore
-    return made(name, shape, history, settings, note)
+    return made(name, shape, settings, past)
 
 
-__all__ = ["Belady", "ByScore", "Note", "Settings", "check", "learn", "make_policy", "names", "plans", "scores_before"]
+__all__ = ["Belady", "ByScore", "Settings", "check", "make_policy", "names", "plans", "scores_before"]

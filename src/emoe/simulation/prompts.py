@@ -20,7 +20,8 @@ from emoe.routing.counts import PromptCounts
 from emoe.routing.trace import Array, Trace
 from emoe.simulation.asking import Asking
 from emoe.simulation.banks import slots_for
-from emoe.simulation.policies import Note, Settings, learn
+from emoe.simulation.learning import Note, Past
+from emoe.simulation.policies import Settings
 from emoe.simulation.runs import Report
 
 REPORT_PROMPTS = 50
@@ -80,7 +81,7 @@ def plan_prompts(
     capacities: Sequence[float],
     settings: Settings,
     report: Report | None = None,
-    note: Note = lambda _: None,
+    note: Note | None = None,
 ) -> list[PlanRow]:
     """Judge predictors over (scored counts, history or None) pairs; a row for each predictor and capacity.
 
@@ -98,11 +99,11 @@ def plan_prompts(
     for scored, history in runs:
         best = -np.sort(-scored.counts, axis=2)
         routes = scored.as_trace(settings.seed)
-        past = None if history is None else history.as_trace(settings.seed)
+        past = None if history is None else Past(history.as_trace(settings.seed), settings.seed, note)
         for name in names:
             predictor = make_predictor(name, shape)
             if past is not None:
-                learn(predictor, past, settings, note)
+                past.teach(name, predictor)
             asking = Asking(predictor, shape, settings.replan_prompts, learned=past is not None)
             found = _found(asking, scored, routes, slots, name, report)
             for c, size in enumerate(slots):

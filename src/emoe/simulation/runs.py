@@ -17,6 +17,7 @@ from emoe.routing.trace import Trace
 from emoe.simulation import policies
 from emoe.simulation.banks import Policy, Tally, serve, slots_for
 from emoe.simulation.clock import Latency, Link, latency
+from emoe.simulation.learning import Note, Past
 from emoe.simulation.lookups import Lookups, Phases
 from emoe.simulation.policies import Settings, make_policy
 from emoe.simulation.replay import Replay, plan_of, replay
@@ -170,7 +171,7 @@ def simulate(
     runs: Sequence[tuple[Trace, Trace | None]],
     task: Task,
     report: Report | None = None,
-    note: policies.Note = lambda _: None,
+    note: Note | None = None,
 ) -> list[Row]:
     """Simulate over (scored trace, history or None) pairs, all of one shape; a row for each policy and capacity.
 
@@ -190,19 +191,18 @@ def simulate(
     for scored, history in runs:
         lookups = Lookups.of(scored, phases=task.phases, interleave=task.interleave, prompts=task.prompts)
         count = lookups.count
+        past = None if history is None else Past(history, task.settings.seed, note)
         best: dict[bool, list[Tally]] = {}
         for name in task.policies:
             if name.endswith(ENGINE):
                 for i, capacity in enumerate(task.capacities):
-                    rows[name, i].add_replay(
-                        _replayed(name.removesuffix(ENGINE), scored, history, capacity, task, note)
-                    )
+                    rows[name, i].add_replay(_replayed(name.removesuffix(ENGINE), scored, past, capacity))
                 continue
             pool = name.endswith(POOL)
             if pool not in best:
-                best[pool] = _tallies("belady" + POOL * pool, lookups, slots, task, None, report, note)
+                best[pool] = _tallies("belady" + POOL * pool, lookups, slots, task, None, report)
             plain = name.removesuffix(POOL) == "belady"
-            tallies = best[pool] if plain else _tallies(name, lookups, slots, task, history, report, note)
+            tallies = best[pool] if plain else _tallies(name, lookups, slots, task, past, report)
             for i, tally in enumerate(tallies):
                 clock = None
                 if task.link is not None and task.expert_bytes is not None:
@@ -211,15 +211,13 @@ def simulate(
     return list(rows.values())
 
 
-def _replayed(
-    name: str, trace: Trace, history: Trace | None, capacity: float, task: Task, note: policies.Note
-) -> Replay:
+def _replayed(name: str, trace: Trace, past: Past | None, capacity: float) -> Replay:
     """One rule or scorer at one capacity, through the engine's pool."""
     if name in EVICTION_RULES:
         return replay(trace, plan_of(trace, capacity, make_eviction(name)), lambda: make_eviction(name))
     scorer = make_scorer(name, RoutingShape.of(trace))
-    if history is not None:
-        policies.learn(scorer, history, task.settings, note)
+    if past is not None:
+        past.teach(name, scorer)
     return replay(trace, plan_of(trace, capacity), scorer=scorer)
 
 
@@ -228,16 +226,15 @@ def _tallies(
     lookups: Lookups,
     slots: Sequence[int],
     task: Task,
-    history: Trace | None,
+    past: Past | None,
     report: Report | None,
-    note: policies.Note,
 ) -> list[Tally]:
     """One policy at every capacity."""
     told = None if report is None else lambda done, total: report(name, done, total)
     bare = name.removesuffix(POOL)
 
     def made() -> Policy:
-        return make_policy(bare, lookups.shape, task.settings, history, note)
+        return make_policy(bare, lookups.shape, task.settings, past)
 
     if bare == name:
         return serve(lookups, slots, made(), told)
