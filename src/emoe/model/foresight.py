@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from emoe.model.balance import Balance
 from emoe.model.collecting import RouteCollector
 from emoe.model.planning import Planner
 from emoe.model.prefetch import NextGate
-from emoe.model.runtime import Runtime
+from emoe.model.runtime import Pass, Runtime
 from emoe.model.scoring import LiveScored, Scores
 from emoe.model.tasking import KnownHabits, TaskReader
 from emoe.policies.foresight import Foresight
@@ -53,6 +54,7 @@ class Ahead:
         self.planner: Planner | None = None
         self.gate: NextGate | None = None
         self.idle = ""
+        self._started = 0.0
         self._runtime = runtime
         self._index = index
         self._needs = sorted(needs, key=lambda need: need.layer)
@@ -132,13 +134,19 @@ class Ahead:
             self.gate = NextGate(runtime, self._routers(model), self.worth)
             runtime.after_take = self.gate.after_take
         if self.planner is not None or self.gate is not None:
-            runtime.at_pass_start.append(lambda now: self.worth.end_pass())
+            runtime.at_pass_start.append(self._end_pass)
         return [] if self.gate is None else list(self.gate.handles)
 
     def close(self) -> None:
         """End what was started."""
         if self._answers is not None:
             self._answers.close()
+
+    def _end_pass(self, now: Pass) -> None:
+        """Tell the account that the pass before this one has ended; the time between prompts is nobody's."""
+        started = time.perf_counter()
+        self.worth.end_pass(0.0 if now.new_prompt else started - self._started)
+        self._started = started
 
     def _planner(self, pools: Sequence[ExpertPool], answers: Answers) -> Planner:
         schedule = make_schedule(self.settings.replan_prompts)

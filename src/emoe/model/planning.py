@@ -68,6 +68,9 @@ class Planner:
         self._tasks: list[Task] = []
         self._inputs: list[int] = []
         self._asked = False
+        # What reading a prompt with its own routes makes wait: a mode that reroutes is spared that by a plan.
+        self._reading_s = self._waited_s = 0.0
+        self._read_own = False
         self._ended_prompts = self._output_tokens = 0
 
     # -- what the runtime calls -----------------------------------------------------------------------------
@@ -100,6 +103,8 @@ class Planner:
                 self._begin_prompts(now)
                 index = self._runtime.prompts - 1
                 if self._worth.active and index > 0 and self._due(index):
+                    if self._runtime.mode != "exact":
+                        self._worth.hide(self._reading_s)
                     self._answers.ask(list(dict.fromkeys(self._tasks)))
                     self._asked = True
             if self._worth.active and self._asked and (answer := self._answers.poll()) is not None:
@@ -116,6 +121,11 @@ class Planner:
     # -- prompts --------------------------------------------------------------------------------------------
 
     def _end_prompts(self) -> None:
+        waited_s = sum(pool.load_wait_s for pool in self._pools)
+        if self._read_own:
+            self._reading_s = waited_s - self._waited_s
+        self._waited_s = waited_s
+        self._read_own = self._runtime.observing
         for task, inputs, routes in zip(self._tasks, self._inputs, self._routes, strict=True):
             if routes:
                 whole = np.concatenate(routes)

@@ -12,8 +12,8 @@ WINDOW_PASSES = 32
 MARGIN = 1.1
 """What is on must lose by a tenth to be switched off, what is off must win by a tenth to stay on: no flapping."""
 
-LEAST_LOSS_S = 1e-3
-"""A window that loses less is noise."""
+LEAST_LOSS_S, LEAST_LOSS_SHARE = 1e-3, 0.01
+"""A window that loses less than a millisecond, or than a hundredth of its time, is noise."""
 
 FIRST_REST, LONGEST_REST = 8, 128
 """Windows that pass before something switched off is tried again; each trial that fails doubles them."""
@@ -38,6 +38,7 @@ class Worth:
         self.hidden_s = self.delayed_s = self.overhead_s = 0.0
         self._saved = self._lost = 0.0  # halved at every window: recent windows count most
         self._passes = 0
+        self._seconds = 0.0
         self._windows_left = 0
         self._rest = FIRST_REST
         self._trial = False
@@ -62,19 +63,21 @@ class Worth:
         """Note that a demand load ran beside a prefetch before it is known what one takes alone."""
         self._blind = True
 
-    def end_pass(self) -> None:
-        """Note that a forward pass ended; judges at the end of a window."""
+    def end_pass(self, seconds: float = 0.0) -> None:
+        """Note that a forward pass ended, and how long it took; judges at the end of a window."""
         self._passes += 1
+        self._seconds += seconds
         if self._passes >= WINDOW_PASSES:
-            self._passes = 0
-            self._judge()
+            least = max(LEAST_LOSS_S, LEAST_LOSS_SHARE * self._seconds)
+            self._passes, self._seconds = 0, 0.0
+            self._judge(least)
 
     def give_up(self, reason: str) -> None:
         """Switch off for good."""
         self.active = self.usable = False
         self.reason = reason
 
-    def _judge(self) -> None:
+    def _judge(self, least_loss_s: float) -> None:
         saved, lost = self._saved, self._lost
         self._saved, self._lost = saved / 2, lost / 2
         if not self.usable:
@@ -98,7 +101,7 @@ class Worth:
             elif lost > 0 or saved > 0:
                 self._rest = min(2 * self._rest, LONGEST_REST)
                 self._switch_off(figures)
-        elif lost > saved * MARGIN and lost - saved > LEAST_LOSS_S:
+        elif lost > saved * MARGIN and lost - saved > least_loss_s:
             self._switch_off(figures)
 
     def _switch_off(self, figures: str) -> None:
