@@ -1,15 +1,16 @@
 """How well do predictors name the experts of the next prompt? The paper's Table 2, beside simple baselines.
 
     python bench/table2.py TRACE [--history TRACE | --split SEED] [--models xlnet,gpt2,bert] [--kinds a,l]
-                           [--seeds 0,1] [--after N] [--order trace] [--model-bytes N] [--json]
+                           [--seeds 0,1] [--after N] [--order trace] [--no-tasks] [--model-bytes N] [--json]
 
 Without `--history`, half of TRACE's prompts, drawn with the seed of `--split`, are learned from and the other half is
 scored; both in random order (`--order trace` keeps the trace's, where prompts of one task may follow each other). With
 several `--seeds`, the split (or the order) and the training are drawn anew for each and figures are means, with the
 largest deviation in brackets.
 
-Before each scored prompt a predictor is asked for its shares, given the prompt's task; afterwards it observes the
-prompt. With `--after N` it is asked once more knowing the prompt's first N tokens, and scored on the rest.
+Before each scored prompt a predictor is asked for its shares, given the prompt's task (`--no-tasks`: nobody knows any);
+afterwards it observes the prompt. With `--after N` it is asked once more knowing the prompt's first N tokens, and
+scored on the rest.
 
 The measure. k experts serve each token, E are in a layer. For each prompt and layer
 - the truth is the prompt's k most used experts, the prediction the k experts with the highest predicted shares, ties
@@ -29,7 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,11 @@ def top(amounts: np.ndarray, count: int) -> np.ndarray:
     chosen = np.zeros(amounts.shape, dtype=bool)
     np.put_along_axis(chosen, np.argsort(-amounts, axis=1, kind="stable")[:, :count], True, axis=1)
     return chosen
+
+
+def unlabelled(trace: Trace) -> Trace:
+    """The trace without its tasks."""
+    return replace(trace, task=np.full_like(trace.task, -1), tasks=())
 
 
 def sides(trace: Trace, history: Trace | None, seed: int, in_order: bool) -> tuple[Trace, Trace]:
@@ -188,6 +194,8 @@ def main() -> None:
     torch.set_num_threads(1)
     trace = Trace.read(options.trace)
     history = Trace.read(options.history) if options.history else None
+    if options.no_tasks:
+        trace, history = unlabelled(trace), None if history is None else unlabelled(history)
     seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [options.split]
     networks = [
         f"emoe-{kind}" if model == "xlnet" else f"emoe-{kind}-{model}"

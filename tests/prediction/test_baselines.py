@@ -102,6 +102,19 @@ def test_what_is_restored_predicts_the_same_from_then_on(name: str, seed: int, c
 
 
 @pytest.mark.parametrize("name", SIMPLE)
+def test_a_state_stays_as_the_predictor_goes_on(name: str) -> None:
+    predictor = fed(name, *random_prompts(5, 6))
+    state = predictor.state()
+    saved = {key: array.copy() for key, array in state.items()}
+    for routes, task in zip(*random_prompts(6, 6), strict=True):
+        predictor.begin_prompt(task)
+        predictor.observe(routes)
+    predictor.predict("a")
+    for key, array in state.items():
+        np.testing.assert_array_equal(array, saved[key], key)
+
+
+@pytest.mark.parametrize("name", SIMPLE)
 def test_a_history_is_the_same_as_having_seen_it(name: str) -> None:
     prompts, tasks = random_prompts(3, 9)
     fitted, lines = fed(name, *random_prompts(8, 4)), list[str]()

@@ -101,9 +101,11 @@ def test_a_seed_repeats_and_another_differs(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-def test_a_follows_the_previous_prompt_where_no_task_is_known() -> None:
-    """Tasks take turns and have no labels: only the previous prompt's routes tell what comes."""
-    predictor: Any = make_predictor("emoe-a", SHAPE)
+@pytest.mark.parametrize("name", ["emoe-a", "emoe-l"])
+def test_both_follow_the_previous_prompt_where_no_task_is_known(name: str) -> None:
+    """Tasks take turns and have no labels: only the previous prompt's routes tell what comes. L sees that in its first
+    layer alone, and must chain on its own choices to know the others."""
+    predictor: Any = make_predictor(name, SHAPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "MAX_EPOCHS", 40)
         predictor.fit(history(150, tasks=False, in_turn=True), seed=0)
@@ -114,12 +116,33 @@ def test_a_follows_the_previous_prompt_where_no_task_is_known() -> None:
         assert named(predictor.predict(None)) == favoured((task + 1) % 3)
 
 
-def test_l_chains_on_its_own_first_layer() -> None:
-    """With the task hidden, the previous prompt's first layer decides, and the later layers agree with it."""
-    predictor = fitted_small("emoe-l")
-    shares = [predictor.predict(task) for task in TASKS]
-    assert [named(one) for one in shares] == [favoured(task) for task in range(3)]
-    assert len({tuple(map(tuple, map(sorted, named(one)))) for one in shares}) == 3
+@pytest.mark.parametrize("name", ["emoe-a", "emoe-l"])
+def test_fitting_forgets_what_was_observed_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "MAX_EPOCHS", 1)
+    used, fresh = (make_predictor(name, SHAPE) for _ in range(2))
+    used.begin_prompt("c")
+    used.observe(routes_by_task(np.random.default_rng(1), SHAPE, 9, 2))
+    for predictor in (used, fresh):
+        predictor.fit(history(12))  # type: ignore[attr-defined]
+    last = history(12).counts()[-1]
+    for predictor in (used, fresh):
+        np.testing.assert_array_equal(predictor.latest, last)  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(used.predict("a"), fresh.predict("a"))
+
+
+@pytest.mark.parametrize(("direction", "kept"), [(1.0, 0.5), (-1.0, 0.5 + 3 * fitting.LEARNING_RATE)])
+def test_the_weights_of_the_best_epoch_are_kept(direction: float, kept: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training raises the weight; the held-out loss falls with it, or rises and then the untrained one is kept."""
+    monkeypatch.setattr(fitting, "MAX_EPOCHS", 3)
+    network = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(network.weight, 0.5)
+
+    def loss(part: Any, training: bool) -> torch.Tensor:
+        return (-1.0 if training else direction) * network.weight.sum()
+
+    sides = np.arange(1), np.arange(1, 3)
+    fitting.train("toy", network, loss, sides, 4, np.random.default_rng(0), None)
+    assert float(network.weight.detach()) == pytest.approx(kept, abs=2e-4)
 
 
 def test_a_short_history_and_another_model_are_refused_by_name() -> None:
