@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -82,6 +83,7 @@ class _Slots:
         self.device = binding.pools[0].bank.device
         # Layers whose parts have other shapes lie in other banks.
         self._banks = {pool.bank.parts: Bank(pool.bank.parts, DEPTH, self.device) for pool in binding.pools}
+        self._local = threading.local()
         self._parts = {entry.layer: entry.parts for entry in binding.index.layers}
 
     def start(self, key: tuple[int, int], slot: int) -> Load:
@@ -94,9 +96,16 @@ class _Slots:
         pieces = self._binding.index.pieces(*key)
         if self.device.type != "cuda":
             return self._binding.reader.read_into(pieces, bank.views[slot])
-        staging = carve(torch.empty(bank.slot_nbytes, dtype=torch.uint8, pin_memory=True), bank.parts)
+        staging = self._staging(bank)
         nbytes = self._binding.reader.read_into(pieces, staging)
         for name, view in bank.views[slot].items():
             view.copy_(staging[name], non_blocking=True)
         torch.cuda.current_stream(self.device).synchronize()
         return nbytes
+
+    def _staging(self, bank: Bank) -> dict[str, torch.Tensor]:
+        """Pinned host memory of this thread's own: pinning anew would take longer than the load."""
+        kept: dict[int, dict[str, torch.Tensor]] = self._local.__dict__.setdefault("staging", {})
+        if id(bank) not in kept:
+            kept[id(bank)] = carve(torch.empty(bank.slot_nbytes, dtype=torch.uint8, pin_memory=True), bank.parts)
+        return kept[id(bank)]

@@ -13,9 +13,6 @@ from emoe.prediction.protocol import Array, Predictor, Report, RoutingShape, Tra
 from emoe.routing.trace import Trace
 from emoe.tasks.profile import write_whole
 
-DEFAULTS = ("task-popularity", "next-use")
-
-
 def make(name: str, shape: RoutingShape) -> Predictor | UseScorer:
     """A new predictor, or else scorer, of that name.
 
@@ -42,8 +39,8 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def default_names() -> tuple[str, ...]:
-    """What a profile trains unless told otherwise: the best predictor and the best scorer there are."""
-    return tuple(name for name in DEFAULTS if name in registry.PREDICTORS or name in registry.SCORERS)
+    """What a profile trains unless told otherwise: the default predictor and the scorer that learns."""
+    return (registry.DEFAULT_PREDICTOR, "next-use")
 
 
 def train(
