@@ -13,6 +13,7 @@ from emoe.prediction.protocol import Array, Predictor, Report, RoutingShape, Tra
 from emoe.routing.trace import Trace
 from emoe.tasks.profile import write_whole
 
+
 def make(name: str, shape: RoutingShape) -> Predictor | UseScorer:
     """A new predictor, or else scorer, of that name.
 
