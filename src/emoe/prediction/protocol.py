@@ -126,4 +126,23 @@ class UseScorer(Protocol):
         ...
 
 
-__all__ = ["Array", "Predictor", "Report", "RoutingShape", "Trainable", "UseScorer", "missing_id"]
+@runtime_checkable
+class LayerScorer(UseScorer, Protocol):
+    """A scorer that also uses what the running token chose in the layers that have run."""
+
+    def scores_at(self, rank: int, routes: Array) -> Array:
+        """float32 [experts] of one layer, from what was observed and the running token's own routes.
+
+        Args:
+            rank: the layer. Within a token, ranks are asked for in ascending order.
+            routes: int [layers, k] of the running token; rows after `rank` are not looked at.
+        """
+        ...
+
+    def scores_of(self, routes: Array, weights: Array | None = None, token_ids: Array | None = None) -> Array:
+        """float32 [tokens, layers, experts]: what `scores_at` returns for each layer of each of these tokens, which
+        are then observed. Equal up to rounding: many tokens are computed at once."""
+        ...
+
+
+__all__ = ["Array", "LayerScorer", "Predictor", "Report", "RoutingShape", "Trainable", "UseScorer", "missing_id"]
