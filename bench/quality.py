@@ -40,7 +40,7 @@ from emoe.tasks.lengths import lengths_by_task
 from emoe.tasks.profile import PredictorStates, Profile
 from emoe.tasks.sensitivity import Sensitivity
 
-SHARES = (0.2, 0.3, 0.4, 0.6, 0.8)
+SHARES = (0.2, 0.4, 0.6, 0.8)
 NETWORKS = ("emoe-a", "emoe-l")
 
 

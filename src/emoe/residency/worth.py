@@ -87,6 +87,8 @@ class Worth:
             if self._windows_left <= 0:
                 self.active = True
                 self._saved = self._lost = 0.0
+                if self._trial:
+                    self.reason = f"on trial after it was {self.reason}"
             return
         if self._blind:
             self._blind = False
@@ -98,7 +100,7 @@ class Worth:
                 self._trial = False
                 self._rest = FIRST_REST
                 self.reason = f"on again: it {figures}"
-            elif lost > 0 or saved > 0:
+            elif saved > 0 or lost > least_loss_s:  # else nothing was loaded ahead yet: the trial goes on
                 self._rest = min(2 * self._rest, LONGEST_REST)
                 self._switch_off(figures)
         elif lost > saved * MARGIN and lost - saved > least_loss_s:
