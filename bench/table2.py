@@ -22,7 +22,7 @@ The measure. k experts serve each token, E are in a layer. For each prompt and l
   layer's experts (rounded) with the highest predicted shares, over all scored tokens. This is what loading by the
   prediction would hit; `best possible` says what the best set for each prompt would.
 
-MS is the time of one prediction in milliseconds, FIT_S that of learning, MB the network's numbers.
+MS is the processor time of one prediction in milliseconds, FIT_S that of learning, MB the size of the network.
 """
 
 from __future__ import annotations
@@ -113,16 +113,16 @@ def measure(name: str, history: Trace, scored: Trace, seed: int, after: int) -> 
     """Figures of one predictor at the prompts' boundaries, and after their first tokens where that is asked."""
     shape = RoutingShape.of(history)
     boundary, within = Score(shape), Score(shape)
-    started = time.perf_counter()
+    started = time.process_time()
     predictor: Any = None if name == BOUND else make_predictor(name, shape)
     if predictor is not None:
         predictor.fit(history, seed=seed)
-    fit_s = time.perf_counter() - started
+    fit_s = time.process_time() - started
 
     def ask(score: Score, task: str | None, counts: np.ndarray) -> None:
-        begun = time.perf_counter()
+        begun = time.process_time()
         shares = counts if predictor is None else predictor.predict(task)
-        score.seconds += time.perf_counter() - begun
+        score.seconds += time.process_time() - begun
         score.add(shares, counts)
 
     for prompt in range(scored.num_prompts):
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--seeds", help="several splits, for means; replaces --split")
     parser.add_argument("--after", type=int, default=0)
     parser.add_argument("--order", choices=("random", "trace"), default="random")
+    parser.add_argument("--no-tasks", action="store_true")
     parser.add_argument(
         "--model-bytes", type=int, default=0, help="the model's size, to give the networks' share of it"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,25 @@ def test_a_predictor_is_asked_before_it_sees_the_prompt() -> None:
     assert previous["within"]["accuracy"] == 1
     bound = TABLE["measure"](TABLE["BOUND"], history, scored, 0, 0)
     assert bound["boundary"]["accuracy"] == 1 and "within" not in bound
+
+
+def test_the_command_prints_a_row_for_each_predictor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng, shape = np.random.default_rng(0), RoutingShape(2, 8, 2)
+    tasks = [int(rng.integers(3)) for _ in range(40)]
+    routes = [routes_by_task(rng, shape, 12, task) for task in tasks]
+    file = trace_of(shape, routes, [str(task) for task in tasks]).write(tmp_path / "trace.npz")
+
+    def figures(*options: str) -> dict[tuple[str, str], float]:
+        monkeypatch.setattr(sys, "argv", ["table2.py", str(file), "--models", "", "--json", *options])
+        TABLE["main"]()
+        rows = json.loads(capsys.readouterr().out)
+        return {(row["predictor"], row["when"]): row["figures"]["accuracy"] for row in rows}
+
+    labelled, blind = figures("--seeds", "0,1", "--after", "4"), figures("--no-tasks", "--order", "trace")
+    assert {name for name, _ in labelled} == {*TABLE["SIMPLE"], TABLE["BOUND"]}
+    assert labelled["task-popularity", "boundary"] > 0.9 > labelled["static", "boundary"]
+    assert labelled["previous-prompt", "within"] > labelled["previous-prompt", "boundary"]
+    assert blind["task-popularity", "boundary"] == blind["static", "boundary"]
+    assert ("static", "within") not in blind
