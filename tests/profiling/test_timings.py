@@ -11,12 +11,15 @@ from emoe.profiling.running import Answer
 from emoe.profiling.timings import _Slots, measure_timings
 
 
-def test_times_are_averages_and_loads_take_their_bytes(loaded: Any) -> None:
+def test_times_are_of_the_fastest_tenth_and_loads_take_their_bytes(loaded: Any) -> None:
     model, _ = loaded
-    answers = [Answer([1, 2, 3], False, 0.5, 0.2), Answer([1], False, 0.1, 0.0), Answer([1, 2], True, 0.4, 0.1)]
-    timings = measure_timings(model, [10, 5, 5], answers, loads=8)
-    assert timings.prefill_token_s == pytest.approx(1.0 / 20)
-    assert timings.token_s == pytest.approx(0.3 / 3)
+    slow = [Answer([1, 2, 3], True, 9.0, 9.0)] * 18
+    answers = [Answer([1, 2, 3], False, 0.5, 0.2), Answer([1, 2], False, 0.4, 0.3), *slow, Answer([1], False, 0.1, 0.0)]
+    timings = measure_timings(model, [10, 4, *[1] * 18, 1], answers, loads=8)
+    assert timings.prefill_token_s == pytest.approx(0.1)  # the third fastest of 21
+    assert timings.token_s == pytest.approx(4.5)  # the third fastest of 20
+    timings = measure_timings(model, [10, 4], answers[:2], loads=8)
+    assert timings.token_s == pytest.approx(0.1)
     assert timings.load_bytes_per_s is not None
     assert timings.load_bytes_per_s > 0
     assert timings.expert_load_s is not None

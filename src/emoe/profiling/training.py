@@ -58,6 +58,6 @@ def train(
         learner = make(name, shape)
         if not isinstance(learner, Trainable):
             raise UsageError(f"the predictor {name!r} learns nothing beforehand: leave it out of --predictors.")
-        learner.fit(trace, seed=seed, progress=lambda line, name=name: report(f"{name}: {line}"))  # type: ignore[misc]
+        learner.fit(trace, seed=seed, progress=report)
         write_whole(file, save(learner.state()))
     return {name: load_file(folder / f"{name}.safetensors") for name in names}

@@ -53,8 +53,9 @@ class Timings:
     """What the profiled machine took; None where it was not measured.
 
     load_bytes_per_s: experts into slots, with as many loads under way as the engine has; expert_load_s: one expert
-    alone, waited for; token_s: one decode step of one sequence, waiting for experts not counted; prefill_token_s: the
-    same for each token of a prompt; reader, device: how experts were read, and to where.
+    alone, waited for; token_s: one decode step of one sequence, waiting for experts not counted, in the fastest tenth
+    of the answers; prefill_token_s: the same for each token of a prompt; reader, device: how experts were read,
+    and to where.
     """
 
     load_bytes_per_s: float | None = None
