@@ -53,9 +53,9 @@ PREDICTORS: dict[str, Callable[[RoutingShape], Predictor]] = {
 """Prompt-level predictors by name."""
 
 DEFAULT_PREDICTOR = "task-popularity"
-"""The most accurate in bench/table2.py, networks included: it names 0.541 of the next prompt's k most used experts on
-gpt-oss-20b and 0.587 on emoe-nano, the best network 0.539 and 0.571; 40 % of the experts chosen by it hold 0.767 and
-0.615 of the look-ups, by the best network 0.760 and 0.608. It also trains in no time and works without a history."""
+"""No predictor of bench/table2.py does better, networks included. It names 0.541 of the next prompt's k most used
+experts on gpt-oss-20b and 0.587 on emoe-nano, the best network 0.540 and 0.571; 40 % of the experts chosen by it hold
+0.767 and 0.615 of the look-ups, by the best network 0.761 and 0.608. It needs no training and no history."""
 
 SCORERS: dict[str, Callable[[RoutingShape], UseScorer]] = {
     "decayed": _scorer("decay", "Decayed"),
