@@ -58,7 +58,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def scorer_of(model: Any) -> Counting:
     scores: Any = binding_of(model).ahead._scores
-    found: Counting = scores.scorer
+    found: Counting = scores.live.scorer
     return found
 
 
@@ -103,7 +103,7 @@ def test_the_lowest_score_goes_first(path: Path) -> None:
     resident = pool.table.resident(layer)
     missing = next(e for e in range(pool.table.experts[layer]) if e not in resident)
     assert ahead._scores is not None
-    ahead._scores.version += 1  # as a new pass does
+    ahead._scores.live.version += 1  # as a new pass does
     slot = pool.table.reserve((layer, missing))
     assert slot is not None and pool.table.evicted is not None
     assert scores[pool.table.evicted[1]] == min(scores[e] for e in resident)

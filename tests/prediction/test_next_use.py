@@ -75,9 +75,9 @@ def test_layers_after_the_running_one_are_not_looked_at() -> None:
     np.testing.assert_array_equal(scorer.scores_at(1, token), scorer.scores_at(1, other))
 
 
-def test_untrained_it_is_a_decayed_frequency() -> None:
+def test_without_its_start_it_is_a_decayed_frequency() -> None:
     routes = random_routes(250)
-    scorer = NextUse(SHAPE, learn=False)
+    scorer = NextUse(SHAPE, learn=False, shared_only=True)
     scorer.begin_prompt(None)
     scorer.observe(routes)
     keep = 0.5 ** (1 / 20.0)

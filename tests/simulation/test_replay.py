@@ -74,11 +74,14 @@ def test_a_replayed_run_counts_what_the_engine_counted(
         assert [(pool.slots, pool.quotas) for pool in same.pools] == [(pool.slots, pool.quotas) for pool in plan.pools]
 
 
-def test_a_scorer_sees_in_a_replay_what_it_saw_in_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "memory"), [("recent", "40%"), ("next-use", "40%"), ("next-use", "15%")])
+def test_a_scorer_sees_in_a_replay_what_it_saw_in_the_engine(
+    name: str, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(SCORERS, "recent", RecentScorer)
-    stats, plan = run_engine(tmp_path / "run.npz", "40%", "recent")
+    stats, plan = run_engine(tmp_path / "run.npz", memory, name)
     trace = Trace.read(tmp_path / "run.npz")
-    check(stats, replay(trace, plan, scorer=RecentScorer(RoutingShape.of(trace))))
+    check(stats, replay(trace, plan, scorer=SCORERS[name](RoutingShape.of(trace))))
     with pytest.raises(UsageError, match="a rule or by a scorer"):
         replay(trace, plan)
 

@@ -17,9 +17,10 @@ from emoe.model.collecting import RouteCollector
 from emoe.model.planning import Planner
 from emoe.model.prefetch import NextGate
 from emoe.model.runtime import Pass, Runtime
-from emoe.model.scoring import LiveScored, Scores
+from emoe.model.scoring import Scores
 from emoe.model.tasking import KnownHabits, TaskReader
 from emoe.policies.foresight import Foresight
+from emoe.prediction.live import LiveScored, LiveScores
 from emoe.prediction.protocol import RoutingShape, Trainable
 from emoe.prediction.registry import SCORERS, make_predictor, make_scorer
 from emoe.prediction.schedule import make_schedule
@@ -62,7 +63,8 @@ class Ahead:
         self._habits = KnownHabits(profile, settings.sensitivity_threshold)
         self._scores: Scores | None = None
         if settings.eviction in SCORERS:
-            self._scores = Scores(runtime, self._restored(make_scorer(settings.eviction, self._shape)))
+            live = LiveScores(self._restored(make_scorer(settings.eviction, self._shape)), self._shape)
+            self._scores = Scores(runtime, live, [need.layer for need in self._needs])
         self._answers: Answers | None = None
         name = settings.predictor
         if name is not None and _is_network(name) and (profile is None or name not in profile.predictors):
@@ -94,7 +96,7 @@ class Ahead:
             return make_eviction(self.settings.eviction)
         rank = {need.layer: rank for rank, need in enumerate(self._needs)}
         layers = sorted(experts)
-        return LiveScored(self._scores, [rank[layer] for layer in layers], [experts[layer] for layer in layers])
+        return LiveScored(self._scores.live, [rank[layer] for layer in layers], [experts[layer] for layer in layers])
 
     def attach(
         self, model: PreTrainedModel, pools: Sequence[ExpertPool], tokenizer: PreTrainedTokenizerBase | None
@@ -123,6 +125,7 @@ class Ahead:
             if self._scores is not None:
                 collector.consumers.append(self._scores.collect)
                 runtime.at_pass_start.append(self._scores.start_pass)
+                runtime.observers.append(self._scores.route)
             if self._answers is not None:
                 self.planner = self._planner(pools, self._answers)
                 collector.consumers.append(self.planner.collect)

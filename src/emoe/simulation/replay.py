@@ -8,7 +8,7 @@ routes too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +17,8 @@ import numpy as np
 
 from emoe.config import ExpertMemory
 from emoe.errors import UsageError
-from emoe.prediction.protocol import UseScorer
+from emoe.prediction.live import LiveScored, LiveScores
+from emoe.prediction.protocol import RoutingShape, UseScorer
 from emoe.residency.budget import LayerNeed, SlotPlan, plan_slots
 from emoe.residency.eviction import Eviction, Scored
 from emoe.residency.loader import Loader
@@ -78,11 +79,12 @@ def replay(
         UsageError: both or neither of a rule and a scorer are given.
         BudgetError: the slots do not hold one token's experts.
     """
-    if (make_rule is None) == (scorer is None):
+    if make_rule is not None and scorer is not None:
         raise UsageError("a replay evicts by a rule or by a scorer: give one of them.")
     from emoe.residency.pool import ExpertPool  # here: it imports torch
 
     clock = _Clock(link)
+    live = None if scorer is None else LiveScores(scorer, RoutingShape.of(trace))
     loader = Loader(threads=0)  # every load is run by whoever waits for it
     pool_of: dict[int, ExpertPool] = {}
     pools: list[ExpertPool] = []
@@ -95,7 +97,7 @@ def replay(
         index = SimpleNamespace(path=trace.source.get("model", "a trace"), pieces=lambda layer, expert: ())
         nbytes = part.slot_nbytes
         reader = SimpleNamespace(read_into=lambda pieces, views, size=nbytes: clock.load(size))
-        rule = make_rule() if make_rule is not None else Scored("scorer", sum(sizes.values()))
+        rule = make_rule() if make_rule is not None else _live_rule(live, trace, sizes)
         table = ResidencyTable(part, sizes, rule)
         pool = ExpertPool(table, *cast(tuple[Any, Any, Any], (bank, index, reader)), loader)
         if plan.all_resident:
@@ -106,37 +108,40 @@ def replay(
     computed = trace.computed
     for rows in passes(trace):
         prefill = bool((trace.phase[rows] == PREFILL).any())
-        if scorer is not None:
-            _begin(scorer, trace, rows, pools)
+        if live is not None:
+            _begin(live, trace, rows)
         for pool in pools:
             pool.table.begin_pass()
         for rank, layer in enumerate(layers):
             known = computed[rows, rank]
+            if live is not None and len(rows) == 1:
+                live.route(rank, trace.experts[rows[0], rank][known[0]])
             _serve(pool_of[layer], layer, trace.experts[rows, rank], known, prefill)
             clock.compute(int(known.any(axis=1).sum()))
-        if scorer is not None:
-            _tell(scorer, trace, rows)
+        if live is not None:
+            weights = None if trace.weights is None else trace.weights[rows]
+            live.observe(trace.experts[rows], weights, None if trace.token_ids is None else trace.token_ids[rows])
     loader.close()
     counters = {layer: pool.table.counters[layer] for layer, pool in sorted(pool_of.items())}
     return Replay(counters, clock.now, plan.slots)
 
 
-def _begin(scorer: UseScorer, trace: Trace, rows: Array, pools: Sequence[Any]) -> None:
-    """Announce what begins with this pass, and take the scores before it (as `emoe.model.scoring`)."""
+def _live_rule(live: LiveScores | None, trace: Trace, sizes: Mapping[int, int]) -> LiveScored:
+    """The rule of a bank that holds these layers (layer -> experts), as the engine makes it."""
+    if live is None:
+        raise UsageError("a replay evicts by a rule or by a scorer: give one of them.")
+    rank = {layer: number for number, layer in enumerate(trace.layers.tolist())}
+    layers = sorted(sizes)
+    return LiveScored(live, [rank[layer] for layer in layers], [sizes[layer] for layer in layers])
+
+
+def _begin(live: LiveScores, trace: Trace, rows: Array) -> None:
+    """Announce the pass, and what prompt begins with it (as `emoe.model.scoring`)."""
     if np.isin(rows, trace.offsets[:-1]).any():
         prompts = np.searchsorted(trace.offsets, rows, side="right") - 1
         tasks = {trace.task_of(int(prompt)) for prompt in np.unique(prompts)}
-        scorer.begin_prompt(tasks.pop() if len(tasks) == 1 else None)
-    scores = scorer.scores()
-    rank_of = {layer: rank for rank, layer in enumerate(trace.layers.tolist())}
-    for pool in pools:
-        sizes = sorted(pool.table.experts.items())
-        pool.table.eviction.values = np.concatenate([scores[rank_of[layer], :count] for layer, count in sizes])
-
-
-def _tell(scorer: UseScorer, trace: Trace, rows: Array) -> None:
-    weights = None if trace.weights is None else trace.weights[rows]
-    scorer.observe(trace.experts[rows], weights, None if trace.token_ids is None else trace.token_ids[rows])
+        live.begin_prompt(tasks.pop() if len(tasks) == 1 else None)
+    live.begin_pass(len(rows))
 
 
 def passes(trace: Trace) -> Iterator[Array]:

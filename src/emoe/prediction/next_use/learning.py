@@ -69,7 +69,9 @@ class Learner:
         """Start with no samples."""
         self._network = network
         self._random = np.random.default_rng(seed)
-        self._optimiser = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.99))
+        self._optimiser = torch.optim.AdamW(
+            [p for p in network.parameters() if p.requires_grad], lr=rate, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.99)
+        )
         keys = network.shape.layers * network.shape.experts
         self._room = int(min(8192, max(512, _BUFFER_BYTES // (keys * (2 * FEATURES + 3)))))
         self._waiting: list[_Tokens] = []

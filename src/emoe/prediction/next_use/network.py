@@ -7,7 +7,10 @@ those of the running token, through one hidden layer and a read-out of each laye
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,11 +27,18 @@ _SINCE = len(HALF_LIVES)
 _START = HALF_LIVES.index(20.0)
 
 
-class Network(nn.Module):
-    """Untrained, it orders keys by the decayed frequency with a half-life of 20 tokens."""
+SHARED = ("first", "first_bias", "second", "direct", "common")
+"""The parameters that all keys share: they fit a model of any shape."""
 
-    def __init__(self, shape: RoutingShape, generator: torch.Generator) -> None:
-        """Draw the first weights from `generator`."""
+START_FILE = Path(__file__).parent / "start.safetensors"
+
+
+class Network(nn.Module):
+    """The start is what all keys share, as learned from another model (bench/next_use_start.py)."""
+
+    def __init__(self, shape: RoutingShape, generator: torch.Generator, shared_only: bool = False) -> None:
+        """Draw the first weights from `generator`. With `shared_only` nothing but the shared part learns, from nothing:
+        it begins as the decayed frequency with a half-life of 20 tokens."""
         super().__init__()
         layers, experts = shape.layers, shape.experts
         self.shape = shape
@@ -42,11 +52,18 @@ class Network(nn.Module):
         self.first_bias = nn.Parameter(torch.zeros(CELL))
         self.second = nn.Parameter(torch.zeros(len(HORIZONS), CELL))
         self.direct = nn.Parameter(torch.ones(len(HORIZONS)))
+        self.common = nn.Parameter(torch.zeros(len(HORIZONS)))
         self.bias = nn.Parameter(torch.zeros(len(HORIZONS), layers, experts))
         self.past = drawn(HIDDEN, keys * (len(HALF_LIVES) + 1), scale=(keys * 6) ** -0.5)
         self.running = drawn(layers, experts, HIDDEN, scale=0.05)
         self.layer = nn.Parameter(torch.zeros(layers, HIDDEN))
         self.read = nn.Parameter(torch.zeros(layers, HIDDEN, len(HORIZONS) * experts))
+        if shared_only:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(name in SHARED)
+        else:
+            start = {name: torch.from_numpy(value) for name, value in load_file(START_FILE).items()}
+            self.load_state_dict(start, strict=False)
 
     def log_odds(self, share: Tensor) -> Tensor:
         """Log-odds of shares, 0 at the share of a router that chooses at random."""
@@ -71,7 +88,8 @@ class Network(nn.Module):
         cells = torch.cat([shares[:, :_SINCE], since, shares[:, _SINCE:]], 1).permute(0, 2, 3, 1)
         inner = functional.gelu(functional.linear(cells, self.first, self.first_bias))
         own = functional.linear(inner, self.second).permute(0, 3, 1, 2)
-        own = own + shares[:, _START, None] * self.direct[:, None, None] + self.bias[:, layers]
+        own = own + shares[:, _START, None] * self.direct[:, None, None]
+        own = own + self.bias[:, layers] + self.common[:, None, None]
         active = functional.dropout(functional.gelu(hidden + self.layer[layers]), DROPOUT, self.training)
         read = torch.einsum("nlc,lcf->nlf", active, self.read[layers])
         split = read.view(len(read), read.shape[1], len(HORIZONS), self.shape.experts)

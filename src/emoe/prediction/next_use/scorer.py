@@ -29,22 +29,33 @@ from emoe.routing.trace import Trace
 class NextUse:
     """Learns from a history, and goes on learning from what it observes.
 
-    Without a history it starts as a decayed frequency (half-life 20 tokens) and learns as it goes.
+    Without a history it starts from what all models share, and learns as it goes.
     """
 
     name = "next-use"
 
-    def __init__(self, shape: RoutingShape, *, learn: bool = True, seed: int = 0) -> None:
-        """Start knowing nothing; `learn` says whether to learn from what is observed."""
+    def __init__(self, shape: RoutingShape, *, learn: bool = True, seed: int = 0, shared_only: bool = False) -> None:
+        """Start knowing nothing of this model.
+
+        Args:
+            shape: how it routes.
+            learn: whether to learn from what is observed.
+            seed: of the first weights and of the order of learning.
+            shared_only: learn only what all models share, from nothing (bench/next_use_start.py).
+        """
         self.shape = shape
         self.stream = Stream(shape)
         self.learn = learn
         self._seed = seed
-        self._network = Network(shape, torch.Generator().manual_seed(seed)).eval()
+        self._shared_only = shared_only
+        self._network = self._new_network(seed)
         self._learner = Learner(self._network, seed, FIT_RATE)
         self._owed = 0
         self._fitted = False
         self._running: tuple[Chunk, Tensor] | None = None
+
+    def _new_network(self, seed: int) -> Network:
+        return Network(self.shape, torch.Generator().manual_seed(seed), self._shared_only).eval()
 
     # -- learning -------------------------------------------------------------------------------------------
 
@@ -60,7 +71,7 @@ class NextUse:
         for prompt in range(history.num_prompts):
             tokens = int(history.offsets[prompt + 1] - history.offsets[prompt])
             stream.add_prior(counts[prompt], history.task_of(prompt), tokens)
-        self._network = Network(self.shape, torch.Generator().manual_seed(seed)).eval()
+        self._network = self._new_network(seed)
         self._learner = Learner(self._network, seed, FIT_RATE)
         with torch.no_grad():
             fit(self._learner, stream, history, seed, progress)
@@ -88,7 +99,7 @@ class NextUse:
         Raises:
             UsageError: it is not a state of this scorer for this model.
         """
-        network = Network(self.shape, torch.Generator().manual_seed(self._seed)).eval()
+        network = self._new_network(self._seed)
         parts = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
         wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
         if {name: tuple(value.shape) for name, value in parts.items()} != wanted or "prior.total" not in state:

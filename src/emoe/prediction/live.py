@@ -1,0 +1,96 @@
+"""One scorer at work: told of prompts, passes and routes, asked only for layers that must evict.
+
+The engine and the replay of its traces share it, so the same routes give the same evictions in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from emoe.prediction.protocol import Array, LayerScorer, RoutingShape, UseScorer
+from emoe.residency.eviction import Counts, Now, Scored, Uses
+from emoe.routing.trace import id_dtype, missing_id
+
+
+class LiveScores:
+    """The scores of the running pass."""
+
+    def __init__(self, scorer: UseScorer, shape: RoutingShape) -> None:
+        """Start before the first prompt."""
+        self.scorer = scorer
+        self.version = 0
+        """Changes whenever scores may."""
+        self._by_layer = scorer if isinstance(scorer, LayerScorer) else None
+        dtype = id_dtype(shape.experts)
+        self._missing = missing_id(dtype)
+        self._running = np.full((shape.layers, shape.top_k), self._missing, dtype=dtype)
+        self._single = False
+        self._routed = -1
+        self._whole: Array | None = None
+        self._rows: dict[int, Array] = {}
+
+    def begin_prompt(self, task: str | None) -> None:
+        """A prompt of this task starts (None: unknown, or several)."""
+        self.scorer.begin_prompt(task)
+        self._forget()
+
+    def begin_pass(self, tokens: int) -> None:
+        """A pass over so many tokens starts. Of a single token the layers' own routes are looked at as they come."""
+        self._single = tokens == 1 and self._by_layer is not None
+        self._routed = -1
+        self._running[:] = self._missing
+        self._forget()
+
+    def route(self, rank: int, ids: Array) -> None:
+        """The running token was routed to `ids` [k] in this layer."""
+        if self._single:
+            self._running[rank, : len(ids)] = ids
+            self._routed = rank
+
+    def observe(self, routes: Array, weights: Array | None, token_ids: Array | None) -> None:
+        """The pass has ended: its tokens' routes [tokens, layers, k], weights and ids."""
+        if len(routes):
+            self.scorer.observe(routes, weights, token_ids)
+            self._forget()
+
+    def of_layer(self, rank: int) -> Array:
+        """float32 [experts]: scores of one layer now."""
+        if self._single and self._by_layer is not None and rank == self._routed:
+            if rank not in self._rows:
+                self._rows[rank] = self._by_layer.scores_at(rank, self._running)
+            return self._rows[rank]
+        if self._whole is None:
+            self._whole = self.scorer.scores()
+        row: Array = self._whole[rank]
+        return row
+
+    def _forget(self) -> None:
+        self._whole = None
+        self._rows.clear()
+        self.version += 1
+
+
+class LiveScored(Scored):
+    """The eviction rule of one bank: values are brought up to date for the layers that an eviction is about."""
+
+    def __init__(self, scores: LiveScores, ranks: Sequence[int], experts: Sequence[int]) -> None:
+        """`ranks` of the bank's layers among all MoE layers, ascending, and how many experts each has."""
+        super().__init__(scores.scorer.name, sum(experts))
+        self._scores = scores
+        self._ranks = list(ranks)
+        ends = np.cumsum([0, *experts]).tolist()
+        self._parts = [slice(start, end) for start, end in pairwise(ends)]
+        self._fresh: dict[int, tuple[int, bool]] = {}
+
+    def score(self, past: Uses, now: Now) -> Counts:
+        """Score by what was observed before the running pass and, for one token, by its own routes so far."""
+        for layer in np.unique(past.rank).tolist():
+            state = self._scores.version, layer == now.layer_rank
+            if self._fresh.get(layer) != state:
+                self._fresh[layer] = state
+                part = self._parts[layer]
+                self.values[part] = self._scores.of_layer(self._ranks[layer])[: part.stop - part.start]
+        return super().score(past, now)
