@@ -1,7 +1,7 @@
 """Write the prompts that emoe-nano's profile is made from: trained phrasings around examples of training's side.
 
     python -m training.profile_prompts --data ../shared/data/tasks --out build/profile_prompts.jsonl
-    emoe profile --prompts build/profile_prompts.jsonl --out src/emoe/nano/profile
+    emoe profile --prompts build/profile_prompts.jsonl --out src/emoe/nano/profile --sensitivity-prompts 12
 
 Nothing that is held out, neither an example nor a phrasing, is in them, so the profile may be judged on those.
 Tasks take turns. The file itself is not shipped: some of the texts may not be (training/data.py)."""

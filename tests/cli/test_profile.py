@@ -14,7 +14,9 @@ from emoe import nano
 from emoe.checkpoint.fingerprint import fingerprint
 from emoe.cli import main
 from emoe.cli.profile import StepLine
+from emoe.prediction.protocol import Trainable
 from emoe.profiling import job
+from emoe.profiling.training import make
 from emoe.tasks.profile import Profile
 
 QUICK = ("-n", "4", "--measure", "agreement", "--prefixes", "2", "--sensitivity-prompts", "1", "--predictors", "static")
@@ -145,5 +147,10 @@ def test_the_shipped_profile_is_emoe_nanos() -> None:
     assert made.sensitivity.sensitive("converse").any()
     right = sum(made.task_of(prompt["prompt"]) == prompt["task"] for prompt in nano.prompts())
     assert right / len(nano.prompts()) > 0.9
+    for name, state in made.predictors.items():
+        predictor = make(name, made.shape)
+        assert isinstance(predictor, Trainable)
+        predictor.restore(state)
+    assert {"task-popularity", "next-use"} <= {*made.predictors}
     size = sum(file.stat().st_size for file in nano.profile_path().rglob("*") if file.is_file())
     assert size < 1_500_000
