@@ -61,6 +61,18 @@ def test_a_lossy_mode_is_named_even_when_quiet(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == ""
 
 
+def test_balanced_is_lossy_as_far_as_its_dial_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the profile that emoe-nano ships."""
+    full = run_json(capsys)
+    careful = run_json(capsys, "--expert-memory", "50%", "--mode", "balanced", "--sensitivity-threshold", "1.1")
+    assert (careful["text"], careful["stats"]["lossy"]) == (full["text"], False)
+    args = ["generate", "-p", PROMPT, "-n", "4", "--expert-memory", "50%", "--mode", "balanced", "--task", "classify"]
+    assert main([*args, "--quiet"]) == 0
+    assert "LOSSY: in mode 'balanced'" in capsys.readouterr().err
+    assert main([*args[:-2], "--task", "x", "--mode", "exact"]) == 2
+    assert "--mode balanced" in capsys.readouterr().err
+
+
 def test_what_looks_ahead_is_named_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
     full = run_json(capsys)
     for options in (["--prefetch", "next-gate"], ["--predictor", "static", "--replan-prompts", "adaptive"]):

@@ -154,10 +154,23 @@ def test_time_spent_predicting_counts_as_lost() -> None:
 
 
 def test_without_a_baseline_it_pauses_for_one_window() -> None:
-    worth = Worth()
-    worth.need_baseline()
+    needs = [LayerNeed(0, 4, 1, 64)]
+    table = ResidencyTable(PoolPlan(0, 2, 64, uniform_quotas(2, needs)), {0: 4}, make_eviction("lru"))
+    prefetches = Prefetches(table, cast(Any, None), Link().submit)
+    worth = prefetches.worth
+    prefetches.demanded([(0, 1)], LOAD_S, beside=True, prefill=False)
+    assert worth.delayed_s == 0
     assert windows(worth, 2, 1.0, 0.0) == [False, True]
     assert not worth.reason
+    prefetches.demanded([(0, 2)], LOAD_S, beside=False, prefill=False)
+    prefetches.demanded([(0, 3)], 3 * LOAD_S, beside=True, prefill=False)
+    assert worth.delayed_s == pytest.approx(2 * LOAD_S)
+
+
+def test_measuring_alone_never_switches_off() -> None:
+    worth = Worth()
+    worth.judging = False
+    assert all(windows(worth, 20, 0.0, 1.0)) and worth.delayed_s == pytest.approx(20)
 
 
 def test_a_load_waited_for_twice_is_counted_once() -> None:

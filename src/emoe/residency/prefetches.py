@@ -189,8 +189,9 @@ class Prefetches:
 
     def cancel(self) -> None:
         """End every prefetch under way now, so that their slots are free for a demand load."""
+        self.drop_unstarted(self._flying)
         for flight in self._flying.values():
-            self._loader.cancel(flight.load)
+            self._loader.cancel(flight.load)  # waits: it has started
         waiting, self._queue = self._queue, deque()
         self.poll()
         self._queue = waiting

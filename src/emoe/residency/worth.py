@@ -25,6 +25,7 @@ class Worth:
     Attributes:
         active: whether to load ahead now.
         usable: False once it has broken down.
+        judging: False only measures and never switches off, for experiments about quality.
         reason: why it is off, or on again; empty while it has been on from the start.
         hidden_s: load time that nothing waited for, thanks to prefetches that were used.
         delayed_s: what demand loads waited longer because of prefetches, and reloads of what useless ones evicted.
@@ -33,7 +34,7 @@ class Worth:
 
     def __init__(self) -> None:
         """Start active, with nothing measured."""
-        self.active = self.usable = True
+        self.active = self.usable = self.judging = True
         self.reason = ""
         self.hidden_s = self.delayed_s = self.overhead_s = 0.0
         self._saved = self._lost = 0.0  # halved at every window: recent windows count most
@@ -80,7 +81,7 @@ class Worth:
     def _judge(self, least_loss_s: float) -> None:
         saved, lost = self._saved, self._lost
         self._saved, self._lost = saved / 2, lost / 2
-        if not self.usable:
+        if not self.usable or not self.judging:
             return
         if not self.active:
             self._windows_left -= 1
