@@ -45,7 +45,7 @@ class Chunk:
 
     raw: [n, FEATURES - copies, layers, experts]; before: [n, layers * experts] routes of the token before each;
     match: [n, window + n] log-weights of earlier tokens; allowed: for each copy horizon, which of them may vote;
-    followed: [window + n, layers, experts], for each copy horizon, what they vote for.
+    followed: [layers, window + n, experts], for each copy horizon, what they vote for.
     """
 
     routes: Tensor
@@ -56,6 +56,11 @@ class Chunk:
     allowed: tuple[Tensor, ...]
     followed: tuple[Tensor, ...]
     done: int = 0
+
+
+def _alike(tokens: Tensor, others: Tensor) -> Tensor:
+    """[n, m]: choices that tokens [layers, n, experts] share with others [layers, m, experts]."""
+    return torch.bmm(tokens, others.transpose(1, 2)).sum(0)
 
 
 class Stream:
@@ -79,7 +84,8 @@ class Stream:
         self.total_tokens = 0
         self.tasks: dict[str, tuple[Tensor, int]] = {}
         self.task: str | None = None
-        self._room = torch.zeros(2 * self.window + MAX_CHUNK, layers, experts)
+        # Layer by layer, so that one layer's are read without a copy.
+        self._room = torch.zeros(layers, 2 * self.window + MAX_CHUNK, experts)
         self._followed = [torch.zeros_like(self._room) for _ in COPY_HORIZONS]
         self._end = self.window  # the window before the first token is empty
 
@@ -153,34 +159,33 @@ class Stream:
             1,
         )
         keys, followed = self._recent(routes)
-        before = keys.view(len(keys), -1)[self.window - 1 : self.window - 1 + n]
+        before = keys[:, self.window - 1 : self.window - 1 + n].transpose(0, 1).flatten(1)
         match, allowed = self._matches(keys, n)
         return Chunk(routes, raw, before, keys, match, allowed, followed)
 
     def _recent(self, routes: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """[window + n, layers, experts] routes of the window and of the chunk, and for each copy horizon what was used
+        """[layers, window + n, experts] routes of the window and of the chunk, and for each copy horizon what was used
         within it after each of them (where that is known; the rest is masked)."""
         n = len(routes)
-        if self._end + n > len(self._room):
+        if self._end + n > self._room.shape[1]:
             moved = slice(self._end - self.window, self._end)
             for held in (self._room, *self._followed):
-                held[: self.window] = held[moved].clone()
+                held[:, : self.window] = held[:, moved].clone()
             self._end = self.window
         room, end = self._room, self._end
-        room[end : end + n] = routes
+        room[:, end : end + n] = routes.transpose(0, 1)
         for horizon, held in zip(COPY_HORIZONS, self._followed, strict=True):
             # Used within `horizon` after j: known, and final, once token j + horizon has run.
             first = end - horizon
-            windows = room[first + 1 : end + n].unfold(0, horizon, 1)
-            held[first : first + len(windows)] = windows.amax(-1)
+            windows = room[:, first + 1 : end + n].unfold(1, horizon, 1)
+            held[:, first : first + windows.shape[1]] = windows.amax(-1)
         part = slice(end - self.window, end + n)
-        return room[part], tuple(held[part] for held in self._followed)
+        return room[:, part], tuple(held[:, part] for held in self._followed)
 
     def _matches(self, keys: Tensor, n: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """How well the two tokens before each of the chunk match earlier tokens' two, and which may vote."""
         window, scale = self.window, self._scale
-        flat = keys.view(len(keys), -1)
-        full = flat[window - 2 : window + n - 1] @ flat.T  # rows: tokens window-2 ... window+n-2
+        full = _alike(keys[:, window - 2 : window + n - 1], keys)  # rows: tokens window-2 ... window+n-2
         # Token t matches j by its own routes, t-1 matches j-1, t-2 matches j-2.
         match = torch.zeros(n, window + n)
         match[:, 1:] = full[1:, :-1] * (MATCH[1] * scale)
@@ -191,16 +196,16 @@ class Stream:
         return match, tuple(real & (j + horizon <= t - 1) for horizon in COPY_HORIZONS)
 
     def extend(self, chunk: Chunk, rank: int) -> Tensor:
-        """Bring `chunk.match` up to the layer before `rank`; return [rank's] match with that layer's own routes.
+        """Bring `chunk.match` up to the layer before `rank`; return it with that layer's own routes.
 
         Ranks are asked for in ascending order.
         """
         weight = MATCH[0] * self._scale
         if chunk.done < rank:
             part = slice(chunk.done, rank)
-            chunk.match += chunk.routes[:, part].flatten(1) @ chunk.keys[:, part].flatten(1).T * weight
+            chunk.match += _alike(chunk.routes[:, part].transpose(0, 1), chunk.keys[part]) * weight
             chunk.done = rank
-        return chunk.match + chunk.routes[:, rank] @ chunk.keys[:, rank].T * weight
+        return chunk.match + chunk.routes[:, rank] @ chunk.keys[rank].T * weight
 
     def copies(self, chunk: Chunk, rank: int) -> Tensor:
         """[n, horizons, experts]: what followed matching tokens in one layer, shares of the vote."""
@@ -211,7 +216,7 @@ class Stream:
         votes = []
         for allowed, followed in zip(chunk.allowed, chunk.followed, strict=True):
             vote = weight * allowed
-            votes.append(vote @ followed[:, rank] / vote.sum(1, keepdim=True).clamp(min=1e-30))
+            votes.append(vote @ followed[rank] / vote.sum(1, keepdim=True).clamp(min=1e-30))
         return torch.stack(votes, 1)
 
     def close(self, chunk: Chunk) -> None:
