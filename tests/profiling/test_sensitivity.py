@@ -14,10 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import emoe
 from emoe.model.bind import binding_of
 from emoe.profiling.prompts import encode_all, read_prompts
 from emoe.profiling.running import answer
 from emoe.profiling.sensitivity import Settings, choose_prefixes, measure, random_routing, read_rows, summarise
+from tests.conftest import Checkpoints
 
 IDS = torch.tensor([[4, 5, 6, 7, 8, 9]])
 
@@ -174,3 +176,19 @@ def test_curves_are_means_and_gaps_take_the_longer_prefixs_value() -> None:
     assert known.prompts == {"qa": 2, "chat": 1}
     assert known.sensitive("qa").tolist() == [False, True, True, True]
     assert not known.sensitive("chat").any()
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "jamba", "gemma4_text"])
+def test_it_works_without_a_routing_rule_whatever_the_router(family: str, checkpoints: Checkpoints) -> None:
+    """Dense layers first, another order of calls, experts with biases: random routing stands at the experts' door."""
+    model, _ = emoe.load(checkpoints(family))
+    with torch.no_grad():
+        own = model(input_ids=IDS).logits
+        found = []
+        for layers in (1, 99):
+            with random_routing(model, layers, 0):
+                found.append(model(input_ids=IDS).logits)
+        assert torch.equal(model(input_ids=IDS).logits, own)
+    emoe.close(model)
+    assert not torch.equal(found[0], own)
+    assert not torch.equal(found[1], own)
