@@ -17,8 +17,9 @@ from emoe.routing.recorder import TraceWriter
 def record_trace(runtime: Runtime, index: ExpertIndex, needs: Sequence[LayerNeed], path: Path) -> Callable[[], object]:
     """Record every route from now on; return the function that writes the file.
 
-    Each sequence of a batch is a prompt of the trace, labelled with `runtime.task`; padding is left out. In mode
-    `resident` the model's own choice is recorded, not what was run in its place.
+    Each sequence of a batch is a prompt of the trace, labelled with its task: the caller's label, else what a profile's
+    keywords say. Padding is left out. Where misses are rerouted the model's own choice is recorded, not what was run in
+    its place.
 
     Raises:
         UsageError: `path` cannot be written.
@@ -40,9 +41,8 @@ def record_trace(runtime: Runtime, index: ExpertIndex, needs: Sequence[LayerNeed
 
     def begin(now: Pass) -> None:
         if now.new_prompt or len(prompts) != now.batch:
-            prompts[:] = [
-                writer.add_prompt(task=runtime.task, token_ids=tokens_of(now, row)) for row in range(now.batch)
-            ]
+            tasks = runtime.tasks if len(runtime.tasks) == now.batch else [runtime.task] * now.batch
+            prompts[:] = [writer.add_prompt(task=task, token_ids=tokens_of(now, row)) for row, task in enumerate(tasks)]
         writer.begin_pass(prompts, now.phase, now.tokens, mask=live.mask_of(now), token_ids=now.input_ids)
         current[:] = [now]
 
