@@ -275,7 +275,7 @@ def _bind(model: PreTrainedModel, binding: Binding, needs: list[LayerNeed], read
         first = entries[members[0].layer]
         device = _device_of_all(model, [entries[need.layer] for need in members])
         experts = {need.layer: need.experts for need in members}
-        table = ResidencyTable(pool_plan, experts, binding.ahead.rule(experts))
+        table = ResidencyTable(pool_plan, experts, binding.ahead.rule(experts, pool_plan.quotas))
         bank = Bank(first.parts, pool_plan.slots, device)
         pool = ExpertPool(table, bank, index, reader, binding.loader)
         binding.pools.append(pool)

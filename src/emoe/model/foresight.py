@@ -90,13 +90,14 @@ class Ahead:
         shares = self.profile.popularity_of(None)
         return {need.layer: shares[rank, : need.experts].tolist() for rank, need in enumerate(self._needs)}
 
-    def rule(self, experts: dict[int, int]) -> Eviction:
-        """The eviction rule of a table that holds these layers (layer -> experts)."""
+    def rule(self, experts: dict[int, int], quotas: dict[int, int]) -> Eviction:
+        """The eviction rule of a table that holds these layers: experts and slots of each."""
         if self._scores is None:
             return make_eviction(self.settings.eviction)
         rank = {need.layer: rank for rank, need in enumerate(self._needs)}
         layers = sorted(experts)
-        return LiveScored(self._scores.live, [rank[layer] for layer in layers], [experts[layer] for layer in layers])
+        sizes, slots = [experts[layer] for layer in layers], [quotas[layer] for layer in layers]
+        return LiveScored(self._scores.live, [rank[layer] for layer in layers], sizes, slots)
 
     def attach(
         self, model: PreTrainedModel, pools: Sequence[ExpertPool], tokenizer: PreTrainedTokenizerBase | None

@@ -11,6 +11,8 @@ from itertools import pairwise
 import numpy as np
 
 from emoe.prediction.protocol import Array, LayerScorer, RoutingShape, UseScorer
+from emoe.prediction.registry import CONTESTED
+from emoe.residency.contest import RECENCY, Contest
 from emoe.residency.eviction import Counts, Now, Scored, Uses
 from emoe.routing.trace import id_dtype, missing_id
 
@@ -23,6 +25,8 @@ class LiveScores:
         self.scorer = scorer
         self.version = 0
         """Changes whenever scores may."""
+        self.contests: dict[int, tuple[Contest, int]] = {}
+        """By rank: the contest of the layer's bank, and which of its layers it is."""
         self._by_layer = scorer if isinstance(scorer, LayerScorer) else None
         dtype = id_dtype(shape.experts)
         self._missing = missing_id(dtype)
@@ -39,16 +43,25 @@ class LiveScores:
 
     def begin_pass(self, tokens: int) -> None:
         """A pass over so many tokens starts. Of a single token the layers' own routes are looked at as they come."""
-        self._single = tokens == 1 and self._by_layer is not None
+        self._single = tokens == 1
+        if self._single:
+            for contest in {id(contest): contest for contest, _ in self.contests.values()}.values():
+                contest.begin_token()
         self._routed = -1
         self._running[:] = self._missing
         self._forget()
 
     def route(self, rank: int, ids: Array) -> None:
         """The running token was routed to `ids` [k] in this layer."""
-        if self._single:
-            self._running[rank, : len(ids)] = ids
-            self._routed = rank
+        if not self._single:
+            return
+        self._running[rank, : len(ids)] = ids
+        self._routed = rank
+        if rank in self.contests:
+            contest, layer = self.contests[rank]
+            used = np.zeros((1, contest.experts), dtype=bool)
+            used[0, ids] = True
+            contest.visit(np.array([layer]), used, lambda: self.of_layer(rank)[None, : contest.experts])
 
     def observe(self, routes: Array, weights: Array | None, token_ids: Array | None) -> None:
         """The pass has ended: its tokens' routes [tokens, layers, k], weights and ids."""
@@ -76,9 +89,20 @@ class LiveScores:
 class LiveScored(Scored):
     """The eviction rule of one bank: values are brought up to date for the layers that an eviction is about."""
 
-    def __init__(self, scores: LiveScores, ranks: Sequence[int], experts: Sequence[int]) -> None:
-        """`ranks` of the bank's layers among all MoE layers, ascending, and how many experts each has."""
+    def __init__(self, scores: LiveScores, ranks: Sequence[int], experts: Sequence[int], quotas: Sequence[int]) -> None:
+        """Make the rule.
+
+        Args:
+            scores: where values come from.
+            ranks: of the bank's layers among all MoE layers, ascending.
+            experts: how many each layer has.
+            quotas: slots of each layer; all 0 where they share the bank.
+        """
         super().__init__(scores.scorer.name, sum(experts))
+        self.contest: Contest | None = None
+        if self.name in CONTESTED and all(quotas) and len(set(experts)) == 1:
+            self.contest = Contest(quotas, experts[0])
+            scores.contests.update({rank: (self.contest, layer) for layer, rank in enumerate(ranks)})
         self._scores = scores
         self._ranks = list(ranks)
         ends = np.cumsum([0, *experts]).tolist()
@@ -86,7 +110,10 @@ class LiveScored(Scored):
         self._fresh: dict[int, tuple[int, bool]] = {}
 
     def score(self, past: Uses, now: Now) -> Counts:
-        """Score by what was observed before the running pass and, for one token, by its own routes so far."""
+        """Score by what was observed before the running pass and, for one token, by its own routes so far; by the last
+        use alone while that loads less."""
+        if self.contest is not None and self.contest.lead == RECENCY:
+            return past.last_tick
         for layer in np.unique(past.rank).tolist():
             state = self._scores.version, layer == now.layer_rank
             if self._fresh.get(layer) != state:

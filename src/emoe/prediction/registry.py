@@ -63,6 +63,10 @@ SCORERS: dict[str, Callable[[RoutingShape], UseScorer]] = {
 }
 """Token-level scorers by name."""
 
+CONTESTED = frozenset({"next-use"})
+"""Scorers that LRU replaces for as long as it loads less (emoe.residency.contest): those that can be wrong about
+traffic unlike what they learned from, and are worth the bookkeeping."""
+
 
 def make_predictor(name: str, shape: RoutingShape) -> Predictor:
     """Return a new predictor by name.

@@ -17,6 +17,7 @@ import numpy as np
 
 from emoe.errors import UsageError
 from emoe.prediction.protocol import RoutingShape
+from emoe.residency.contest import RECENCY, Contest
 from emoe.residency.eviction import Eviction, Now, Uses
 from emoe.routing.trace import Array
 from emoe.simulation.lookups import Lookups
@@ -37,6 +38,11 @@ class Policy(Protocol):
     @property
     def rule(self) -> Eviction:
         """The order of eviction; there once `start` was called."""
+        ...
+
+    @property
+    def contested(self) -> bool:
+        """Whether recency takes over where it loads less (`emoe.residency.contest`)."""
         ...
 
     def start(self, lookups: Lookups) -> None:
@@ -136,6 +142,7 @@ class _Banks:
         self.base = np.arange(self.layers)[:, None] * self.experts
         self.missed = np.zeros((len(lookups), sizes, self.layers), dtype=np.uint16)
         self.tallies = [Tally(size, self.missed[:, i]) for i, size in enumerate(self.slots)]
+        self.contests = [Contest([size] * self.layers, self.experts) for size in self.slots if policy.contested]
 
     def run(self, report: Report | None) -> list[Tally]:
         lookups, policy, resident, tallies = self.lookups, self.policy, self.resident, self.tallies
@@ -148,6 +155,8 @@ class _Banks:
                 self._load_plan(token, plan)
             last[ids] = token + 1
             uses[ids] += 1
+            if self.contests:
+                self._contest(token, ids)
             miss = ~resident[:, ids]
             if self.planned:
                 self.unused[:, ids] = False
@@ -172,22 +181,47 @@ class _Banks:
         rows = np.flatnonzero((excess > 0).any(axis=0))
         if not rows.size:
             return
-        score = self.policy.rule.score(self.past, Now(token + 1, token + 1, 0, self.layers))
-        order = score.reshape(self.layers, self.experts)[rows].argsort(axis=1, kind="stable")
-        order += self.base[rows]
-        flat = order.ravel()
+        self.resident[:, ids] = False
+        recent = np.array([contest.lead == RECENCY for contest in self.contests] or [False] * len(self.slots))
+        if not recent.all():
+            score = self.policy.rule.score(self.past, Now(token + 1, token + 1, 0, self.layers))
+            self._evict(np.flatnonzero(~recent), rows, score, excess)
+        if recent.any():
+            self._evict(np.flatnonzero(recent), rows, self.last[:-1], excess)
         resident = self.resident
-        resident[:, ids] = False
-        candidates = resident[:, flat].reshape(len(self.slots), len(rows), self.experts)
-        nth = candidates.cumsum(axis=2, dtype=np.int16)
-        stays = candidates & (nth > excess[:, rows, None])
-        resident[:, flat] = stays.reshape(len(self.slots), -1)
         if self.planned:
             gone = self.unused & ~resident
             if gone.any():
                 for i, tally in enumerate(self.tallies):
                     tally.wasted += int(gone[i].sum())
                 self.unused &= resident
+
+    def _evict(self, banks: Array, rows: Array, score: Array, excess: Array) -> None:
+        """Empty `excess` [banks, layers] slots of these layers in some of the banks, the lowest scores first."""
+        order = score.reshape(self.layers, self.experts)[rows].argsort(axis=1, kind="stable")
+        order += self.base[rows]
+        at = np.ix_(banks, order.ravel()) if len(banks) < len(self.slots) else (slice(None), order.ravel())
+        candidates = self.resident[at].reshape(len(banks), len(rows), self.experts)
+        nth = candidates.cumsum(axis=2, dtype=np.int16)
+        stays = candidates & (nth > excess[banks][:, rows, None])
+        self.resident[at] = stays.reshape(len(banks), -1)
+
+    def _contest(self, token: int, ids: Array) -> None:
+        flat = np.zeros(self.keys + 1, dtype=bool)
+        flat[ids] = True
+        used = flat[:-1].reshape(self.layers, self.experts)
+        now = Now(token + 1, token + 1, 0, self.layers)
+        layers = np.arange(self.layers)
+        found: list[Array] = []
+
+        def values() -> Array:
+            if not found:
+                found.append(self.policy.rule.score(self.past, now).reshape(self.layers, self.experts))
+            return found[0]
+
+        for contest in self.contests:
+            contest.begin_token()
+            contest.visit(layers, used, values)
 
     def _load_plan(self, token: int, plan: Array) -> None:
         """Make the keys with the largest values resident, as many as each layer has slots (ties: the lowest key)."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from emoe.errors import UsageError
 from emoe.prediction.protocol import RoutingShape, UseScorer
-from emoe.prediction.registry import PREDICTORS, SCORERS, make_predictor, make_scorer
+from emoe.prediction.registry import CONTESTED, PREDICTORS, SCORERS, make_predictor, make_scorer
 from emoe.prediction.schedule import DEFAULT_PROMPTS, make_schedule
 from emoe.residency.eviction import EVICTION_RULES, Counts, Eviction, Now, Scored, Uses, make_eviction
 from emoe.routing.trace import Array
@@ -76,6 +76,8 @@ def scores_before(scorer: UseScorer, routes: Array, weights: Array | None, token
 class Plain:
     """An eviction rule that needs nothing but the past."""
 
+    contested = False
+
     def __init__(self, name: str, rule: Eviction) -> None:
         self.name = name
         self.rule = rule
@@ -120,6 +122,7 @@ class FarthestNextUse:
 class Belady:
     """Knows the future: no policy on the same bank loads less."""
 
+    contested = False
     name = "belady"
     rule: FarthestNextUse
 
@@ -150,6 +153,7 @@ class ByScore:
 
     def __init__(self, name: str, shape: RoutingShape, settings: Settings, past: Past | None) -> None:
         self.name = name
+        self.contested = name in CONTESTED
         self.rule = Scored(name, shape.layers * shape.experts)
         self._shape, self._past = shape, past
         self._scorers: list[UseScorer] = []
@@ -190,6 +194,8 @@ class ByScore:
 
 class Planned:
     """A predictor's plan. Until the first, the least recently used goes first."""
+
+    contested = False
 
     def __init__(self, name: str, shape: RoutingShape, settings: Settings, past: Past | None) -> None:
         self.name = name

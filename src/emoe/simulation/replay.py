@@ -19,7 +19,7 @@ from emoe.config import ExpertMemory
 from emoe.errors import UsageError
 from emoe.prediction.live import LiveScored, LiveScores
 from emoe.prediction.protocol import RoutingShape, UseScorer
-from emoe.residency.budget import LayerNeed, SlotPlan, plan_slots
+from emoe.residency.budget import LayerNeed, PoolPlan, SlotPlan, plan_slots
 from emoe.residency.eviction import Eviction, Scored
 from emoe.residency.loader import Loader
 from emoe.residency.table import LayerCounters, ResidencyTable
@@ -97,7 +97,7 @@ def replay(
         index = SimpleNamespace(path=trace.source.get("model", "a trace"), pieces=lambda layer, expert: ())
         nbytes = part.slot_nbytes
         reader = SimpleNamespace(read_into=lambda pieces, views, size=nbytes: clock.load(size))
-        rule = make_rule() if make_rule is not None else _live_rule(live, trace, sizes)
+        rule = make_rule() if make_rule is not None else _live_rule(live, trace, sizes, part)
         table = ResidencyTable(part, sizes, rule)
         pool = ExpertPool(table, *cast(tuple[Any, Any, Any], (bank, index, reader)), loader)
         if plan.all_resident:
@@ -126,13 +126,14 @@ def replay(
     return Replay(counters, clock.now, plan.slots)
 
 
-def _live_rule(live: LiveScores | None, trace: Trace, sizes: Mapping[int, int]) -> LiveScored:
+def _live_rule(live: LiveScores | None, trace: Trace, sizes: Mapping[int, int], part: PoolPlan) -> LiveScored:
     """The rule of a bank that holds these layers (layer -> experts), as the engine makes it."""
     if live is None:
         raise UsageError("a replay evicts by a rule or by a scorer: give one of them.")
     rank = {layer: number for number, layer in enumerate(trace.layers.tolist())}
     layers = sorted(sizes)
-    return LiveScored(live, [rank[layer] for layer in layers], [sizes[layer] for layer in layers])
+    experts, quotas = [sizes[layer] for layer in layers], [part.quotas[layer] for layer in layers]
+    return LiveScored(live, [rank[layer] for layer in layers], experts, quotas)
 
 
 def _begin(live: LiveScores, trace: Trace, rows: Array) -> None:
