@@ -35,7 +35,7 @@ def policy_for(name: str, lookups: Lookups) -> Policy:
 
 
 def by_table(lookups: Lookups, slots: int, policy: Policy) -> Array:
-    """[tokens, layers] misses of the engine's table with a quota for each layer, driven as bench/eviction.py does."""
+    """[tokens, layers] misses of the engine's table with a quota for each layer, driven look-up by look-up."""
     shape = lookups.shape
     needs = [LayerNeed(rank, shape.experts, shape.top_k, 64) for rank in range(shape.layers)]
     quotas = uniform_quotas(slots * shape.layers, needs)

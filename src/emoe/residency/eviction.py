@@ -64,7 +64,7 @@ class LRU:
     """Least recently used."""
 
     name = "lru"
-    shared_from = 4.0  # bench/eviction.py on gpt-oss-20b: quotas win at 2.8, one pool at 4.0; equal at 3.2
+    shared_from = 4.0  # on gpt-oss-20b (docs/log.md): quotas win at 2.8, one pool at 4.0; equal at 3.2
 
     def score(self, past: Uses, now: Now) -> Counts:
         """Score by the last visit that used the expert."""
@@ -91,7 +91,7 @@ class LeastStale:
     """
 
     name = "least-stale"
-    shared_from = 2.5  # bench/eviction.py on gpt-oss-20b: quotas win at 2.0, one pool at 2.8, equal at 2.4
+    shared_from = 2.5  # on gpt-oss-20b (docs/log.md): quotas win at 2.0, one pool at 2.8, equal at 2.4
 
     def score(self, past: Uses, now: Now) -> Counts:
         """Score by visits missed (most first), then layers until the next visit (farthest first), then fewest uses."""
