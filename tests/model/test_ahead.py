@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import emoe
 from emoe.config import ExpertMemory
 from emoe.errors import UsageError
-from emoe.model.bind import binding_of
+from emoe.model.bind import binding_of, label_task
 from emoe.prediction.protocol import Array, RoutingShape
 from emoe.prediction.registry import PREDICTORS
 from tests.families import FAMILIES, make_checkpoint
@@ -164,16 +164,16 @@ def test_a_plan_is_loaded_while_layers_run_and_replaces_what_was_resident(
 
     monkeypatch.setitem(PREDICTORS, "adversary", lambda shape: Fixed(shape, True, 0))
     model, _ = emoe.load(
-        path, mode="resident", expert_memory="6/layer", predictor="adversary", replan_prompts=2, task="a"
+        path, mode="resident", expert_memory="6/layer", predictor="adversary", replan_prompts=3, task="a"
     )
     quotas = [entry["slots"] for entry in emoe.stats(model)["layers"].values()]
     with torch.no_grad():
         model(prompt(0, 9))
-        first = {layer: entry["resident"] for layer, entry in emoe.stats(model)["layers"].items()}
-        model(prompt(1, 9))
-        assert first == {layer: entry["resident"] for layer, entry in emoe.stats(model)["layers"].items()}
         waited = emoe.stats(model)["load_wait_s"]
-        model.generate(prompt(2, 9), max_new_tokens=24, min_new_tokens=24, do_sample=False)
+        model.generate(prompt(1, 9), max_new_tokens=24, min_new_tokens=24, do_sample=False)
+        planned = {layer: entry["resident"] for layer, entry in emoe.stats(model)["layers"].items()}
+        model(prompt(2, 9))
+        assert planned == {layer: entry["resident"] for layer, entry in emoe.stats(model)["layers"].items()}
     stats = sound(model)
     assert stats["plans"] == 1 and stats["load_wait_s"] == waited
     for quota, entry in zip(quotas, stats["layers"].values(), strict=True):
@@ -240,8 +240,25 @@ def test_an_adaptive_schedule_asks_when_the_routes_have_drifted(path: Path, monk
                 model(prompt(seed, 200))
         plans[schedule] = emoe.stats(model)["plans"]
         emoe.close(model)
-    assert plans == {"adaptive:1": 0, "adaptive:0": 3}
+    assert plans == {"adaptive:1": 1, "adaptive:0": 3}  # the first is always made
     with pytest.raises(UsageError, match="name a predictor"):
         emoe.load(path, expert_memory="50%", replan_prompts="adaptive")
     with pytest.raises(UsageError, match="no schedule is called 'often'"):
         emoe.load(path, expert_memory="50%", replan_prompts="often")
+
+
+def test_a_plan_for_many_prompts_counts_those_that_ended_lately_and_those_unknown(path: Path) -> None:
+    """With p = 4: the running prompt, up to three that ended, and prompts of no known task until there are three."""
+    model, _ = emoe.load(path, mode="resident", expert_memory="6/layer", predictor="task-popularity", replan_prompts=4)
+    planner = binding_of(model).ahead.planner
+    assert planner is not None
+    seen = []
+    with torch.no_grad():
+        for number, task in enumerate("abcde"):
+            label_task(model, task)
+            model(prompt(number, 5 + number))
+            seen.append(planner._expected())
+    emoe.close(model)
+    assert seen[0] == [("a", 5), (None, 5), (None, 5), (None, 5)]
+    assert seen[1] == [("b", 6), ("a", 5), (None, 5), (None, 5)]
+    assert seen[4] == [("e", 9), ("b", 6), ("c", 7), ("d", 8)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -72,6 +73,8 @@ class Planner:
         self._reading_s = self._waited_s = 0.0
         self._read_own = False
         self._ended_prompts = self._output_tokens = 0
+        # A plan serves the prompts until the next one as well: those to come are expected to be like the last ones.
+        self._lately: deque[tuple[Task, int]] = deque(maxlen=schedule.horizon - 1)
 
     # -- what the runtime calls -----------------------------------------------------------------------------
 
@@ -80,6 +83,8 @@ class Planner:
         return prompt == 0 or (not self._worth.active and self._due(prompt))
 
     def _due(self, prompt: int) -> bool:
+        if prompt == 1 and self.plans == 0:  # the first chance: no prompt had been read before the first
+            return True
         observed = None if self._recent is None else self._recent.shares()
         return self._schedule.due(prompt, observed, self._in_force)
 
@@ -105,7 +110,7 @@ class Planner:
                 if self._worth.active and index > 0 and self._due(index):
                     if self._runtime.mode != "exact":
                         self._worth.hide(self._reading_s)
-                    self._answers.ask(list(dict.fromkeys(self._tasks)))
+                    self._answers.ask(list(dict.fromkeys(task for task, _ in self._expected())))
                     self._asked = True
             if self._worth.active and self._asked and (answer := self._answers.poll()) is not None:
                 self._asked = False
@@ -128,6 +133,7 @@ class Planner:
         self._read_own = self._runtime.observing
         for task, inputs, routes in zip(self._tasks, self._inputs, self._routes, strict=True):
             if routes:
+                self._lately.append((task, inputs))
                 whole = np.concatenate(routes)
                 if self._worth.usable:
                     self._answers.tell(task, whole)
@@ -162,8 +168,16 @@ class Planner:
             best = best_keys(own, quotas) if all(quotas) else best_keys_of_all(own, table.plan.slots)
             pool.prefetches.plan([(layer, e) for layer, experts in zip(layers, best, strict=True) for e in experts])
 
+    def _expected(self) -> list[tuple[Task, int]]:
+        """Task and input tokens of the prompts that the plan is for: those running, those that ended lately in place of
+        those to come, and, while too few have ended, prompts of no known task."""
+        known = [*zip(self._tasks, self._inputs, strict=True), *self._lately]
+        unknown = (self._lately.maxlen or 0) - len(self._lately)
+        mean = sum(tokens for _, tokens in known) // max(1, len(known))
+        return [*known, *[(None, mean)] * unknown]
+
     def _demand(self, task: Task, shares: Array) -> TaskDemand:
-        inputs = [count for count, own in zip(self._inputs, self._tasks, strict=True) if own == task]
+        inputs = [tokens for expected, tokens in self._expected() if expected == task]
         output = self._habits.output_tokens(task)
         if output is None:
             output = self._output_tokens / max(1, self._ended_prompts)

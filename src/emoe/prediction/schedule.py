@@ -22,7 +22,12 @@ WINDOW_TOKENS = 256
 
 
 class Schedule(Protocol):
-    """Whether a prediction is due."""
+    """Whether a prediction is due, and for about how many prompts it is then made."""
+
+    @property
+    def horizon(self) -> int:
+        """Prompts from one prediction to the next, the running one included."""
+        ...
 
     def due(self, prompt: int, observed: Array | None, predicted: Array | None) -> bool:
         """Say so for the prompt with this number.
@@ -46,6 +51,7 @@ class Every:
         if prompts < 0:
             raise UsageError(f"predictions cannot be {prompts} prompts apart: give 0 or more.")
         self.prompts = prompts
+        self.horizon = max(prompts, 1)
 
     def due(self, prompt: int, observed: Array | None, predicted: Array | None) -> bool:
         """True for multiples of p, and while there is no prediction."""
@@ -64,6 +70,7 @@ class Adaptive:
         if not 0 <= threshold <= 1:
             raise UsageError(f"a drift threshold of {threshold:g} cannot be meant: give a number from 0 to 1.")
         self.threshold = threshold
+        self.horizon = DEFAULT_PROMPTS
 
     def due(self, prompt: int, observed: Array | None, predicted: Array | None) -> bool:
         """True while there is no prediction; without observations, nothing has drifted."""
