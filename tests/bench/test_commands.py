@@ -54,7 +54,7 @@ def test_every_option_reaches_the_settings() -> None:
 
 
 def test_an_unknown_mode_is_named() -> None:
-    with pytest.raises(UsageError, match="no mode is called 'fast'; use exact, resident"):
+    with pytest.raises(UsageError, match="no mode is called 'fast'; use exact, balanced, resident"):
         settings_of("--modes", "exact,fast")
 
 

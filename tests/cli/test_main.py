@@ -81,6 +81,7 @@ def test_a_truncated_checkpoint(checkpoints: Checkpoints, tmp_path: Path, capsys
     path = Path(shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "cut"))
     weights = path / "model.safetensors"
     os.truncate(weights, weights.stat().st_size - 10)
+    capsys.readouterr()  # making the checkpoint printed too
     for command in ("plan", "inspect"):
         assert main([command, str(path)]) == 3
         assert "model.safetensors is truncated" in one_line(capsys)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import emoe
 from emoe.errors import UsageError
 from emoe.model.bind import binding_of
+from emoe.prediction.next_use import NextUse
 from emoe.prediction.protocol import Array, RoutingShape
 from emoe.prediction.registry import SCORERS
 from emoe.routing.trace import Trace
@@ -57,7 +58,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scorer_of(model: Any) -> Counting:
-    scores: Any = binding_of(model).ahead._scores
+    scores: Any = binding_of(model).ahead.scores
     found: Counting = scores.live.scorer
     return found
 
@@ -102,8 +103,8 @@ def test_the_lowest_score_goes_first(path: Path) -> None:
     scores = scorer_of(model).total[rank]
     resident = pool.table.resident(layer)
     missing = next(e for e in range(pool.table.experts[layer]) if e not in resident)
-    assert ahead._scores is not None
-    ahead._scores.live.version += 1  # as a new pass does
+    assert ahead.scores is not None
+    ahead.scores.live.version += 1  # as a new pass does
     slot = pool.table.reserve((layer, missing))
     assert slot is not None and pool.table.evicted is not None
     assert scores[pool.table.evicted[1]] == min(scores[e] for e in resident)
@@ -125,3 +126,28 @@ def test_no_scorer_changes_a_logit(path: Path, seed: int, share: int, lengths: l
 def test_an_unknown_name_lists_rules_and_scorers(path: Path) -> None:
     with pytest.raises(UsageError, match=r"counting.*least-stale, lfu, lru"):
         emoe.load(path, eviction="fifo")
+
+
+def test_a_scorer_that_costs_more_than_it_spares_is_switched_off_and_says_so(path: Path) -> None:
+    """A slow scorer on a model that reads from memory: evictions go on by least-stale, and no logit changes."""
+    import time
+
+    class Slow(NextUse):
+        def scores_at(self, rank: int, routes: Array) -> Array:
+            time.sleep(0.002)
+            return super().scores_at(rank, routes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SCORERS, "next-use", Slow)
+        model, _ = emoe.load(path, expert_memory="6/layer", eviction="next-use")
+    tokens = torch.arange(5, 14)[None]
+    with torch.no_grad():
+        slow = model.generate(tokens, max_new_tokens=80, min_new_tokens=80, do_sample=False)
+    scorer = emoe.stats(model)["scorer"]
+    emoe.close(model)
+    assert not scorer["active"] and "switched off" in scorer["reason"]
+    assert scorer["spent_s"] > scorer["spared_s"]
+    whole, _ = emoe.load(path)
+    with torch.no_grad():
+        assert torch.equal(slow, whole.generate(tokens, max_new_tokens=80, min_new_tokens=80, do_sample=False))
+    emoe.close(whole)

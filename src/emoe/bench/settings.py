@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from emoe.config import MODES, ExpertMemory, Mode
+from emoe.config import ExpertMemory, Mode
 from emoe.errors import UsageError
 
 Engine = Literal["emoe", "transformers", "accelerate"]
@@ -64,7 +64,7 @@ class DecodeSettings:
 
     model: str | None = None
     budgets: tuple[ExpertMemory, ...] = tuple(ExpertMemory("share", s) for s in (1.0, 0.6, 0.4, 0.2))
-    modes: tuple[Mode, ...] = MODES
+    modes: tuple[Mode, ...] = ("exact", "resident")
     baselines: tuple[str, ...] = BASELINES
     prompt_tokens: int = 128
     new_tokens: int = 32

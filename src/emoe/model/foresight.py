@@ -61,10 +61,10 @@ class Ahead:
         self._needs = sorted(needs, key=lambda need: need.layer)
         self._shape = RoutingShape(len(needs), max(need.experts for need in needs), max(need.top_k for need in needs))
         self._habits = KnownHabits(profile, settings.sensitivity_threshold)
-        self._scores: Scores | None = None
+        self.scores: Scores | None = None
         if settings.eviction in SCORERS:
             live = LiveScores(self._restored(make_scorer(settings.eviction, self._shape)), self._shape)
-            self._scores = Scores(runtime, live, [need.layer for need in self._needs])
+            self.scores = Scores(runtime, live, [need.layer for need in self._needs])
         self._answers: Answers | None = None
         name = settings.predictor
         if name is not None and _is_network(name) and (profile is None or name not in profile.predictors):
@@ -92,12 +92,12 @@ class Ahead:
 
     def rule(self, experts: dict[int, int], quotas: dict[int, int]) -> Eviction:
         """The eviction rule of a table that holds these layers: experts and slots of each."""
-        if self._scores is None:
+        if self.scores is None:
             return make_eviction(self.settings.eviction)
         rank = {need.layer: rank for rank, need in enumerate(self._needs)}
         layers = sorted(experts)
         sizes, slots = [experts[layer] for layer in layers], [quotas[layer] for layer in layers]
-        return LiveScored(self._scores.live, [rank[layer] for layer in layers], sizes, slots)
+        return LiveScored(self.scores.live, [rank[layer] for layer in layers], sizes, slots)
 
     def attach(
         self, model: PreTrainedModel, pools: Sequence[ExpertPool], tokenizer: PreTrainedTokenizerBase | None
@@ -115,18 +115,19 @@ class Ahead:
             pool.prefetches.worth = self.worth
         if settings.predictor is not None:
             self._answers = self._ask(settings.predictor)
-        if self._scores is not None or self._answers is not None:
+        if self.scores is not None or self._answers is not None:
             collector = RouteCollector(
                 runtime,
                 [need.layer for need in self._needs],
                 self._shape.experts,
                 self._shape.top_k,
-                with_weights=self._scores is not None,
+                with_weights=self.scores is not None,
             )
-            if self._scores is not None:
-                collector.consumers.append(self._scores.collect)
-                runtime.at_pass_start.append(self._scores.start_pass)
-                runtime.observers.append(self._scores.route)
+            if self.scores is not None:
+                self.scores.pools = pools
+                collector.consumers.append(self.scores.collect)
+                runtime.at_pass_start.append(self.scores.start_pass)
+                runtime.observers.append(self.scores.route)
             if self._answers is not None:
                 self.planner = self._planner(pools, self._answers)
                 collector.consumers.append(self.planner.collect)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from emoe.model.bind import Binding, binding_of
+from emoe.residency.contest import RECENCY
 
 
 def stats(model: PreTrainedModel) -> dict[str, Any]:
@@ -20,7 +21,8 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         slots, hits, misses, hit_rate (None before the first route), loads, bytes_read, load_wait_s, rerouted_tokens,
         routed_tokens, rerouted_share, prompts, passes, mode, lossy, reader, reader_reason, eviction, layers (per
         layer: hits, misses, loads, bytes_read, rerouted_tokens, routed_tokens, experts, slots (its quota; 0: the layers
-        share one pool), resident: the experts there now).
+        share one pool), resident: the experts there now), predictor, predictions, plans, tasks, prefetch, scorer (what
+        looking ahead saved and cost in seconds, whether it is active, and why not; None where there is none).
 
     Raises:
         UsageError: the model was not made by `emoe.load`.
@@ -48,6 +50,7 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         passes = max(pool.table.pass_no for pool in binding.pools)
         eviction = binding.pools[0].table.eviction.name
         prefetching = _prefetching(binding)
+        scoring = _scoring(binding)
 
     def total(name: str) -> int:
         return sum(int(layer[name]) for layer in layers.values())
@@ -86,6 +89,7 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         "plans": 0 if binding.ahead.planner is None else binding.ahead.planner.plans,
         "tasks": list(runtime.tasks),
         "prefetch": prefetching,
+        "scorer": scoring,
         "layers": dict(sorted(layers.items())),
     }
 
@@ -111,4 +115,21 @@ def _prefetching(binding: Binding) -> dict[str, Any] | None:
         "overhead_s": ahead.worth.overhead_s,
         "active": ahead.worth.active and not ahead.idle,
         "reason": ahead.idle or ahead.worth.reason,
+    }
+
+
+def _scoring(binding: Binding) -> dict[str, Any] | None:
+    """What the scorer of evictions took and spared."""
+    scores = binding.ahead.scores
+    if scores is None:
+        return None
+    contests = {id(contest): contest for contest, _ in scores.live.contests.values()}.values()
+    return {
+        "name": scores.live.scorer.name,
+        "spent_s": scores.live.spent_s,
+        "spared_loads": scores.live.spared_loads() if contests else None,
+        "spared_s": scores.worth.hidden_s,
+        "recency_leads": any(contest.lead == RECENCY for contest in contests),
+        "active": scores.live.active and not binding.ahead.idle,
+        "reason": binding.ahead.idle or scores.worth.reason,
     }

@@ -5,6 +5,7 @@ The engine and the replay of its traces share it, so the same routes give the sa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -12,8 +13,8 @@ import numpy as np
 
 from emoe.prediction.protocol import Array, LayerScorer, RoutingShape, UseScorer
 from emoe.prediction.registry import CONTESTED
-from emoe.residency.contest import RECENCY, Contest
-from emoe.residency.eviction import Counts, Now, Scored, Uses
+from emoe.residency.contest import RECENCY, SCORES, Contest
+from emoe.residency.eviction import Counts, LeastStale, Now, Scored, Uses
 from emoe.routing.trace import id_dtype, missing_id
 
 
@@ -25,6 +26,10 @@ class LiveScores:
         self.scorer = scorer
         self.version = 0
         """Changes whenever scores may."""
+        self.active = True
+        """False: the scorer is neither told nor asked, and evictions go by least-stale."""
+        self.spent_s = 0.0
+        """What telling and asking took so far."""
         self.contests: dict[int, tuple[Contest, int]] = {}
         """By rank: the contest of the layer's bank, and which of its layers it is."""
         self._by_layer = scorer if isinstance(scorer, LayerScorer) else None
@@ -43,7 +48,7 @@ class LiveScores:
 
     def begin_pass(self, tokens: int) -> None:
         """A pass over so many tokens starts. Of a single token the layers' own routes are looked at as they come."""
-        self._single = tokens == 1
+        self._single = tokens == 1 and self.active
         if self._single:
             for contest in {id(contest): contest for contest, _ in self.contests.values()}.values():
                 contest.begin_token()
@@ -65,12 +70,25 @@ class LiveScores:
 
     def observe(self, routes: Array, weights: Array | None, token_ids: Array | None) -> None:
         """The pass has ended: its tokens' routes [tokens, layers, k], weights and ids."""
-        if len(routes):
+        if len(routes) and self.active:
+            start = time.perf_counter()
             self.scorer.observe(routes, weights, token_ids)
+            self.spent_s += time.perf_counter() - start
             self._forget()
+
+    def spared_loads(self) -> int:
+        """Loads that plain recency would have made beyond those of the scores, as far as contests counted."""
+        contests = {id(contest): contest for contest, _ in self.contests.values()}.values()
+        return sum(contest.made[RECENCY] - contest.made[SCORES] for contest in contests)
 
     def of_layer(self, rank: int) -> Array:
         """float32 [experts]: scores of one layer now."""
+        start = time.perf_counter()
+        row = self._of_layer(rank)
+        self.spent_s += time.perf_counter() - start
+        return row
+
+    def _of_layer(self, rank: int) -> Array:
         if self._single and self._by_layer is not None and rank == self._routed:
             if rank not in self._rows:
                 self._rows[rank] = self._by_layer.scores_at(rank, self._running)
@@ -99,6 +117,7 @@ class LiveScored(Scored):
             quotas: slots of each layer; all 0 where they share the bank.
         """
         super().__init__(scores.scorer.name, sum(experts))
+        self._plain = LeastStale()
         self.contest: Contest | None = None
         if self.name in CONTESTED and all(quotas) and len(set(experts)) == 1:
             self.contest = Contest(quotas, experts[0])
@@ -112,6 +131,8 @@ class LiveScored(Scored):
     def score(self, past: Uses, now: Now) -> Counts:
         """Score by what was observed before the running pass and, for one token, by its own routes so far; by the last
         use alone while that loads less."""
+        if not self._scores.active:
+            return self._plain.score(past, now)
         if self.contest is not None and self.contest.lead == RECENCY:
             return past.last_tick
         for layer in np.unique(past.rank).tolist():

@@ -32,6 +32,8 @@ class Contest:
         self.experts = experts
         self.loads = np.zeros(2)
         self.switches = 0
+        self.made = [0, 0]
+        """Loads so far under each order."""
         self._slots = np.array(slots, dtype=np.int64)
         self._resident = np.zeros((2, layers, experts), dtype=bool)
         self._last = np.full((layers, experts), -1, dtype=np.int64)
@@ -63,7 +65,9 @@ class Contest:
             missed = used & ~resident
             if not missed.any():
                 continue
-            self.loads[order] += np.count_nonzero(missed)
+            count = int(np.count_nonzero(missed))
+            self.loads[order] += count
+            self.made[order] += count
             resident |= used
             excess = resident.sum(axis=1) - self._slots[layers]
             if (excess > 0).any():
