@@ -2,7 +2,7 @@
 
     python bench/next_use_start.py TRACE --split 0 --out src/emoe/prediction/next_use/start.safetensors
 
-That part (548 numbers) reads one key's own recency, frequencies and copies relative to a router that chooses at random,
+That part (552 numbers) reads one key's own recency, frequencies and copies relative to a router that chooses at random,
 so it fits models of any shape. It learns from one half of TRACE's prompts: the half that `emoe simulate --split 0`
 learns from.
 """
