@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from emoe.errors import UsageError
 from emoe.prediction.next_use import NextUse
+from emoe.prediction.next_use.adamw import AdamW
 from emoe.prediction.next_use.features import COPY_HORIZONS, HALF_LIVES, MATCH, Stream
 from emoe.prediction.next_use.learning import multi_hot, whole_raw
 from emoe.prediction.protocol import LayerScorer, RoutingShape, Trainable
@@ -159,3 +161,29 @@ def test_another_models_history_and_state_are_refused() -> None:
         scorer.fit(random_trace(SHAPE, 100, 0))
     with pytest.raises(UsageError, match="make the profile anew"):
         scorer.restore(NextUse(RoutingShape(2, 8, 2)).state())
+
+
+def test_learning_leaves_torchs_random_numbers_alone() -> None:
+    """Else sampled text would depend on what is resident."""
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    scorer = NextUse(SHAPE)
+    scorer.begin_prompt(None)
+    scorer.observe(random_routes(700))
+    assert scorer._learner.steps > 0
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_its_optimiser_is_torchs() -> None:
+    start = torch.randn(7, generator=torch.Generator().manual_seed(0))
+    mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    own = AdamW([mine], 1e-2, 0.05)
+    oracle = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.05, betas=(0.9, 0.99))
+    for step in range(20):
+        for parameter in (mine, theirs):
+            parameter.grad = torch.sin(parameter.detach() * step)
+        own.step()
+        oracle.step()
+    torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+    assert mine.grad is None

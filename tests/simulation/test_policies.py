@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 from emoe.errors import UsageError
 from emoe.prediction.protocol import Array, RoutingShape
 from emoe.prediction.registry import PREDICTORS, SCORERS
+from emoe.routing.counts import PromptCounts
 from emoe.routing.trace import Trace
 from emoe.simulation.banks import serve
+from emoe.simulation.generate import random_trace
 from emoe.simulation.learning import Past
 from emoe.simulation.lookups import Lookups
 from emoe.simulation.policies import ByScore, Settings, make_policy, names, scores_before
+from emoe.simulation.prompts import plan_prompts
+from emoe.simulation.runs import Task, simulate
 from tests.simulation.stand_ins import (
     BatchScorer,
     CountPredictor,
@@ -212,3 +216,13 @@ def test_an_unknown_policy_is_refused_with_the_choices() -> None:
     for wrong in (-1, "weekly", "adaptive:2"):
         with pytest.raises(UsageError):
             Settings(replan_prompts=wrong)
+
+
+def test_a_network_without_a_history_is_refused_before_anything_runs() -> None:
+    trace = random_trace(RoutingShape(2, 6, 2), 50)
+    wanted = "emoe-l is a network that has to be trained first: give --history or --split"
+    with pytest.raises(UsageError, match=wanted):
+        simulate([(trace, None)], Task(["lru", "emoe-l"], [0.5]), report=lambda *_: pytest.fail("it ran"))
+    counts = PromptCounts(trace.counts(), trace.task, trace.tasks, trace.top_k)
+    with pytest.raises(UsageError, match=wanted):
+        plan_prompts([(counts, None)], ["emoe-l"], [0.5], Settings(1), report=lambda *_: pytest.fail("it ran"))

@@ -22,7 +22,7 @@ from emoe.model.tasking import KnownHabits, TaskReader
 from emoe.policies.foresight import Foresight
 from emoe.prediction.live import LiveScored, LiveScores
 from emoe.prediction.protocol import RoutingShape, Trainable
-from emoe.prediction.registry import SCORERS, make_predictor, make_scorer
+from emoe.prediction.registry import NETWORKS, SCORERS, make_predictor, make_scorer
 from emoe.prediction.schedule import make_schedule
 from emoe.prediction.worker import PredictorProcess
 from emoe.residency.budget import LayerNeed
@@ -31,11 +31,6 @@ from emoe.residency.pool import ExpertPool
 from emoe.residency.worth import Worth
 from emoe.routing.rules import has_rule
 from emoe.tasks.profile import Profile
-
-
-def _is_network(predictor: str) -> bool:
-    """Whether a predictor is one of the paper's: a network, slow and in need of training."""
-    return predictor.startswith("emoe-")
 
 
 class Ahead:
@@ -67,7 +62,7 @@ class Ahead:
             self.scores = Scores(runtime, live, [need.layer for need in self._needs])
         self._answers: Answers | None = None
         name = settings.predictor
-        if name is not None and _is_network(name) and (profile is None or name not in profile.predictors):
+        if name in NETWORKS and (profile is None or name not in profile.predictors):
             raise UsageError(
                 f"predictor {name!r} is a network that has to be trained, and no profile holds it: make one with "
                 f"`emoe profile --predictors {name}`, or choose a predictor that needs no training."
@@ -159,7 +154,7 @@ class Ahead:
 
     def _ask(self, name: str) -> Answers:
         """Networks think in a process of their own; the others answer within microseconds."""
-        if not _is_network(name) or self.profile is None:
+        if name not in NETWORKS or self.profile is None:
             return AnswersHere(self._restored(make_predictor(name, self._shape)))
         return AnswersAside(PredictorProcess(name, self._shape, self.profile.predictors[name]))
 

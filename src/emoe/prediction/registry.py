@@ -52,6 +52,9 @@ PREDICTORS: dict[str, Callable[[RoutingShape], Predictor]] = {
 }
 """Prompt-level predictors by name."""
 
+NETWORKS = frozenset(name for name in PREDICTORS if name.startswith("emoe-"))
+"""The paper's predictors: networks, slow, and unable to predict before they are trained."""
+
 DEFAULT_PREDICTOR = "task-popularity"
 """No predictor of bench/table2.py does better, networks included. It names 0.541 of the next prompt's k most used
 experts on gpt-oss-20b and 0.587 on emoe-nano, the best network 0.540 and 0.571; 40 % of the experts chosen by it hold

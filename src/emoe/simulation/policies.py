@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from emoe.errors import UsageError
 from emoe.prediction.protocol import RoutingShape, UseScorer
-from emoe.prediction.registry import CONTESTED, PREDICTORS, SCORERS, make_predictor, make_scorer
+from emoe.prediction.registry import CONTESTED, NETWORKS, PREDICTORS, SCORERS, make_predictor, make_scorer
 from emoe.prediction.schedule import DEFAULT_PROMPTS, make_schedule
 from emoe.residency.eviction import EVICTION_RULES, Counts, Eviction, Now, Scored, Uses, make_eviction
 from emoe.routing.trace import Array
@@ -242,6 +242,13 @@ def check(name: str) -> None:
         raise UsageError(f"no policy is called {name!r}: choose one of {', '.join(names())}.")
 
 
+def check_history(named: Iterable[str], history: object | None) -> None:
+    """Raises UsageError, before long work, where a network is to predict that has nothing to learn from."""
+    untrained = [name for name in named if name in NETWORKS]
+    if untrained and history is None:
+        raise UsageError(f"{untrained[0]} is a network that has to be trained first: give --history or --split.")
+
+
 def plans(name: str) -> bool:
     """Whether the policy is a predictor that plans for whole prompts."""
     return name in PREDICTORS and name not in SCORERS
@@ -264,4 +271,4 @@ def make_policy(name: str, shape: RoutingShape, settings: Settings, past: Past |
     return made(name, shape, settings, past)
 
 
-__all__ = ["Belady", "ByScore", "Settings", "check", "make_policy", "names", "plans", "scores_before"]
+__all__ = ["Belady", "ByScore", "Settings", "check", "check_history", "make_policy", "names", "plans", "scores_before"]

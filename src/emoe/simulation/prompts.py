@@ -21,7 +21,7 @@ from emoe.routing.trace import Array, Trace
 from emoe.simulation.asking import Asking
 from emoe.simulation.banks import slots_for
 from emoe.simulation.learning import Note, Past
-from emoe.simulation.policies import Settings
+from emoe.simulation.policies import Settings, check_history
 from emoe.simulation.runs import Report
 
 REPORT_PROMPTS = 50
@@ -97,6 +97,7 @@ def plan_prompts(
     slots = [slots_for(capacity, shape) for capacity in capacities]
     rows = {(name, c): PlanRow(name, capacity, slots[c]) for name in names for c, capacity in enumerate(capacities)}
     for scored, history in runs:
+        check_history(names, history)
         best = -np.sort(-scored.counts, axis=2)
         routes = scored.as_trace(settings.seed)
         past = None if history is None else Past(history.as_trace(settings.seed), settings.seed, note)

@@ -181,6 +181,7 @@ def simulate(
     task.check()
     shape = RoutingShape.of(runs[0][0])
     for scored, history in runs:
+        policies.check_history(task.policies, history)
         for other in (scored, history):
             if other is not None and RoutingShape.of(other) != shape:
                 raise UsageError(f"the traces are of different models: {RoutingShape.of(other)} and {shape}.")

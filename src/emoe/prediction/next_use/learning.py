@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from emoe.errors import UsageError
+from emoe.prediction.next_use.adamw import AdamW
 from emoe.prediction.next_use.features import FEATURES, MAX_CHUNK, Stream
 from emoe.prediction.next_use.network import HORIZONS, Network
 from emoe.prediction.protocol import Array, Report, RoutingShape
@@ -27,7 +28,12 @@ WEIGHT_DECAY = 0.05
 WARM_UP_STEPS = 50
 FEWEST_TOKENS = 512
 """Below this a history teaches nothing."""
-_BUFFER_BYTES = 192 << 20
+STEP_KEYS = 32 * 768
+"""Key-tokens computed at once within a step: bounds its memory, and stays in the processor's caches."""
+FIT_BYTES = 192 << 20
+"""Samples held while a history is learned; more are drawn from with less repetition."""
+ONLINE_BYTES = 48 << 20
+"""Samples held beside a model that runs."""
 _REPORT_S = 5.0
 
 
@@ -65,23 +71,22 @@ class _Tokens:
 class Learner:
     """Keeps samples whose future is known and takes steps on random ones."""
 
-    def __init__(self, network: Network, seed: int, rate: float) -> None:
-        """Start with no samples."""
+    def __init__(self, network: Network, seed: int, rate: float, nbytes: int) -> None:
+        """Start with no samples, `nbytes` of them at most (but 512)."""
         self._network = network
         self._random = np.random.default_rng(seed)
-        self._optimiser = torch.optim.AdamW(
-            [p for p in network.parameters() if p.requires_grad], lr=rate, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.99)
-        )
+        self._dropout = torch.Generator().manual_seed(seed)
+        learnable = [p for p in network.parameters() if p.requires_grad]
+        self._optimiser = AdamW(learnable, rate, WEIGHT_DECAY)
         keys = network.shape.layers * network.shape.experts
-        self._room = int(min(8192, max(512, _BUFFER_BYTES // (keys * (2 * FEATURES + 3)))))
+        self._room = int(min(8192, max(512, nbytes // (keys * (2 * FEATURES + 3)))))
         self._waiting: list[_Tokens] = []
         self._held: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.steps = 0
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate."""
-        for group in self._optimiser.param_groups:
-            group["lr"] = rate
+        self._optimiser.rate = rate
 
     def add(self, raw: Tensor, before: Tensor, routes: Tensor) -> None:
         """Note tokens in order: their features, the routes before each, and their own."""
@@ -124,18 +129,23 @@ class Learner:
     def step(self) -> float:
         """Take one step on a random batch and return its loss."""
         chosen = [self._held[i] for i in self._random.integers(len(self._held), size=BATCH)]
-        raw, before, routes, distance = (torch.stack(part) for part in zip(*chosen, strict=True))
-        within = (distance[:, None] <= torch.tensor(HORIZONS)[:, None, None]).float()
-        self._network.train()
+        keys = self._network.shape.layers * self._network.shape.experts
+        part = min(BATCH, max(4, STEP_KEYS // keys))
+        total = 0.0
+        self._network.dropout = self._dropout
         with torch.enable_grad():
-            logits = self._network.of_tokens(raw.float(), before.float(), routes.float())
-            loss = functional.binary_cross_entropy_with_logits(logits, within)
-            self._optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            self._optimiser.step()
-        self._network.eval()
+            for start in range(0, BATCH, part):
+                samples = zip(*chosen[start : start + part], strict=True)
+                raw, before, routes, distance = (torch.stack(each) for each in samples)
+                within = (distance[:, None] <= torch.tensor(HORIZONS)[:, None, None]).float()
+                logits = self._network.of_tokens(raw.float(), before.float(), routes.float())
+                loss = functional.binary_cross_entropy_with_logits(logits, within) * (len(raw) / BATCH)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+        self._optimiser.step()
+        self._network.dropout = None
         self.steps += 1
-        return float(loss.detach())
+        return total
 
 
 def check_history(history: Trace, shape: RoutingShape) -> None:

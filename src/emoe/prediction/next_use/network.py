@@ -44,6 +44,8 @@ class Network(nn.Module):
         self.shape = shape
         self.base = shape.top_k / experts
         keys = layers * experts
+        self.dropout: torch.Generator | None = None
+        """While learning, where dropout draws from: never from torch's own stream, which sampling text draws from."""
 
         def drawn(*size: int, scale: float) -> nn.Parameter:
             return nn.Parameter(torch.randn(*size, generator=generator) * scale)
@@ -90,7 +92,10 @@ class Network(nn.Module):
         own = functional.linear(inner, self.second).permute(0, 3, 1, 2)
         own = own + shares[:, _START, None] * self.direct[:, None, None]
         own = own + self.bias[:, layers] + self.common[:, None, None]
-        active = functional.dropout(functional.gelu(hidden + self.layer[layers]), DROPOUT, self.training)
+        active = functional.gelu(hidden + self.layer[layers])
+        if self.dropout is not None:
+            kept = torch.rand(active.shape, generator=self.dropout) >= DROPOUT
+            active = active * kept / (1 - DROPOUT)
         read = torch.einsum("nlc,lcf->nlf", active, self.read[layers])
         split = read.view(len(read), read.shape[1], len(HORIZONS), self.shape.experts)
         logits: Tensor = own + split.transpose(1, 2)

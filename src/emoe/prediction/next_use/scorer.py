@@ -12,7 +12,9 @@ from emoe.errors import UsageError
 from emoe.prediction.next_use.features import MAX_CHUNK, Chunk, Stream
 from emoe.prediction.next_use.learning import (
     BATCH,
+    FIT_BYTES,
     FIT_RATE,
+    ONLINE_BYTES,
     ONLINE_RATE,
     Learner,
     check_history,
@@ -49,13 +51,13 @@ class NextUse:
         self._seed = seed
         self._shared_only = shared_only
         self._network = self._new_network(seed)
-        self._learner = Learner(self._network, seed, FIT_RATE)
+        self._learner = Learner(self._network, seed, FIT_RATE, ONLINE_BYTES)
         self._owed = 0
         self._fitted = False
         self._running: tuple[Chunk, Tensor] | None = None
 
     def _new_network(self, seed: int) -> Network:
-        return Network(self.shape, torch.Generator().manual_seed(seed), self._shared_only).eval()
+        return Network(self.shape, torch.Generator().manual_seed(seed), self._shared_only)
 
     # -- learning -------------------------------------------------------------------------------------------
 
@@ -72,7 +74,7 @@ class NextUse:
             tokens = int(history.offsets[prompt + 1] - history.offsets[prompt])
             stream.add_prior(counts[prompt], history.task_of(prompt), tokens)
         self._network = self._new_network(seed)
-        self._learner = Learner(self._network, seed, FIT_RATE)
+        self._learner = Learner(self._network, seed, FIT_RATE, FIT_BYTES)
         with torch.no_grad():
             fit(self._learner, stream, history, seed, progress)
         stream.begin_prompt(None)
@@ -114,7 +116,7 @@ class NextUse:
                 tokens = int(state[f"task.{task}.tokens"][0])
                 self.stream.tasks[task] = (torch.from_numpy(np.array(counts, dtype=np.float32)), tokens)
         self._network = network
-        self._learner = Learner(network, self._seed, ONLINE_RATE)
+        self._learner = Learner(network, self._seed, ONLINE_RATE, ONLINE_BYTES)
         self._fitted = True
         self._running = None
 
