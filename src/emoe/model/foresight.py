@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -99,7 +100,9 @@ class Ahead:
     ) -> list[Any]:
         """Wire everything to a runtime whose layers are bound; return what has a `remove` method, to undo it."""
         runtime, settings = self._runtime, self.settings
-        decode: Callable[[list[int]], str] | None = None if tokenizer is None else tokenizer.decode
+        decode: Callable[[list[int]], str] | None = None
+        if tokenizer is not None:  # keywords are looked for near both ends: not in the template's marks
+            decode = partial(tokenizer.decode, skip_special_tokens=True)
         if self.profile is not None:
             runtime.tasks_of = TaskReader(runtime, self.profile, decode)
         fits = all(pool.table.all_fit for pool in pools)
