@@ -119,7 +119,7 @@ def test_a_label_wins_over_keywords_and_keywords_over_nothing(path: Path, monkey
     texts = {3: "an easy one", 4: "a hard one", 5: "neither"}
 
     class Tokenizer:
-        def decode(self, ids: list[int]) -> str:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
             return texts[ids[0]]
 
     monkeypatch.setattr("emoe.model.bind._tokenizer", lambda path, kwargs: Tokenizer())

@@ -132,8 +132,8 @@ def load(
             to the best-scored expert that is resident, and nothing waits; "balanced" (lossy) does the first in layers
             where the running task is sensitive to wrong routing and the second elsewhere, as the profile says.
         reader: "auto", "cached", "direct" or "advised"; see the user guide.
-        eviction: "least-stale", "lru" or "lfu", or a scorer of expected use: "decayed", or "next-use", which follows LRU
-            while that loads less, and switches itself off while it takes longer than the loads it spares.
+        eviction: "least-stale", "lru" or "lfu", or a scorer of expected use: "decayed", or "next-use", which follows
+            LRU while that loads less, and switches itself off while it takes longer than the loads it spares.
         replan_prompts: p of the paper (section 2.3): at every p-th prompt the resident experts are chosen anew. Without
             a predictor, such a prompt is read with its own routes (its experts stream through) and what it routed most
             becomes resident; that is for the modes that reroute. With one, the predictor is asked and Equation 2 gives
