@@ -187,3 +187,13 @@ def test_no_torch_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_lossy_binding_says_so(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["simulate", trace, "--policy", "static", "--capacity", "50%", "--replan-prompts", "1"]
+    assert main([*argv, "--binding", "resident"]) == 0
+    done = capsys.readouterr()
+    assert "LOSSY: in binding 'resident' misses are rerouted" in done.err
+    assert "rerouted" in done.out.splitlines()[0]
+    assert main([*argv, "--binding", "balanced"]) == 2
+    assert "give --profile" in capsys.readouterr().err

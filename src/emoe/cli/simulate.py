@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from emoe.cli.options import add_command, positive, size
 from emoe.cli.output import ProgressLine, note, print_json, table
-from emoe.config import ExpertMemory, format_bytes
+from emoe.config import MODES, ExpertMemory, format_bytes
 from emoe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,6 +80,17 @@ def add_parser(commands: Any) -> None:
         help="load what a predictor names, or only order evictions by it (default: load)",
     )
     parser.add_argument(
+        "--binding",
+        choices=MODES,
+        default="exact",
+        help="what a miss is bound to: a load (exact), the best resident expert (resident, lossy), or the one or the "
+        "other by the task's sensitivity (balanced, lossy; needs --profile)",
+    )
+    parser.add_argument("--profile", metavar="DIR", help="of the trace's model: which layers are sensitive")
+    parser.add_argument(
+        "--sensitivity-threshold", type=float, metavar="X", help="binding balanced: as in `emoe generate`"
+    )
+    parser.add_argument(
         "--tasks", action=argparse.BooleanOptionalAction, default=True, help="show or hide the prompts' task labels"
     )
     parser.add_argument(
@@ -131,6 +142,8 @@ def _run_trace(args: argparse.Namespace) -> None:
     note(f"{about}, top-{trace.top_k}{_labels(trace)}")
     if task.expert_bytes is None:
         note("the trace does not say how large an expert is, so loads are not given in bytes: see --expert-bytes")
+    if task.binding.lossy:
+        note(f"LOSSY: in binding {args.binding!r} misses are rerouted, so loads say nothing without the text's quality")
     rows = simulate(runs, task, _Progress("tokens"), note)
     if args.json:
         print_json([row.as_dict(task.expert_bytes) for row in rows])
@@ -189,6 +202,7 @@ def _refuse_for_counts(args: argparse.Namespace) -> None:
         "--phase": args.phase != "all",
         "--prompts": args.prompts is not None,
         "--bandwidth": args.bandwidth is not None,
+        "--binding": args.binding != "exact",
     }
     for name, there in given.items():
         if there:
@@ -210,7 +224,8 @@ def cells(rows: Sequence[Row], expert_bytes: int | None) -> list[list[str]]:
     spread = any(len(row.ratios) > 1 for row in rows)
     timed = any(row.latencies for row in rows)
     head = ["policy", "capacity", "lookups", "misses", "loads", "hit rate", "x Belady"]
-    head += ["+-"] * spread + ["loaded", "wasted"] + ["mean", "p50", "p95"] * timed
+    lossy = any(row.mode != "exact" for row in rows)
+    head += ["+-"] * spread + ["rerouted"] * lossy + ["loaded", "wasted"] + ["mean", "p50", "p95"] * timed
     lines = [head]
     for row in rows:
         values = row.as_dict(expert_bytes)
@@ -218,6 +233,8 @@ def cells(rows: Sequence[Row], expert_bytes: int | None) -> list[list[str]]:
         line += [f"{row.hit_rate:.4f}", "-" if row.belady_ratio is None else f"{row.belady_ratio:.3f}"]
         if spread:
             line.append(f"{(max(row.ratios) - min(row.ratios)) / 2:.3f}" if row.ratios else "-")
+        if lossy:
+            line.append(f"{row.rerouted / row.lookups:.4f}")
         for count, name in ((row.loads, "bytes_loaded"), (row.wasted, "wasted_prefetch_bytes")):
             line.append(str(count) if values[name] is None else format_bytes(values[name]))
         if timed:
@@ -286,11 +303,14 @@ def _halves(args: argparse.Namespace, prompts: int) -> list[tuple[list[int], lis
 
 def _task(args: argparse.Namespace, trace: Trace) -> Task:
     from emoe.prediction.schedule import DEFAULT_PROMPTS
+    from emoe.simulation.bindings import Binding
     from emoe.simulation.clock import Link
     from emoe.simulation.policies import Settings
     from emoe.simulation.runs import Task
+    from emoe.tasks.profile import Profile
 
     known = trace.source.get("expert_bytes")
+    sensitivity = None if args.profile is None else Profile.read(args.profile).sensitivity
     return Task(
         policies=_names(DEFAULT_POLICIES) if args.policy is None else args.policy,
         capacities=args.capacity,
@@ -300,6 +320,7 @@ def _task(args: argparse.Namespace, trace: Trace) -> Task:
         prompts=args.prompts,
         expert_bytes=args.expert_bytes or (known if isinstance(known, int) else None),
         link=None if args.bandwidth is None else Link(args.bandwidth, args.compute_time),
+        binding=Binding(args.binding, sensitivity, args.sensitivity_threshold),
     )
 
 

@@ -20,6 +20,7 @@ from emoe.prediction.protocol import RoutingShape
 from emoe.residency.contest import RECENCY, Contest
 from emoe.residency.eviction import Eviction, Now, Uses
 from emoe.routing.trace import Array
+from emoe.simulation.bindings import Waits
 from emoe.simulation.lookups import Lookups
 
 REPORT_TOKENS = 1000
@@ -73,7 +74,8 @@ class Tally:
 
     Attributes:
         slots: slots of each layer's bank.
-        missed: uint16 [tokens, layers] misses, each of which was loaded.
+        missed: uint16 [tokens, layers] misses.
+        rerouted: those of them that were not loaded (lossy bindings), the same shape; None: all were.
         prefetches: what was loaded ahead, in the order of layers.
         wasted: prefetched experts that were evicted, or left at the end, unused.
     """
@@ -82,6 +84,13 @@ class Tally:
     missed: Array
     prefetches: list[Prefetch] = field(default_factory=list)
     wasted: int = 0
+    rerouted: Array | None = None
+
+    @property
+    def waited(self) -> Array:
+        """[tokens, layers] misses that were loaded and waited for."""
+        found: Array = self.missed if self.rerouted is None else self.missed - self.rerouted
+        return found
 
     @property
     def misses(self) -> int:
@@ -91,7 +100,7 @@ class Tally:
     @property
     def loads(self) -> int:
         """Demand loads and prefetches."""
-        return self.misses + sum(len(each.keys) for each in self.prefetches)
+        return int(self.waited.sum(dtype=np.int64)) + sum(len(each.keys) for each in self.prefetches)
 
 
 def slots_for(capacity: float, shape: RoutingShape) -> int:
@@ -106,15 +115,21 @@ def slots_for(capacity: float, shape: RoutingShape) -> int:
     return max(shape.top_k, int(Fraction(repr(float(capacity))) * shape.experts))
 
 
-def serve(lookups: Lookups, slots: Sequence[int], policy: Policy, report: Report | None = None) -> list[Tally]:
-    """Serve every look-up under one policy, with banks of each of these sizes; one tally for each size."""
-    return _Banks(lookups, slots, policy).run(report)
+def serve(
+    lookups: Lookups, slots: Sequence[int], policy: Policy, report: Report | None = None, waits: Waits | None = None
+) -> list[Tally]:
+    """Serve every look-up under one policy, with banks of each of these sizes; one tally for each size.
+
+    `waits` says for each sequence in which layers a miss is loaded (None: in all); elsewhere it is rerouted.
+    """
+    return _Banks(lookups, slots, policy, waits).run(report)
 
 
 class _Banks:
     """[capacities, layers * experts + 1] booleans: which keys are resident. The last key stands for none."""
 
-    def __init__(self, lookups: Lookups, slots: Sequence[int], policy: Policy) -> None:
+    def __init__(self, lookups: Lookups, slots: Sequence[int], policy: Policy, waits: Waits | None) -> None:
+        self.waits = waits
         shape = lookups.shape
         self.lookups = lookups
         self.layers, self.experts, self.top_k = shape.layers, shape.experts, shape.top_k
@@ -142,6 +157,10 @@ class _Banks:
         self.base = np.arange(self.layers)[:, None] * self.experts
         self.missed = np.zeros((len(lookups), sizes, self.layers), dtype=np.uint16)
         self.tallies = [Tally(size, self.missed[:, i]) for i, size in enumerate(self.slots)]
+        if waits is not None:
+            self.rerouted = np.zeros_like(self.missed)
+            for i, tally in enumerate(self.tallies):
+                tally.rerouted = self.rerouted[:, i]
         self.contests = [Contest([size] * self.layers, self.experts) for size in self.slots if policy.contested]
 
     def run(self, report: Report | None) -> list[Tally]:
@@ -163,8 +182,13 @@ class _Banks:
             if miss.any():
                 count = miss.reshape(shape).sum(axis=2, dtype=np.int16)
                 self.missed[token] = count
-                self._make_room(token, ids, count)
-                resident[:, ids] = True
+                loaded = ids
+                if self.waits is not None:
+                    where = self.waits(int(lookups.sequence[token]))
+                    self.rerouted[token] = count * ~where
+                    loaded, count = ids[np.repeat(where, self.top_k)], count * where
+                self._make_room(token, loaded, count)
+                resident[:, loaded] = True
             if report is not None and token % REPORT_TOKENS == 0:
                 report(token, len(lookups))
         for i, tally in enumerate(tallies):

@@ -57,7 +57,8 @@ def latency(lookups: Lookups, tally: Tally, link: Link, expert_bytes: int) -> La
 def token_seconds(lookups: Lookups, tally: Tally, link: Link, expert_bytes: int) -> Array:
     """float64 [tokens]."""
     load_s = expert_bytes / link.bytes_per_s
-    seconds: Array = tally.missed.sum(axis=1) * load_s + lookups.shape.layers * link.layer_s
+    waited = tally.waited
+    seconds: Array = waited.sum(axis=1) * load_s + lookups.shape.layers * link.layer_s
     asked = {each.token: each.keys for each in tally.prefetches if len(each.keys)}
     token = 0
     for start in sorted(asked):
@@ -67,7 +68,7 @@ def token_seconds(lookups: Lookups, tally: Tally, link: Link, expert_bytes: int)
         token = start
         while token < len(lookups) and (under_way.waiting or token in asked):
             under_way.add(asked.get(token, ()))
-            seconds[token] = under_way.serve(token, tally.missed[token])
+            seconds[token] = under_way.serve(token, waited[token])
             token += 1
     return seconds
 

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from emoe.config import Mode
 from emoe.errors import UsageError
 from emoe.prediction.protocol import RoutingShape
 from emoe.prediction.registry import SCORERS, make_scorer
+from emoe.prediction.schedule import make_schedule
 from emoe.residency.eviction import EVICTION_RULES, make_eviction
 from emoe.routing.trace import Trace
 from emoe.simulation import policies
 from emoe.simulation.banks import Policy, Tally, serve, slots_for
+from emoe.simulation.bindings import EXACT, Binding
 from emoe.simulation.clock import Latency, Link, latency
 from emoe.simulation.learning import Note, Past
 from emoe.simulation.lookups import Lookups, Phases
@@ -45,6 +48,7 @@ class Task:
         interleave: sequences at once.
         prompts: only the first so many prompts.
         expert_bytes: bytes of one expert, None where not known.
+        binding: what misses are bound to.
         link: the virtual clock's bandwidth and compute time, None without a clock.
     """
 
@@ -56,6 +60,7 @@ class Task:
     prompts: int | None = None
     expert_bytes: int | None = None
     link: Link | None = None
+    binding: Binding = EXACT
 
     def check(self) -> None:
         """Raises UsageError, before long work, for what cannot be meant."""
@@ -64,6 +69,8 @@ class Task:
         for name in self.policies:
             bare = name.removesuffix(POOL).removesuffix(ENGINE)
             policies.check(bare)
+            if self.binding.lossy and (bare != name or bare == "belady"):
+                raise UsageError(f"{name} loads every miss: it cannot run with the binding {self.binding.mode}.")
             if name.endswith(POOL) and policies.plans(bare):
                 raise UsageError(f"{name}: predictors plan for the banks of single layers: leave {POOL} out.")
             if name.endswith(ENGINE):
@@ -88,6 +95,8 @@ class Row:
     misses: int = 0
     prefetches: int = 0
     wasted: int = 0
+    rerouted: int = 0
+    mode: Mode = "exact"
     ratios: list[float] = field(default_factory=list)
     latencies: list[Latency] = field(default_factory=list)
 
@@ -95,9 +104,12 @@ class Row:
         """Count one run in."""
         self.lookups += lookups
         self.misses += tally.misses
-        self.prefetches += tally.loads - tally.misses
+        rerouted = 0 if tally.rerouted is None else int(tally.rerouted.sum(dtype=np.int64))
+        self.rerouted += rerouted
+        self.prefetches += tally.loads - (tally.misses - rerouted)
         self.wasted += tally.wasted
-        self.ratios.append(tally.loads / best.loads)  # never of 0: an empty bank misses every first use
+        if self.mode == "exact":  # Belady's rule bounds the loads of those that load every miss
+            self.ratios.append(tally.loads / best.loads)  # never of 0: an empty bank misses every first use
         if clock is not None:
             self.latencies.append(clock)
 
@@ -111,7 +123,7 @@ class Row:
     @property
     def loads(self) -> int:
         """Demand loads and prefetches."""
-        return self.misses + self.prefetches
+        return self.misses - self.rerouted + self.prefetches
 
     @property
     def hit_rate(self) -> float:
@@ -135,6 +147,9 @@ class Row:
             "belady_ratio": self.belady_ratio,
             "bytes_loaded": None if expert_bytes is None else self.loads * expert_bytes,
             "wasted_prefetch_bytes": None if expert_bytes is None else self.wasted * expert_bytes,
+            "binding": self.mode,
+            "lossy": self.mode != "exact",
+            "rerouted": self.rerouted,
             "prefetches": self.prefetches,
             "wasted_prefetches": self.wasted,
             "slots_per_layer": self.slots,
@@ -187,7 +202,9 @@ def simulate(
                 raise UsageError(f"the traces are of different models: {RoutingShape.of(other)} and {shape}.")
     slots = [slots_for(capacity, shape) for capacity in task.capacities]
     rows = {
-        (name, i): Row(name, capacity, slots[i]) for name in task.policies for i, capacity in enumerate(task.capacities)
+        (name, i): Row(name, capacity, slots[i], mode=task.binding.mode)
+        for name in task.policies
+        for i, capacity in enumerate(task.capacities)
     }
     for scored, history in runs:
         lookups = Lookups.of(scored, phases=task.phases, interleave=task.interleave, prompts=task.prompts)
@@ -238,5 +255,6 @@ def _tallies(
         return make_policy(bare, lookups.shape, task.settings, past)
 
     if bare == name:
-        return serve(lookups, slots, made(), told)
+        every = None if policies.plans(bare) else make_schedule(task.settings.replan_prompts).horizon
+        return serve(lookups, slots, made(), told, task.binding.waits(lookups, every) if name != "belady" else None)
     return [serve_shared(lookups, each, made(), told) for each in slots]
