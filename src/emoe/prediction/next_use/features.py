@@ -32,7 +32,7 @@ MAX_CHUNK = 256
 NEVER = 1000.0
 MATCH = 25 / 153, 25 / 153, 15 / 153
 """Log-weight of one matching choice of the running token, of the one before and of the one before that, where 96
-choices (24 layers, top-4) are made for a token; set on gpt-oss-20b's history half, scaled to other shapes."""
+choices (24 layers, top-4) are made for a token, scaled to other shapes. The first guess, never tuned."""
 _CHOICES = 96
 _PRIOR_TOKENS = 4.0
 _TASK_PRIOR_TOKENS = 200.0
