@@ -5,7 +5,7 @@ about layer l may use the token's own routes in layers up to l.
 
 *Copies*: text repeats itself, and so do routes. Earlier tokens whose routes (and whose predecessors' routes) match
 those of the running token vote for what was used shortly after them. It is the induction head of language models,
-over routes in place of words. On gpt-oss-20b it is worth as much as everything else that was learned (docs/log.md).
+over routes in place of words (docs/log.md says what each part is worth).
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Stream:
     def open(self, routes: Tensor) -> Chunk:
         """Look at the tokens that come next, [n, layers, experts], at most MAX_CHUNK.
 
-        A single token's routes may be unknown: zeros, to be filled in layer by layer with `fill`.
+        A single token's routes may be unknown: zeros, to be written into `Chunk.routes` layer by layer.
         """
         n, layers, experts = routes.shape
         flat = routes.view(n, -1)
