@@ -72,7 +72,11 @@ class BatchScorer(RecentScorer):
 
     name = "recent-batch"
 
-    def scores_of(self, routes: Array, weights: Array | None, token_ids: Array | None) -> Array:
+    def scores_at(self, rank: int, routes: Array) -> Array:
+        row: Array = self.counts[rank]
+        return row
+
+    def scores_of(self, routes: Array, weights: Array | None = None, token_ids: Array | None = None) -> Array:
         each = np.stack([self.shape.counts(routes[i : i + 1]) for i in range(len(routes))]).astype(np.float32)
         before: Array = self.counts + each.cumsum(axis=0) - each
         self.counts = self.counts + each.sum(axis=0)

@@ -6,6 +6,7 @@
     emoe inspect MODEL                   where the experts lie, and how they would be read
     emoe demo                            the embedded model with all, and with 40 % of its experts
     emoe profile MODEL --prompts FILE    learn its habits, once
+    emoe simulate TRACE                  what each policy would have loaded, beside the best possible
     emoe bench decode                    measure
 
 Exit codes: 0 done; 1 a defect; 2 usage; 3 damaged checkpoint; 4 unsupported model; 5 budget too small;

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from emoe.errors import UsageError
-from emoe.prediction.protocol import RoutingShape, UseScorer
+from emoe.prediction.protocol import LayerScorer, RoutingShape, UseScorer
 from emoe.prediction.registry import CONTESTED, NETWORKS, PREDICTORS, SCORERS, make_predictor, make_scorer
 from emoe.prediction.schedule import DEFAULT_PROMPTS, make_schedule
 from emoe.residency.eviction import EVICTION_RULES, Counts, Eviction, Now, Scored, Uses, make_eviction
@@ -49,20 +48,12 @@ class Settings:
         make_schedule(self.replan_prompts)
 
 
-class _BatchScorer(Protocol):
-    """A scorer that also scores many tokens at once."""
-
-    def scores_of(self, routes: Array, weights: Array | None, token_ids: Array | None) -> Array:
-        """float32 [tokens, layers, experts]: what `scores` returns before each token; all are then observed."""
-        ...
-
-
 def scores_before(scorer: UseScorer, routes: Array, weights: Array | None, token_ids: Array | None) -> Iterator[Array]:
     """[layers, experts] scores before each token of a prompt; the scorer observes a token when the next is asked for.
 
-    The one place that scores come from: a scorer may offer `scores_of` (see `_BatchScorer`), which must give the same.
+    The one place that scores come from. Of a `LayerScorer` each layer's row also knows the token's own routes so far.
     """
-    batch: _BatchScorer | None = scorer if hasattr(scorer, "scores_of") else None  # type: ignore[assignment]
+    batch = scorer if isinstance(scorer, LayerScorer) else None
     for start in range(0, len(routes), CHUNK_TOKENS if batch is not None else 1):
         part = slice(start, start + (CHUNK_TOKENS if batch is not None else 1))
         of = routes[part], None if weights is None else weights[part], None if token_ids is None else token_ids[part]
