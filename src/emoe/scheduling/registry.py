@@ -1,0 +1,25 @@
+"""Schedulers by name. Adding one is one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from emoe.errors import UsageError
+from emoe.scheduling.affinity import Affinity
+from emoe.scheduling.edf import Edf
+from emoe.scheduling.emoe import Emoe
+from emoe.scheduling.fifo import Fifo
+from emoe.scheduling.protocol import Scheduler
+
+SCHEDULERS: dict[str, Callable[[], Scheduler]] = {each.name: each for each in (Fifo, Edf, Emoe, Affinity)}
+
+
+def make_scheduler(name: str) -> Scheduler:
+    """A new scheduler by name.
+
+    Raises:
+        UsageError: no scheduler has that name.
+    """
+    if name not in SCHEDULERS:
+        raise UsageError(f"no scheduler is called {name!r}: choose one of {', '.join(SCHEDULERS)}.")
+    return SCHEDULERS[name]()
