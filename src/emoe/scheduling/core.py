@@ -25,7 +25,7 @@ PATIENCE_S = 600.0
 
 
 def kv_need(request: Request) -> int:
-    """Tokens of KV memory that admitting it takes: its input, what it had answered before a preemption, and one more."""
+    """KV tokens that admitting it takes: its input, what it had answered before a preemption, and one more."""
     return request.input_tokens + request.output_tokens + 1
 
 

@@ -19,7 +19,7 @@ def due_s(request: Request) -> float:
 
 
 class Edf:
-    """By the deadline of the first token; equal ones in order of arrival. One that does not fit keeps the rest waiting."""
+    """By the deadline of the first token, then by arrival. One that does not fit keeps the rest waiting."""
 
     name = "edf"
 

@@ -4,9 +4,9 @@ Equation 3, the expected latency of running request i if R with W input tokens i
 
     t_i = dE + (W + n_i * G_i) * c + r_i
 
-dE: `Costs.admission_load_s`; c: `Costs.token_s`; G_i: `Request.remaining_tokens`; n_i: requests that finish after i, that
-is with more tokens to come; r_i: seconds since i was admitted. R is admitted if with it every running request and R
-itself keep t under their SLO (`Request.slo_s`), and the input tokens stay below T_max.
+dE: `Costs.admission_load_s`; c: `Costs.token_s`; G_i: `Request.remaining_tokens`; n_i: requests that finish after i,
+that is with more tokens to come; r_i: seconds since i was admitted. R is admitted if with it every running request and
+R itself keep t under their SLO (`Request.slo_s`), and the input tokens stay below T_max.
 
 Where the paper is silent:
 
@@ -62,8 +62,8 @@ class _Batch:
         slack_i = (SLO_i - r_i - dE) / c - n_i * G_i       where R finishes before it or with it
         slack_i - G_i                                      where R finishes after it
 
-    Sorted by G, the least slack of those that finish no sooner than R is a suffix minimum, and the least of the others a
-    prefix minimum: a candidate costs one bisection.
+    Sorted by G, the least slack of those that finish no sooner than R is a suffix minimum, and the least of the others
+    a prefix minimum: a candidate costs one bisection.
     """
 
     def __init__(self, now: Situation) -> None:
