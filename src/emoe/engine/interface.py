@@ -152,6 +152,7 @@ class EngineSettings:
         page_tokens: tokens of a page of KV memory.
         max_waiting: requests that may wait; one more is refused with QueueFullError.
         context: the longest prompt and answer together.
+        max_input_tokens: of all running requests together (T_max of Algorithm 1), None: as many as KV memory holds.
         targets: defaults by task; the key None is for all others.
     """
 
@@ -162,6 +163,7 @@ class EngineSettings:
     page_tokens: int = 32
     max_waiting: int = 256
     context: int | None = None
+    max_input_tokens: int | None = None
     targets: dict[str | None, TaskTargets] = field(default_factory=dict)
 
 

@@ -25,9 +25,40 @@ RouteObserver = Callable[["Pass", int, torch.Tensor, torch.Tensor], None]
 """Called with (pass, layer, ids [tokens, k], weights [tokens, k]): the model's own route, before any rerouting."""
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One sequence's part of a pass: rows `start` to `stop` of its tokens.
+
+    Attributes:
+        sequence: which sequence: the row of a batch, or the number that whoever announced the pass gave it.
+        start, stop: its rows among all tokens of the pass.
+        phase: whether it reads a prompt or answers.
+        new: it is the first part of a new prompt.
+        task: its label, where the pass was announced.
+        position: how many of the sequence's tokens came before, where the pass was announced.
+    """
+
+    sequence: int
+    start: int
+    stop: int
+    phase: Phase
+    new: bool
+    task: str | None = None
+    position: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Its tokens in this pass, padding included."""
+        return self.stop - self.start
+
+
 @dataclass(slots=True)
 class Pass:
-    """One forward pass of the model over [batch, tokens]; `mask` marks the tokens that are not padding."""
+    """One forward pass of the model over [batch, tokens]; `mask` marks the tokens that are not padding.
+
+    `segments` are the sequences in it: the rows of a batch, or what was `announced`: sequences that come and go, packed
+    into one row, of which `ended` name those that have left since the pass before.
+    """
 
     phase: Phase = "prefill"
     batch: int = 1
@@ -35,6 +66,16 @@ class Pass:
     new_prompt: bool = True
     mask: torch.Tensor | None = None
     input_ids: torch.Tensor | None = None
+    segments: tuple[Segment, ...] = ()
+    announced: bool = False
+    ended: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            n = self.tokens
+            self.segments = tuple(
+                Segment(row, row * n, row * n + n, self.phase, self.new_prompt) for row in range(self.batch)
+            )
 
 
 @dataclass(slots=True)
@@ -108,6 +149,8 @@ class Runtime:
         self.workspace = Workspace()
         self.closed = False
         self.end_tokens: frozenset[int] = frozenset()
+        self._announced: Pass | None = None
+        self._reading: set[int] = set()  # announced sequences whose prompt is being read with its own routes
 
     # -- passes ---------------------------------------------------------------------------------------------
 
@@ -115,7 +158,15 @@ class Runtime:
         """Follow the model's forward passes: which are prompts, how many sequences, which tokens are padding."""
         model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
 
+    def announce(self, now: Pass | None) -> None:
+        """Say what the next forward pass is, which otherwise is read off its arguments; None takes it back."""
+        self._announced = now
+
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._announced is not None:
+            now, self._announced = self._announced, None
+            self.begin(now)
+            return
         ids = kwargs.get("input_ids", args[0] if args else None)
         tokens = ids if ids is not None else kwargs.get("inputs_embeds")
         if tokens is None or tokens.dim() < 2:
@@ -140,19 +191,38 @@ class Runtime:
         """Start a forward pass."""
         with self.lock:
             self.now = now
-            if now.new_prompt:
+            if now.announced:
+                self._begin_announced(now)
+            elif now.new_prompt:
                 label = [self.task] * now.batch
                 self.tasks = label if self.tasks_of is None else self.tasks_of(now)
-                self.observing = self.mode != "exact" and self.reads_own_routes(self.prompts)
-                self.prompts += 1
-                for layer in self.layers.values():
-                    layer.prompt_counts = [0] * layer.experts
+                self.observing = self._begin_prompt()
             elif now.phase == "decode":
                 self.observing = False
             for table in {id(layer.pool): layer.pool.table for layer in self.layers.values()}.values():
                 table.begin_pass()
             for start in self.at_pass_start:
                 start(now)
+
+    def _begin_prompt(self) -> bool:
+        """Number a new prompt (or batch of prompts); whether it is read with its own routes."""
+        own = self.mode != "exact" and self.reads_own_routes(self.prompts)
+        self.prompts += 1
+        if own and not self._reading:
+            for layer in self.layers.values():
+                layer.prompt_counts = [0] * layer.experts
+        return own
+
+    def _begin_announced(self, now: Pass) -> None:
+        """Every token of a pass in which some prompt is read with its own routes keeps its own."""
+        self.tasks = [segment.task for segment in now.segments]
+        self._reading -= now.ended
+        for segment in now.segments:
+            if segment.new and self._begin_prompt():
+                self._reading.add(segment.sequence)
+            elif segment.phase == "decode":
+                self._reading.discard(segment.sequence)
+        self.observing = any(segment.sequence in self._reading for segment in now.segments)
 
     def counts(self, layer: LayerRuntime) -> bool:
         """Whether the pool counts hits and misses: not where the route it sees has been rerouted already."""
@@ -168,9 +238,9 @@ class Runtime:
     def note_route(self, layer: LayerRuntime, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Where misses are rerouted: count what the router wanted against what is there, before that happens."""
         with self.lock:
-            self.observe(layer.layer, ids, weights)
             layer.pool.prefetches.poll()
             layer.keeps_route = self.observing or layer.waits or not layer.pool.table.resident(layer.layer)
+            self.observe(layer.layer, ids, weights)
             if layer.keeps_route:
                 return  # nothing is rerouted; the pool counts
             counters = layer.pool.table.counters[layer.layer]
