@@ -1,0 +1,108 @@
+"""What the server refuses before anybody looks at it: wrong keys, bodies that are too large or too slow."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from emoe.config import format_bytes
+from emoe.server.errors import ApiError
+
+OPEN_PATHS = frozenset({"/health"})
+READ_TIMEOUT_S = 30.0
+"""Seconds that a part of a body may take. A client that has less to say holds a connection for nothing."""
+
+_READ_OUT = 8
+"""A refused body of up to this many times the limit is read to its end: who still sends does not read the answer."""
+
+
+class ApiKey:
+    """Lets requests through that carry `Authorization: Bearer KEY`."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._key = key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI side."""
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            # Always compared, and in constant time: how long it takes tells nothing.
+            right = hmac.compare_digest(key.strip().encode(), self._key)
+            if not right or scheme.lower() != "bearer":
+                given = "the API key is wrong" if key else "there is no API key"
+                error = ApiError(
+                    401,
+                    f"{given}; send the server's as `Authorization: Bearer KEY`",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+                await error.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """Reads the body of a request, up to a size and within a time, before the endpoint runs."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, read_timeout_s: float = READ_TIMEOUT_S) -> None:
+        self._app = app
+        self._max = max_bytes
+        self._timeout_s = read_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI side."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        size = int(declared) if declared.isascii() and declared.isdigit() else 0
+        try:
+            if size > self._max * _READ_OUT:
+                raise self._too_large()
+            body = await self._read(receive)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        if body is None:
+            return  # the client has gone
+        first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again() -> Message:
+            return first.pop() if first else await receive()
+
+        await self._app(scope, again, send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        parts, size = [], 0
+        while True:
+            try:
+                message = await asyncio.wait_for(receive(), self._timeout_s)
+            except TimeoutError:
+                text = f"no more of the body came for {self._timeout_s:g} s; send it at once"
+                raise ApiError(408, text, code="body_timeout", headers={"Connection": "close"}) from None
+            if message["type"] == "http.disconnect":
+                return None
+            part = message.get("body", b"")
+            size += len(part)
+            if size <= self._max:
+                parts.append(part)
+            else:
+                parts.clear()
+            if size > self._max * _READ_OUT:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                if size > self._max:
+                    raise self._too_large()
+                return b"".join(parts)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"the body is larger than {format_bytes(self._max)}; send less, or raise --max-body-size",
+            code="body_too_large",
+            headers={"Connection": "close"},
+        )
