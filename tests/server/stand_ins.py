@@ -102,6 +102,7 @@ class ScriptedEngine:
         self.scheduler_name = "fifo"
         self.layers = 6
         self.max_context = 1024
+        self.kv_tokens = 16384
         self.submitted: list[Submission] = []
         self.cancelled: list[str] = []
         self.room = 1 << 30
@@ -138,9 +139,9 @@ class ScriptedEngine:
         cancelled.wait()
         on_event(FinishedEvent("cancelled", REPORT))
 
-    def cancel(self, id: str) -> None:
-        self.cancelled.append(id)
-        self._cancel[id].set()
+    def cancel(self, request: str) -> None:
+        self.cancelled.append(request)
+        self._cancel[request].set()
 
     def stats(self) -> EngineStats:
         return replace(STATS, running=sum(thread.is_alive() for thread in self.threads))

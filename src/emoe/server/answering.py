@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from emoe.engine.interface import FinishedEvent, Report, Submission, TokenEvent
+from emoe.engine.interface import Event, FinishedEvent, Report, Submission, TokenEvent
 from emoe.errors import EmoeError
 from emoe.server.bridge import ClientGoneError, Requests
 from emoe.server.errors import ApiError, as_event, from_engine, from_finish
@@ -96,7 +96,18 @@ class Answering:
         self._shape = shape
         self._submissions = submissions
         self.answers = [Answer(AnswerText(service.tokens.decode, stops)) for _ in submissions]
-        self.requests = Requests(service.engine, service.metrics.observer(len(submissions)))
+        self.requests = Requests(service.engine, self._measure)
+        self._last: list[TokenEvent | None] = [None] * len(submissions)
+
+    def _measure(self, index: int, event: Event) -> None:
+        """Every event, also of answers that nobody waits for any more."""
+        if isinstance(event, FinishedEvent):
+            # The engine was told to end what a stop string has ended.
+            reason = "stop" if self.answers[index].text.stopped else event.reason
+            self._service.metrics.ended(event.report, reason)
+        else:
+            self._service.metrics.token(event, self._last[index])
+            self._last[index] = event
 
     def submit(self) -> None:
         """Give the requests to the engine.

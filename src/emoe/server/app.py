@@ -134,7 +134,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         else:
             ids = await tokens.text(body.prompt or "", special=body.add_special_tokens is not False)
         strings = tokens.strings(ids) if body.return_token_strs else None
-        most = service.engine.max_context
+        most = service.engine_holds()
         return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": strings})
 
     @app.post("/detokenize", response_model=Detokenized, responses=FAILS)
@@ -159,9 +159,9 @@ def _add_facts(app: FastAPI, service: Service) -> None:
                 "mode": engine.mode,
                 "lossy": engine.lossy,
                 "scheduler": engine.scheduler_name,
-                "context": engine.max_context,
+                "context": service.engine_holds(),
                 "expert_budget_bytes": engine.stats().budget_bytes,
-                "kv_tokens": engine.settings.kv_tokens,
+                "kv_tokens": engine.kv_tokens,
                 "max_running": engine.settings.max_running,
                 "max_waiting": engine.settings.max_waiting,
                 "temperature": settings.temperature,

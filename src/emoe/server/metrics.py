@@ -5,22 +5,23 @@ Distributions are observed as requests run; everything else is read from the eng
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 import emoe
 from emoe.config import Mode
-from emoe.engine.interface import EngineStats, Event, FinishedEvent, Report, TokenEvent
+from emoe.engine.interface import EngineStats, Report, TokenEvent
 
 TASKS_AT_MOST = 64
 """Labels are the clients' to choose, and each makes time series: further ones are counted as "other"."""
 
 OTHER = "other"
-NO_TASK = "none"
+"""Also of requests without a task, as profiles have it."""
+
 LAYER_GROUPS = ("early", "middle", "late")
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
@@ -53,11 +54,11 @@ class TaskLabels:
     """Keeps the number of different task labels bounded."""
 
     def __init__(self) -> None:
-        self._known: set[str] = {OTHER, NO_TASK}
+        self._known: set[str] = {OTHER}
 
     def __call__(self, task: str | None) -> str:
         """The label to count under."""
-        name = task or NO_TASK
+        name = task or OTHER
         if name not in self._known and len(self._known) >= TASKS_AT_MOST:
             return OTHER
         self._known.add(name)
@@ -68,6 +69,7 @@ class Metrics:
     """All metrics of one server, in a registry of their own."""
 
     def __init__(self, model_name: str, engine: Watched) -> None:
+        disable_created_metrics()  # a series per series, which nobody draws
         self.registry = CollectorRegistry()
         self.tasks = TaskLabels()
         self._model = model_name
@@ -98,28 +100,19 @@ class Metrics:
         """A request was not taken."""
         self._refused.labels(self._model, code or "other").inc()
 
-    def observer(self, answers: int) -> Callable[[int, Event], None]:
-        """What `Requests` calls with every event of its `answers` requests."""
-        last: list[float | None] = [None] * answers
+    def token(self, event: TokenEvent, before: TokenEvent | None) -> None:
+        """A token has come, after another of the same answer."""
+        if before is not None:
+            self._itl.observe(event.at_s - before.at_s)
 
-        def observe(index: int, event: Event) -> None:
-            if isinstance(event, FinishedEvent):
-                self._ended(event)
-            elif isinstance(event, TokenEvent):
-                before, last[index] = last[index], event.at_s
-                if before is not None:
-                    self._itl.observe(event.at_s - before)
-
-        return observe
-
-    def _ended(self, event: FinishedEvent) -> None:
-        report = event.report
-        self._success.labels(self._model, event.reason).inc()
+    def ended(self, report: Report, reason: str) -> None:
+        """An answer has ended."""
+        self._success.labels(self._model, reason).inc()
         self._queue.observe(report.queue_s)
         self._e2e.observe(report.e2e_s)
         if report.ttft_s is not None:
             self._ttft.observe(report.ttft_s)
-        if event.reason != "cancelled":  # who hangs up has no target any more
+        if reason != "cancelled":  # who hangs up has no target any more
             self._count_slo(report)
 
     def _count_slo(self, report: Report) -> None:

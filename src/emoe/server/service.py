@@ -95,14 +95,18 @@ class Service:
                 )
         return made
 
+    def engine_holds(self) -> int:
+        """The longest prompt and answer together: the context, unless KV memory is less."""
+        return min(self.engine.max_context, self.engine.kv_tokens)
+
     def _room(self, ids: list[int], param: str) -> int:
         """What the context leaves for an answer."""
-        room = self.engine.max_context - len(ids)
+        most = self.engine_holds()
+        room = most - len(ids)
         if room < 1:
             raise ApiError(
                 400,
-                f"the prompt has {len(ids)} tokens, and the context holds {self.engine.max_context} with the answer; "
-                "shorten it",
+                f"the prompt has {len(ids)} tokens, and there is room for {most} with the answer; shorten it",
                 param=param,
                 code="context_length_exceeded",
             )

@@ -1,0 +1,232 @@
+"""`emoe serve`: OpenAI's API over a model, batched, with latency targets."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from emoe import nano
+from emoe.checkpoint.memory_room import memory_room
+from emoe.cli.early import refuse_early, refuse_settings
+from emoe.cli.layers import Layers
+from emoe.cli.options import add_command
+from emoe.cli.output import note, print_json, table
+from emoe.cli.serve_options import add_options, in_seconds
+from emoe.config import format_bytes
+from emoe.engine.interface import EngineSettings, TaskTargets
+from emoe.errors import UsageError
+from emoe.planner import facts_of
+from emoe.planner.remote import is_hub_id
+from emoe.server.planning import ServingPlan, plan_serving
+
+NEEDS = ("fastapi", "uvicorn", "prometheus_client")
+_ENGINE = EngineSettings()
+_EPILOG = (
+    "Every option can also stand in the environment (--max-queue: EMOE_MAX_QUEUE) and in a TOML file (--config FILE: "
+    "max-queue = 64); flags go before the environment, and that before the file. The first SIGINT or SIGTERM lets what "
+    "runs finish, the second ends at once."
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands, "serve", run, "Serve a model behind OpenAI's API: batched, streamed, bounded.", epilog=_EPILOG
+    )
+    layers = Layers(parser)
+    add_options(layers)
+    parser.set_defaults(layers=layers)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to stop: exit code 0 then. Exit code 5 when it does not fit."""
+    args = args.layers.resolve(args, os.environ)
+    if args.json and not args.dry_run:
+        raise UsageError("--json is for --dry-run")
+    _default_profile(args)
+    refuse_settings(args)
+    refuse_early(args.model, args.expert_memory)
+    planned = _plan(args)
+    if args.dry_run:
+        if args.json:
+            print_json(planned.as_dict())
+        else:
+            print(plan_text(planned, _name(args)))
+        planned.check()
+        return 0
+    if args.trace is not None:
+        raise UsageError("--trace records prompts that run alone; record with `emoe generate` or `emoe profile`")
+    missing = [name for name in NEEDS if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"emoe serve needs {', '.join(missing)}: pip install 'emoe[serve]'")
+    planned.check()
+    _serve(args, planned)
+    return 0
+
+
+def _default_profile(args: argparse.Namespace) -> None:
+    """The embedded model's own profile: it says how long answers are, and what their tasks are."""
+    if args.model is None and args.profile is None and nano.profile_path().is_dir():
+        args.profile = str(nano.profile_path())
+
+
+def _plan(args: argparse.Namespace) -> ServingPlan:
+    dtype = None if args.dtype == "auto" else args.dtype
+    name, facts = facts_of(args.model, dtype=dtype, revision=args.revision)
+    room = None if args.memory is not None else memory_room()
+    return plan_serving(
+        facts,
+        model=name,
+        memory_bytes=args.memory if room is None else room.available_bytes,
+        memory_source="allowed" if room is None else f"free ({room.bound})",
+        expert_memory=args.expert_memory,
+        context=args.max_model_len,
+        kv_memory_bytes=args.kv_memory,
+        max_running=args.max_num_seqs,
+        max_batch_tokens=args.max_num_batched_tokens,
+        page_tokens=_ENGINE.page_tokens,
+    )
+
+
+def plan_text(planned: ServingPlan, name: str) -> str:
+    """The plan for people."""
+    plan = planned.memory
+    rows = [
+        ("dense weights", format_bytes(plan.dense_bytes), "read for every token, always in memory"),
+        (
+            "experts, resident",
+            format_bytes(plan.resident_bytes),
+            f"{plan.resident_experts} of {plan.experts} ({plan.resident_share:.0%}), all are "
+            f"{format_bytes(plan.expert_bytes)}",
+        ),
+        (
+            "KV memory",
+            format_bytes(planned.kv_bytes),
+            f"{planned.kv_tokens} tokens of {format_bytes(planned.kv_token_bytes)}; a context is {planned.context}",
+        ),
+        (
+            "activations",
+            format_bytes(plan.activation_bytes),
+            f"at most, {planned.max_batch_tokens} tokens of {planned.max_running} requests in a step",
+        ),
+        ("read buffers", format_bytes(plan.buffer_bytes), "experts on their way into memory"),
+        ("Python and torch", format_bytes(plan.import_bytes + plan.runtime_bytes), "libraries, threads, kernels"),
+        ("in all", format_bytes(plan.total_bytes), _of(plan.memory_bytes, plan.memory_source)),
+    ]
+    lines = [f"emoe serve {name} ({plan.model_type}, {plan.dtype})", table(rows, right=(1,))]
+    return "\n".join([*lines, *(f"note: {text}" for text in plan.assumed)])
+
+
+def _of(memory_bytes: int | None, source: str) -> str:
+    return "" if memory_bytes is None else f"of {format_bytes(memory_bytes)} {source}"
+
+
+def _name(args: argparse.Namespace) -> str:
+    """What clients call the model: the hub id, or the folder's name."""
+    if args.served_model_name is not None:
+        return str(args.served_model_name)
+    if args.model is None:
+        return "emoe-nano"
+    return args.model if is_hub_id(args.model) else Path(args.model).resolve().name
+
+
+def engine_settings(args: argparse.Namespace, planned: ServingPlan) -> EngineSettings:
+    """The engine's side of the options."""
+    targets: dict[str | None, TaskTargets] = dict(args.task_slo or [])
+    if args.slo_ttft_ms is not None or args.slo_tpot_ms is not None:
+        targets[None] = TaskTargets(ttft_slo_s=in_seconds(args.slo_ttft_ms), tpot_slo_s=in_seconds(args.slo_tpot_ms))
+    return EngineSettings(
+        scheduler=args.scheduler,
+        max_running=args.max_num_seqs,
+        max_batch_tokens=args.max_num_batched_tokens,
+        kv_tokens=planned.kv_tokens,
+        max_waiting=args.max_queue,
+        context=planned.context,
+        max_input_tokens=args.max_input_tokens,
+        targets=targets,
+    )
+
+
+def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
+    """Bind, load, start, serve, stop."""
+    from emoe.server.running import address_of, listen
+
+    with listen(args.host, args.port) as bound:
+        from emoe.cli.session import open_session, warn_if_lossy
+        from emoe.engine.engine import Engine
+        from emoe.server.app import create_app
+        from emoe.server.running import serve
+
+        task = args.task  # of requests that name none; loading has nothing to label with it
+        args.task = None
+        options = {"expert_memory": planned.expert_memory, "max_read_bytes_per_s": args.max_read_bytes_per_s}
+        with _log_as_notes(), open_session(args, **options) as session:
+            settings = server_settings(args, task, session.model.generation_config)
+            engine = Engine(session.model, session.tokenizer, engine_settings(args, planned))
+            app = create_app(engine, settings, session.tokenizer, _name(args))
+            engine.start()
+            try:
+                stats = session.stats
+                warn_if_lossy(stats)
+                note(
+                    f"serving {_name(args)} at {address_of(bound)}/v1: mode {engine.mode}"
+                    f"{' (LOSSY)' if engine.lossy else ''}, {format_bytes(stats['budget_bytes'])} for experts of "
+                    f"{format_bytes(stats['total_expert_bytes'])}, KV {format_bytes(planned.kv_bytes)} for "
+                    f"{planned.kv_tokens} tokens, scheduler {engine.scheduler_name}"
+                )
+                serve(app, bound)
+            finally:
+                engine.stop()
+    note("stopped")
+
+
+def server_settings(args: argparse.Namespace, task: str | None, generation: Any) -> Any:
+    """The HTTP side of the options. What requests leave out comes from the model's generation configuration."""
+    from emoe.server.settings import ServerSettings
+
+    greedy = generation.do_sample is False
+    return ServerSettings(
+        api_key=args.api_key,
+        cors_origins=tuple(args.cors_origin or ()),
+        max_body_bytes=args.max_body_size,
+        request_timeout_s=args.request_timeout or None,
+        keep_alive_s=args.keep_alive,
+        write_timeout_s=args.write_timeout,
+        shutdown_timeout_s=args.shutdown_timeout,
+        status_interval_s=args.status_interval,
+        default_task=task,
+        temperature=0.0 if greedy else _or(generation.temperature, 1.0),
+        top_p=1.0 if greedy else _or(generation.top_p, 1.0),
+        top_k=None if greedy else generation.top_k or None,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
+
+
+class _Notes(logging.Handler):
+    """Log records as the commands' notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
+        note(self.format(record))
+
+
+@contextmanager
+def _log_as_notes() -> Iterator[None]:
+    logger, handler = logging.getLogger("emoe"), _Notes()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
