@@ -9,7 +9,7 @@ from emoe.model.tasking import KnownHabits
 
 
 class Balance:
-    """Sets at every new prompt which layers wait.
+    """Sets which layers wait whenever the tasks of a pass change.
 
     Of a batch of several tasks, a layer waits if one of them is sensitive there.
     """
@@ -18,13 +18,16 @@ class Balance:
         """Bind to a runtime whose `tasks` are known when a pass starts."""
         self._runtime = runtime
         self._habits = habits
+        self._tasks: frozenset[str | None] | None = None
 
     def start_pass(self, now: Pass) -> None:
         """Look the running tasks up."""
-        if not now.new_prompt:
+        tasks = frozenset(self._runtime.tasks)
+        if tasks == self._tasks:
             return
+        self._tasks = tasks
         waits = None
-        for task in dict.fromkeys(self._runtime.tasks):
+        for task in tasks:
             sensitive = self._habits.sensitive(task)
             if sensitive is not None:
                 waits = sensitive if waits is None else np.logical_or(waits, sensitive)

@@ -29,6 +29,8 @@ class LiveTokens:
 
     def mask_of(self, now: Pass) -> torch.Tensor | None:
         """bool [batch * tokens] on any device; None: every token counts."""
+        if now.announced:
+            return None
         if now.new_prompt or len(self._ended) != now.batch:
             self._ended = [False] * now.batch
         if now.phase == "decode" and now.input_ids is not None and now.batch > 1:
@@ -39,12 +41,13 @@ class LiveTokens:
 
 
 def tokens_of(now: Pass, row: int) -> list[int] | None:
-    """The token ids of one sequence of a pass without its padding; None where the model was fed embeddings."""
+    """The token ids of one segment of a pass without its padding; None where the model was fed embeddings."""
     if now.input_ids is None:
         return None
-    ids = now.input_ids[row]
+    segment = now.segments[row]
+    ids = now.input_ids.reshape(-1)[segment.start : segment.stop]
     if now.mask is not None:
-        ids = ids[now.mask.view(now.batch, now.tokens)[row]]
+        ids = ids[now.mask[segment.start : segment.stop]]
     found: list[int] = ids.tolist()
     return found
 
@@ -55,7 +58,7 @@ class PassRoutes:
 
     Attributes:
         now: the pass.
-        sequence: int [tokens], the row of the batch that each token belongs to.
+        sequence: int [tokens], the segment of the pass that each token belongs to.
         routes: [tokens, layers, k] expert ids; the dtype's largest value: not computed.
         weights: float16 [tokens, layers, k], as traces hold them, so that a replay sees the same numbers; None where
             no consumer wants them.
@@ -98,7 +101,7 @@ class RouteCollector:
         """Hand over what was collected, if anything was."""
         now, seen = self._now, self._seen
         self._now, self._seen = None, {}
-        if now is None or not seen:
+        if now is None or now.failed or not seen:
             return
         found = self._put_together(now, seen)
         for consumer in self.consumers:
@@ -110,7 +113,7 @@ class RouteCollector:
         if self._with_weights:
             gates = [seen[rank][1].detach().half() if rank in seen else None for rank in range(len(self._ranks))]
             weights = self._stacked(gates, np.dtype(np.float16))
-        sequence = np.repeat(np.arange(now.batch), now.tokens)
+        sequence = np.repeat(np.arange(len(now.segments)), [segment.tokens for segment in now.segments])
         tokens = None if now.input_ids is None else now.input_ids.reshape(-1).cpu().numpy()
         mask = self._live.mask_of(now)
         if mask is not None:

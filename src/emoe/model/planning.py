@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,16 @@ from emoe.residency.worth import Worth
 Array = npt.NDArray[Any]
 
 
+@dataclass(slots=True)
+class _Prompt:
+    """One that runs: its task, W_j, and the routes of the tokens seen so far."""
+
+    task: Task
+    inputs: int
+    seen: int = 0
+    routes: list[Array] = field(default_factory=list)
+
+
 class Habits(Protocol):
     """What is known of tasks from before: a profile's, or nothing."""
 
@@ -32,6 +43,10 @@ class Habits(Protocol):
 
     def sensitive(self, task: Task) -> Array | None:
         """bool [layers], None where unknown (every layer is then)."""
+        ...
+
+    def shares(self, task: Task) -> Array | None:
+        """float [layers, experts], how popular experts are with it; None where unknown."""
         ...
 
 
@@ -65,9 +80,10 @@ class Planner:
         self._habits = habits
         self._worth = worth
         self._ranks = {layer: rank for rank, layer in enumerate(sorted(runtime.layers))}
-        self._routes: list[list[Array]] = []
-        self._tasks: list[Task] = []
-        self._inputs: list[int] = []
+        self.planned: Array | None = None
+        """bool [layers, experts]: the keys of the last plan."""
+        self._prompts: dict[int, _Prompt] = {}
+        self._answered: dict[Task, Array] = {}
         self._asked = False
         # What reading a prompt with its own routes makes wait: a mode that reroutes is spared that by a plan.
         self._reading_s = self._waited_s = 0.0
@@ -90,31 +106,49 @@ class Planner:
 
     def collect(self, found: PassRoutes) -> None:
         """Keep one pass's routes until its prompts have ended."""
-        for row in range(len(self._routes)):
-            own = found.routes if len(self._routes) == 1 else found.routes[found.sequence == row]
+        segments = found.now.segments
+        for row, segment in enumerate(segments):
+            prompt = self._prompts.get(segment.sequence)
+            if prompt is None:
+                continue
+            own = found.routes if len(segments) == 1 else found.routes[found.sequence == row]
+            if found.now.announced:  # a preemption makes the model read tokens again
+                own = own[max(0, prompt.seen - segment.position) :]
             if len(own):
-                self._routes[row].append(own)
+                prompt.routes.append(own)
+                prompt.seen += len(own)
         if self._recent is not None and len(found.routes):
             self._recent.observe(found.routes)
 
     def start_pass(self, now: Pass) -> None:
-        """At a new prompt: tell of those that have ended, and ask if it is time. At any pass: take an answer."""
-        if not now.new_prompt and not self._asked:
+        """At a new prompt: tell of those that have ended, and ask if it is time. At any pass: take an answer.
+
+        In an announced pass with new prompts Equation 2 is evaluated for those that run, whether or not it is time to
+        ask: of each task the last answer counts, and before the first its popularity.
+        """
+        if not (now.new_prompt or now.ended or self._asked):
             return
         start = time.perf_counter()
         try:
-            if now.new_prompt:
-                self._end_prompts()
+            new = sum(segment.new for segment in now.segments) if now.announced else int(now.new_prompt)
+            if new or now.ended:
+                self._end_prompts(now)
                 self._begin_prompts(now)
-                index = self._runtime.prompts - 1
-                if self._worth.active and index > 0 and self._due(index):
-                    if self._runtime.mode != "exact":
-                        self._worth.hide(self._reading_s)
-                    self._answers.ask(list(dict.fromkeys(task for task, _ in self._expected())))
-                    self._asked = True
+            numbers = range(max(1, self._runtime.prompts - new), self._runtime.prompts)
+            if self._worth.active and any(self._due(number) for number in numbers):
+                if self._runtime.mode != "exact":
+                    self._worth.hide(self._reading_s)
+                self._answers.ask(list(dict.fromkeys(task for task, _ in self._expected(now.announced))))
+                self._asked = True
             if self._worth.active and self._asked and (answer := self._answers.poll()) is not None:
                 self._asked = False
-                self._apply(answer)
+                self._answered |= answer
+                self._in_force = np.mean(list(answer.values()), axis=0)
+                if self._recent is not None:
+                    self._recent.clear()
+                self._plan(now, answer)
+            elif self._worth.active and now.announced and numbers:
+                self._plan(now, {})
         except PredictorDiedError as error:  # the text is as good without: go on, and say so
             self._worth.give_up(str(error))
         if not self._worth.active:
@@ -125,39 +159,49 @@ class Planner:
 
     # -- prompts --------------------------------------------------------------------------------------------
 
-    def _end_prompts(self) -> None:
+    def _end_prompts(self, now: Pass) -> None:
         waited_s = sum(pool.load_wait_s for pool in self._pools)
         if self._read_own:
             self._reading_s = waited_s - self._waited_s
         self._waited_s = waited_s
         self._read_own = self._runtime.observing
-        for task, inputs, routes in zip(self._tasks, self._inputs, self._routes, strict=True):
-            if routes:
-                self._lately.append((task, inputs))
-                whole = np.concatenate(routes)
-                if self._worth.usable:
-                    self._answers.tell(task, whole)
-                if self._in_force is None:  # what the first prompt routed to is what is resident after it
-                    self._in_force = self._shape.normalised(self._shape.counts(whole).astype(np.float64))
-                self._ended_prompts += 1
-                self._output_tokens += max(0, len(whole) - inputs)
+        for sequence in now.ended if now.announced else list(self._prompts):
+            prompt = self._prompts.pop(sequence, None)
+            if prompt is None or not prompt.routes:
+                continue
+            self._lately.append((prompt.task, prompt.inputs))
+            whole = np.concatenate(prompt.routes)
+            if self._worth.usable:
+                self._answers.tell(prompt.task, whole)
+            if self._in_force is None:  # what the first prompt routed to is what is resident after it
+                self._in_force = self._shape.normalised(self._shape.counts(whole).astype(np.float64))
+            self._ended_prompts += 1
+            self._output_tokens += max(0, len(whole) - prompt.inputs)
 
     def _begin_prompts(self, now: Pass) -> None:
-        self._tasks = list(self._runtime.tasks)
-        self._inputs = [now.tokens] * now.batch
-        if now.mask is not None:
-            self._inputs = now.mask.view(now.batch, now.tokens).sum(dim=1).tolist()
-        self._routes = [[] for _ in range(now.batch)]
+        for segment, task in zip(now.segments, self._runtime.tasks, strict=True):
+            if not segment.new:
+                continue
+            inputs = segment.prompt_tokens if now.announced else segment.tokens
+            if now.mask is not None:
+                inputs = int(now.mask[segment.start : segment.stop].sum())
+            self._prompts[segment.sequence] = _Prompt(task, inputs)
 
     # -- plans ----------------------------------------------------------------------------------------------
 
-    def _apply(self, answer: Mapping[Task, Array]) -> None:
-        """Equation 2 over the running prompts, the best L of each layer, and loads of what is missing."""
-        tokens = expected_tokens(self._demand(task, shares) for task, shares in answer.items())
+    def _plan(self, now: Pass, answer: Mapping[Task, Array]) -> None:
+        """Equation 2, the best L of each layer, and loads of what is missing."""
+        shares = dict(answer)
+        if now.announced:
+            tasks = {prompt.task for prompt in self._prompts.values()}
+            known = {task: self._answered.get(task, self._habits.shares(task)) for task in tasks}
+            shares = {task: found for task, found in known.items() if found is not None}
+        if not shares:
+            return
+        expected = self._expected(now.announced)
+        tokens = expected_tokens(self._demand(task, found, expected) for task, found in shares.items())
         self.plans += 1
-        self._in_force = np.mean(list(answer.values()), axis=0)
-        if self._recent is not None:
-            self._recent.clear()
+        self.planned = np.zeros(tokens.shape, dtype=bool)
         for pool in self._pools:
             table = pool.table
             layers = sorted(table.experts)
@@ -166,18 +210,26 @@ class Planner:
                 own[row, table.experts[layer] :] = 0.0  # of layers with fewer experts than others
             quotas = [table.plan.quotas[layer] for layer in layers]
             best = best_keys(own, quotas) if all(quotas) else best_keys_of_all(own, table.plan.slots)
+            for layer, experts in zip(layers, best, strict=True):
+                self.planned[self._ranks[layer], experts] = True
             pool.prefetches.plan([(layer, e) for layer, experts in zip(layers, best, strict=True) for e in experts])
 
-    def _expected(self) -> list[tuple[Task, int]]:
-        """Task and input tokens of the prompts that the plan is for: those running, those that ended lately in place of
-        those to come, and, while too few have ended, prompts of no known task."""
-        known = [*zip(self._tasks, self._inputs, strict=True), *self._lately]
+    def _expected(self, announced: bool = False) -> list[tuple[Task, int]]:
+        """Task and input tokens of the prompts that the plan is for.
+
+        Where prompts come one after another: those running, those that ended lately in place of those to come, and,
+        while too few have ended, prompts of no known task. Where they are announced: those running.
+        """
+        known = [(prompt.task, prompt.inputs) for prompt in self._prompts.values()]
+        if announced:
+            return known
+        known += self._lately
         unknown = (self._lately.maxlen or 0) - len(self._lately)
         mean = sum(tokens for _, tokens in known) // max(1, len(known))
         return [*known, *[(None, mean)] * unknown]
 
-    def _demand(self, task: Task, shares: Array) -> TaskDemand:
-        inputs = [tokens for expected, tokens in self._expected() if expected == task]
+    def _demand(self, task: Task, shares: Array, expected: Sequence[tuple[Task, int]]) -> TaskDemand:
+        inputs = [tokens for each, tokens in expected if each == task]
         output = self._habits.output_tokens(task)
         if output is None:
             output = self._output_tokens / max(1, self._ended_prompts)

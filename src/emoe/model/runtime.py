@@ -34,8 +34,8 @@ class Segment:
         start, stop: its rows among all tokens of the pass.
         phase: whether it reads a prompt or answers.
         new: it is the first part of a new prompt.
-        task: its label, where the pass was announced.
-        position: how many of the sequence's tokens came before, where the pass was announced.
+        task, position, prompt_tokens: where the pass was announced, its label, how many of its tokens came before, and
+            how many its whole prompt has.
     """
 
     sequence: int
@@ -45,6 +45,7 @@ class Segment:
     new: bool
     task: str | None = None
     position: int = 0
+    prompt_tokens: int = 0
 
     @property
     def tokens(self) -> int:
@@ -57,7 +58,7 @@ class Pass:
     """One forward pass of the model over [batch, tokens]; `mask` marks the tokens that are not padding.
 
     `segments` are the sequences in it: the rows of a batch, or what was `announced`: sequences that come and go, packed
-    into one row, of which `ended` name those that have left since the pass before.
+    into one row, of which `ended` name those that have left since the pass before. A pass that `failed` is run again.
     """
 
     phase: Phase = "prefill"
@@ -69,6 +70,7 @@ class Pass:
     segments: tuple[Segment, ...] = ()
     announced: bool = False
     ended: frozenset[int] = frozenset()
+    failed: bool = False
 
     def __post_init__(self) -> None:
         if not self.segments:

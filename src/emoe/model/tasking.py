@@ -32,7 +32,7 @@ class TaskReader:
         label = self._runtime.task
         if label is not None or self._profile is None or self._decode is None or now.input_ids is None:
             return [label] * now.batch
-        found = (self._profile.task_of(self._decode(tokens_of(now, row) or [])) for row in range(now.batch))
+        found = (self._profile.task_of(self._decode(tokens_of(now, row) or [])) for row in range(len(now.segments)))
         return [None if task == OTHER else task for task in found]
 
 
@@ -55,6 +55,10 @@ class KnownHabits:
     def sensitive(self, task: str | None) -> Array | None:
         """bool [layers], None without a profile: every layer is sensitive then."""
         return None if self._profile is None else self._profile.sensitivity.sensitive(task, self._threshold)
+
+    def shares(self, task: str | None) -> Array | None:
+        """float64 [layers, experts]: the popularity of that task, else of all prompts; None without a profile."""
+        return None if self._profile is None else self._profile.popularity_of(task)
 
     def all_sensitive(self) -> bool:
         """Whether no layer of any task is insensitive: then nothing is ever rerouted in mode `balanced`."""

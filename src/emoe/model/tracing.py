@@ -17,7 +17,7 @@ from emoe.routing.recorder import TraceWriter
 def record_trace(runtime: Runtime, index: ExpertIndex, needs: Sequence[LayerNeed], path: Path) -> Callable[[], object]:
     """Record every route from now on; return the function that writes the file.
 
-    Each sequence of a batch is a prompt of the trace, labelled with its task: the caller's label, else what a profile's
+    Each sequence is a prompt of the trace, labelled with its task: the caller's label, else what a profile's
     keywords say. Padding is left out. Where misses are rerouted the model's own choice is recorded, not what was run in
     its place.
 
@@ -35,15 +35,22 @@ def record_trace(runtime: Runtime, index: ExpertIndex, needs: Sequence[LayerNeed
             "expert_bytes": max(index.stored_nbytes(need.layer, 0) for need in needs),
         },
     )
-    prompts: list[int] = []
+    prompts: dict[int, int] = {}  # sequence -> its prompt in the trace
     live = LiveTokens(runtime)
     current: list[Pass] = []
 
     def begin(now: Pass) -> None:
-        if now.new_prompt or len(prompts) != now.batch:
-            tasks = runtime.tasks if len(runtime.tasks) == now.batch else [runtime.task] * now.batch
-            prompts[:] = [writer.add_prompt(task=task, token_ids=tokens_of(now, row)) for row, task in enumerate(tasks)]
-        writer.begin_pass(prompts, now.phase, now.tokens, mask=live.mask_of(now), token_ids=now.input_ids)
+        if not now.announced and (now.new_prompt or len(prompts) != now.batch):
+            prompts.clear()
+        for row, segment in enumerate(now.segments):
+            if segment.sequence not in prompts:
+                task = runtime.tasks[row] if len(runtime.tasks) == len(now.segments) else runtime.task
+                whole = not now.announced or segment.tokens >= segment.prompt_tokens
+                ids = tokens_of(now, row) if whole else None
+                prompts[segment.sequence] = writer.add_prompt(task=task, token_ids=ids)
+        of = [prompts[segment.sequence] for segment in now.segments for _ in range(segment.tokens)]
+        phases = [segment.phase for segment in now.segments for _ in range(segment.tokens)]
+        writer.begin_pass(of, phases, mask=live.mask_of(now), token_ids=now.input_ids)
         current[:] = [now]
 
     def observe(now: Pass, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:

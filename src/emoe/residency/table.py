@@ -157,6 +157,13 @@ class ResidencyTable:
             if (key := self.slots[slot].key) is not None and self.slots[slot].state is not SlotState.LOADING
         )
 
+    def ready(self, layer: int) -> npt.NDArray[np.bool_]:
+        """bool [experts]: which experts of `layer` can be run now and are not being run."""
+        mask = np.zeros(self.experts[layer], dtype=np.bool_)
+        own = self._held[self._ready] - self._first[layer]
+        mask[own[(own >= 0) & (own < len(mask))]] = True
+        return mask
+
     @property
     def occupied(self) -> int:
         """Slots that hold or are loading an expert."""
