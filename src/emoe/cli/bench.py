@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from emoe.bench import commands as benchmarks
+from emoe.bench.serve import commands as serving
 from emoe.cli.options import add_command
 
 
@@ -14,3 +15,4 @@ def add_parser(commands: Any) -> None:
     below = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     benchmarks.add_decode(add_command(below, "decode", benchmarks.run_decode, benchmarks.DECODE))
     benchmarks.add_checkpoint(add_command(below, "checkpoint", benchmarks.run_checkpoint, benchmarks.CHECKPOINT))
+    serving.add_serve(add_command(below, "serve", serving.run_serve, serving.SERVE))
