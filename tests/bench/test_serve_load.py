@@ -303,10 +303,10 @@ def test_interrupted_it_prints_what_there_is(capsys: pytest.CaptureFixture[str])
 def test_every_option_reaches_the_settings(tmp_path: Path) -> None:
     found = settings_of(
         *shlex.split(
-            "http://h:1 --arrivals a.csv --time-scale 2 --length-scale 0.5 --start 3 --limit 4 --concurrency 5 --seed 6 "
-            "--prompts p.jsonl --task-mix qa=2 --own-prompt-lengths --max-tokens 7 --context 8 --ignore-eos "
-            "--endpoint completions --model m --api-key k --temperature 0.5 --timeout 9 --slo qa=500/40 --slo 1000/- "
-            "--slo-scale 2 --calibration 1 --wrong-labels 0.2"
+            "http://h:1 --arrivals a.csv --time-scale 2 --length-scale 0.5 --start 3 --limit 4 --concurrency 5 "
+            "--seed 6 --prompts p.jsonl --task-mix qa=2 --own-prompt-lengths --max-tokens 7 --context 8 "
+            "--ignore-eos --endpoint completions --model m --api-key k --temperature 0.5 --timeout 9 "
+            "--slo qa=500/40 --slo 1000/- --slo-scale 2 --calibration 1 --wrong-labels 0.2"
         )
     )
     assert found == LoadSettings(
