@@ -5,6 +5,7 @@
     emoe chat MODEL                      talk to it
     emoe inspect MODEL                   where the experts lie, and how they would be read
     emoe demo                            the embedded model with all, and with 40 % of its experts
+    emoe serve MODEL                     OpenAI's API over it
     emoe profile MODEL --prompts FILE    learn its habits, once
     emoe simulate TRACE                  what each policy would have loaded, beside the best possible
     emoe bench decode                    measure
@@ -22,14 +23,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import emoe
-from emoe.cli import bench, chat, demo, generate, inspect, plan, profile, simulate
+from emoe.cli import bench, chat, demo, generate, inspect, plan, profile, serve, simulate
 from emoe.cli.output import note
 from emoe.errors import EmoeError, UsageError
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
-_COMMANDS = (plan, generate, chat, inspect, demo, profile, simulate, bench)
+_COMMANDS = (plan, generate, chat, inspect, demo, serve, profile, simulate, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:
