@@ -7,13 +7,14 @@ request then attends alone, with exactly the arguments that `generate()` would h
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 IMPLEMENTATION = "emoe_paged_sdpa"
@@ -84,6 +85,37 @@ def _alone(
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril_(keys - queries)[None, None]
     output: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal=True)[0]
     return output
+
+
+def slides(model: PreTrainedModel) -> bool:
+    """Whether some layer attends to a window only."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return "sliding_attention" in kinds
+    return getattr(config, "sliding_window", None) is not None
+
+
+def update_of(cache: Any) -> Update:
+    """The cache's update behind one signature."""
+    if "kwargs" in inspect.signature(cache.update).parameters:
+
+        def update(
+            key: torch.Tensor, value: torch.Tensor, layer: int, kwargs: dict[str, Any]
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            found: tuple[torch.Tensor, torch.Tensor] = cache.update(key, value, layer, kwargs)
+            return found
+
+        return update
+
+    def update_by_index(  # transformers < 5.19
+        key: torch.Tensor, value: torch.Tensor, layer: int, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found = cache.update(key, value, layer, kwargs["read_index"], kwargs["write_index"])
+        key, value = (states.transpose(0, 1).unsqueeze(0) for states in found)
+        return key, value
+
+    return update_by_index
 
 
 AttentionInterface.register(IMPLEMENTATION, packed_attention)

@@ -26,7 +26,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
-from emoe.engine.attention import IMPLEMENTATION, Packed, Update
+from emoe.engine.attention import IMPLEMENTATION, Packed, slides, update_of
 from emoe.errors import UnsupportedModelError
 
 SCHEDULER = "emoe"
@@ -135,7 +135,7 @@ class Batcher:
                 generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
                 continuous_batching_config=config,
             )
-            self.sliding = _slides(model)
+            self.sliding = slides(model)
             if not self.sliding and model.config._attn_implementation in ("sdpa", "paged|sdpa"):
                 model.set_attn_implementation(IMPLEMENTATION)
             self._manager: Any = manager
@@ -149,10 +149,37 @@ class Batcher:
             ) from error
         self._cache: Any = self._processor.cache
         self._scheduler: ScheduledOnly = self._processor.scheduler
-        self._cache.emoe = Packed(_update_of(self._cache))
+        self._cache.emoe = Packed(update_of(self._cache))
         self._processor.model_runner._sample = self._choose
         self.kv_tokens = self._capacity()
         self._before: list[_State] = []
+        try:
+            self._probe()
+        except BaseException:
+            self.close()
+            raise
+
+    def _probe(self) -> None:
+        """Run the dense part once, a prompt and a token, and find out now what this model's attention cannot do.
+
+        Raises:
+            UnsupportedModelError: with what went wrong.
+        """
+        sample, self._sample = self._sample, lambda logits, requests: logits.argmax(dim=-1).tolist()
+        try:
+            self.add("probe", [0, 0], 2, ())
+            for _ in range(2):
+                self.prepare()
+                self.run()
+                self.finish()
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} cannot be batched continuously by transformers "
+                f"{transformers.__version__}: its attention does not fit the paged cache ({error}). Use generate()."
+            ) from error
+        finally:
+            self.remove("probe")
+            self._sample = sample
 
     # -- requests -------------------------------------------------------------------------------------------
 
@@ -301,37 +328,6 @@ class Batcher:
     def _restore(self) -> None:
         if self._model.config._attn_implementation != self._attention:
             self._model.set_attn_implementation(self._attention)
-
-
-def _slides(model: PreTrainedModel) -> bool:
-    """Whether some layer attends to a window only."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return "sliding_attention" in kinds
-    return getattr(config, "sliding_window", None) is not None
-
-
-def _update_of(cache: Any) -> Update:
-    """The cache's update behind one signature."""
-    if "kwargs" in inspect.signature(cache.update).parameters:
-
-        def update(
-            key: torch.Tensor, value: torch.Tensor, layer: int, kwargs: dict[str, Any]
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            found: tuple[torch.Tensor, torch.Tensor] = cache.update(key, value, layer, kwargs)
-            return found
-
-        return update
-
-    def update_by_index(  # transformers < 5.19
-        key: torch.Tensor, value: torch.Tensor, layer: int, kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        found = cache.update(key, value, layer, kwargs["read_index"], kwargs["write_index"])
-        key, value = (states.transpose(0, 1).unsqueeze(0) for states in found)
-        return key, value
-
-    return update_by_index
 
 
 _PARAMETERS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (

@@ -104,14 +104,18 @@ class Engine:
             raise EngineStoppedError("an engine runs once: make another one with the same model.")
         settings, measures = self.settings, self._measures
         self._loop = loop = Loop(settings, self._binding, self._desk, self._scheduler, self._knowledge, measures)
-        loop.batcher = Batcher(
-            self._model,
-            loop.choose,
-            page_tokens=settings.page_tokens,
-            kv_tokens=settings.kv_tokens,
-            max_batch_tokens=settings.max_batch_tokens,
-            max_running=settings.max_running,
-        )
+        self._binding.runtime.dense_only = True
+        try:
+            loop.batcher = Batcher(
+                self._model,
+                loop.choose,
+                page_tokens=settings.page_tokens,
+                kv_tokens=settings.kv_tokens,
+                max_batch_tokens=settings.max_batch_tokens,
+                max_running=settings.max_running,
+            )
+        finally:
+            self._binding.runtime.dense_only = False
         loop.kv_tokens = loop.kv_free = loop.batcher.kv_tokens
         threads, device = torch.get_num_threads(), self._model.device
 

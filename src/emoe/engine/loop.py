@@ -93,7 +93,9 @@ class Loop:
                 self._end(ticket, "cancelled")
             elif now > ticket.ends_s:
                 self._end(ticket, "timeout")
-        if not self._suspects:
+        if self._suspects:
+            self._admit_suspect()
+        else:
             self._admit(now)
         if self._desk.running:
             self._step()
@@ -121,13 +123,23 @@ class Loop:
         )
         for request in chosen[:1] if first else chosen:
             ticket = self._desk[request.id]
-            request.resumed = False
-            request.admitted_s = now if request.admitted_s is None else request.admitted_s
-            self._desk.admit(ticket)
             if first:
                 self._alone = ticket
-            ends = () if ticket.submission.sampling.ignore_end else self._runtime.end_tokens
-            self.batcher.add(request.id, ticket.tokens, request.max_tokens - len(ticket.answer), ends)
+            self._begin(ticket, now)
+
+    def _admit_suspect(self) -> None:
+        """The one to be tried alone, if the failed step cost it its pages. The others have to give theirs, or wait."""
+        ticket = self._desk[self._suspects[0]]
+        if ticket not in self._desk.running:
+            self._begin(ticket, time.perf_counter())
+
+    def _begin(self, ticket: Ticket, now: float) -> None:
+        request = ticket.request
+        request.resumed = False
+        request.admitted_s = now if request.admitted_s is None else request.admitted_s
+        self._desk.admit(ticket)
+        ends = () if ticket.submission.sampling.ignore_end else self._runtime.end_tokens
+        self.batcher.add(request.id, ticket.tokens, request.max_tokens - len(ticket.answer), ends)
 
     def _unpromised(self) -> int:
         """Free KV tokens, less what the running requests' prompts still need and a page for each to grow."""

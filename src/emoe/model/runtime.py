@@ -150,6 +150,8 @@ class Runtime:
         self.lock = threading.RLock()
         self.workspace = Workspace()
         self.closed = False
+        self.dense_only = False
+        """Passes leave no trace and experts give 0: for finding out whether the rest of the model runs."""
         self.end_tokens: frozenset[int] = frozenset()
         self._announced: Pass | None = None
         self._reading: set[int] = set()  # announced sequences whose prompt is being read with its own routes
@@ -165,6 +167,8 @@ class Runtime:
         self._announced = now
 
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.dense_only:
+            return
         if self._announced is not None:
             now, self._announced = self._announced, None
             self.begin(now)
@@ -239,6 +243,8 @@ class Runtime:
 
     def note_route(self, layer: LayerRuntime, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Where misses are rerouted: count what the router wanted against what is there, before that happens."""
+        if self.dense_only:
+            return
         with self.lock:
             layer.pool.prefetches.poll()
             layer.keeps_route = self.observing or layer.waits or not layer.pool.table.resident(layer.layer)
@@ -274,6 +280,8 @@ class Runtime:
         """
         if self.closed:
             raise UsageError("this model was closed with emoe.close: load it again with emoe.load.")
+        if self.dense_only:
+            return torch.zeros_like(hidden)
         if hidden.requires_grad and torch.is_grad_enabled():
             raise UsageError("emoe runs inference only: call the model under torch.no_grad(), and do not train it.")
         if hidden.device != layer.pool.bank.device:
