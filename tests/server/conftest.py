@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -77,3 +78,54 @@ def serve(tokenizer: Any) -> Iterator[Serve]:
             return stack.enter_context(running(engine, ServerSettings(**settings), tokenizer))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def nano_engine() -> Iterator[Any]:
+    """The embedded model with 40 % of its experts, behind the real engine."""
+    import emoe
+    from emoe.engine.engine import Engine
+    from emoe.engine.interface import EngineSettings, TaskTargets
+
+    model, tokenizer = emoe.load(expert_memory="40%", profile=nano.profile_path())
+    targets: dict[str | None, TaskTargets] = {"code": TaskTargets(ttft_slo_s=100.0, tpot_slo_s=100.0)}
+    engine = Engine(model, tokenizer, EngineSettings(kv_tokens=4096, targets=targets))
+    engine.start()
+    yield engine
+    engine.stop()
+    emoe.close(model)
+
+
+@pytest.fixture(scope="session")
+def server(nano_engine: Any, tokenizer: Any) -> Iterator[Running]:
+    """A server for the real engine, greedy unless a request says otherwise."""
+    settings = ServerSettings(temperature=0.0, status_interval_s=0.1, max_body_bytes=1 << 20)
+    with running(nano_engine, settings, tokenizer) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def client(server: Running) -> Iterator[Any]:
+    """The official client."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    """Wait for something that happens soon; whether it did."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def raw_post(path: str, body: Any, **headers: str) -> bytes:
+    """A request as it goes over the socket."""
+    content = json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(content)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + content

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from emoe.config import Mode
@@ -76,7 +76,7 @@ STATS = EngineStats(
     plans=2,
 )
 
-Script = Sequence[Event | float]
+Script = Iterable[Event | float]
 """Events, and seconds to wait between them."""
 
 

@@ -69,7 +69,8 @@ class Metrics:
     """All metrics of one server, in a registry of their own."""
 
     def __init__(self, model_name: str, engine: Watched) -> None:
-        disable_created_metrics()  # a series per series, which nobody draws
+        # A series per series, which nobody draws.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.tasks = TaskLabels()
         self._model = model_name

@@ -37,6 +37,10 @@ class Detokeniser:
         while marks < _UNFINISHED_AT_MOST and text.endswith(UNFINISHED, 0, len(text) - marks):
             marks += 1
         stable = len(text) - marks
+        if marks and len(self._window) - self._clean <= _UNFINISHED_AT_MOST:
+            # Byte-fallback decoders mark a whole run of bytes until its last character is complete.
+            mark = text.find(UNFINISHED, self._given)
+            stable = min(stable, max(mark, self._given))
         piece = text[self._given : stable]
         self._given = max(self._given, stable)
         if not marks:
