@@ -8,7 +8,6 @@ any of it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,21 +17,17 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import scheduler as tf_scheduler
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.continuous_batching.continuous_api import (
-    ContinuousBatchingManager,
-    ContinuousBatchProcessor,
-)
-from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from emoe.engine.attention import IMPLEMENTATION, Packed, slides, update_of
+from emoe.engine.moved import check
 from emoe.errors import UnsupportedModelError
 
 SCHEDULER = "emoe"
 ALL_MEMORY = 1e6
 """Share of the "available memory" that transformers may use: how much KV memory there is has been decided already."""
 
+Rank = tuple[int, float]
 Sample = Callable[[torch.Tensor, Sequence[str]], Sequence[int]]
 """Given the logits [rows, vocabulary] of the step's requests with a new token, and their ids, choose the tokens."""
 
@@ -43,25 +38,48 @@ class ScheduledOnly(tf_scheduler.Scheduler):  # type: ignore[misc]
     def __init__(self, cache: Any, safety_margin: float | None, max_requests_per_batch: int) -> None:
         """As transformers makes schedulers."""
         self.only: Collection[str] | None = None
-        self.preempted: list[RequestState] = []
+        self.preempted: list[str] = []
+        self.ranks: dict[str, Rank] = {}
+        self.page_tokens = 0  # 0: windows, whose pages cannot be foreseen here
+        self.free_tokens: Callable[[], int] = lambda: 0
         super().__init__(cache, safety_margin or 0.0, max_requests_per_batch)
 
-    def enqueue(self, state: RequestState) -> None:
-        """Take an admitted request."""
+    def enqueue(self, state: RequestState, rank: Rank) -> None:
+        """Take an admitted request; of two, the one with the higher rank loses its pages first."""
+        self.ranks[state.request_id] = rank
         super().add_waiting_request(state)
 
     def add_waiting_request(self, state: RequestState) -> None:
         """Called by the offloading manager with a request whose pages it took."""
-        self.preempted.append(state)
+        self.preempted.append(state.request_id)
+
+    def preempt(self, request: str) -> None:
+        """Take a request's pages."""
+        self.set_request_cancellation(request)
+        self.clear_cancelled_requests()
+        self.preempted.append(request)
+
+    def _make_room(self, decoding: Sequence[RequestState]) -> None:
+        """Before transformers does: it would preempt whoever needs a page just now, be it the first that came."""
+        while self.page_tokens and len(self.active_requests) > 1:
+            pages = sum(
+                state.position_offset % self.page_tokens == 0
+                for state in decoding
+                if state.request_id in self.active_requests
+            )
+            if pages * self.page_tokens <= self.free_tokens():
+                return
+            self.preempt(max(self.active_requests, key=lambda request: self.ranks[request]))
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[Any] | None, bool, int, int]:
         """The next step: decoding, then begun prompts, then new ones, in the order of admission."""
-        active = list(self.active_requests.values())
+        among = [s for s in self.active_requests.values() if self.only is None or s.request_id in self.only]
+        self._make_room([state for state in among if state.status == RequestStatus.DECODING])
+        active = [state for state in among if state.request_id in self.active_requests]
         candidates = [state for state in active if state.status == RequestStatus.DECODING]
         candidates += [state for state in active if state.status == RequestStatus.PREFILLING]
-        candidates += [self.waiting_requests[request] for request in self.waiting_requests_order]
-        if self.only is not None:
-            candidates = [state for state in candidates if state.request_id in self.only]
+        waiting = [self.waiting_requests[request] for request in self.waiting_requests_order]
+        candidates += [state for state in waiting if self.only is None or state.request_id in self.only]
         left: set[str] = set()
         scheduled, failed, fast, queries, keys = self._process_candidates(candidates, token_budget, cache_budget, left)
         self._cleanup_waiting_queue(left)
@@ -152,6 +170,8 @@ class Batcher:
         self._cache.emoe = Packed(update_of(self._cache))
         self._processor.model_runner._sample = self._choose
         self.kv_tokens = self._capacity()
+        self._scheduler.page_tokens = 0 if self.sliding else page_tokens
+        self._scheduler.free_tokens = lambda: self.free_tokens
         self._before: list[_State] = []
         try:
             self._probe()
@@ -183,26 +203,30 @@ class Batcher:
 
     # -- requests -------------------------------------------------------------------------------------------
 
-    def add(self, request: str, tokens: Sequence[int], max_tokens: int, ends: Collection[int]) -> None:
-        """Take an admitted request: its prompt (with what it answered before a preemption) and its end tokens."""
-        self._scheduler.enqueue(
-            RequestState(
-                request_id=request,
-                initial_tokens=list(tokens),
-                max_new_tokens=max_tokens,
-                eos_token_id=sorted(ends) or None,
-            )
+    def add(
+        self, request: str, tokens: Sequence[int], max_tokens: int, ends: Collection[int], rank: Rank = (0, 0.0)
+    ) -> None:
+        """Take an admitted request: its prompt (with what it answered before a preemption) and its end tokens.
+
+        Where KV memory is short, the request of the highest `rank` (priority, arrival) is preempted.
+        """
+        state = RequestState(
+            request_id=request,
+            initial_tokens=list(tokens),
+            max_new_tokens=max_tokens,
+            eos_token_id=sorted(ends) or None,
         )
+        self._scheduler.enqueue(state, rank)
 
     def remove(self, request: str) -> None:
         """Forget a request and free its pages."""
         self._scheduler.set_request_cancellation(request)
         self._scheduler.clear_cancelled_requests()
+        self._scheduler.ranks.pop(request, None)
 
     def take_preempted(self) -> list[str]:
         """The requests that lost their pages since the last call: add them again, with what they have answered."""
-        lost = [str(state.request_id) for state in self._scheduler.preempted]
-        self._scheduler.preempted.clear()
+        lost, self._scheduler.preempted = self._scheduler.preempted, []
         return lost
 
     @property
@@ -272,14 +296,13 @@ class Batcher:
             if request not in scheduler.active_requests and request not in scheduler.waiting_requests:
                 continue  # preempted before the step
             if self.sliding:
-                scheduler.preempted.append(state)
-                self.remove(str(request))
+                scheduler.preempt(str(request))
                 continue
             if not before.active and request in scheduler.active_requests:
                 del scheduler.active_requests[request]
                 self._cache.free_blocks(request)
                 state.allocated_blocks = 0
-                scheduler.enqueue(state)
+                scheduler.enqueue(state, scheduler.ranks[request])
             state._status = before.status
             state.position_offset = before.position
             state.tokens_to_process = before.tokens
@@ -328,66 +351,3 @@ class Batcher:
     def _restore(self) -> None:
         if self._model.config._attn_implementation != self._attention:
             self._model.set_attn_implementation(self._attention)
-
-
-_PARAMETERS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
-    (ContinuousBatchProcessor, "prepare_next_batch", ("self",)),
-    (ContinuousBatchProcessor, "update_batch", ("self",)),
-    (ContinuousBatchProcessor, "_generation_step", ("self", "model")),
-    (ContinuousBatchingManager, "_create_batch_processor", ("self",)),
-    (ModelRunner, "_sample", ("self", "scores", "output_ids")),
-    (tf_scheduler.Scheduler, "__init__", ("self", "cache", "safety_margin", "max_requests_per_batch")),
-    (tf_scheduler.Scheduler, "schedule_batch", ("self", "token_budget", "cache_budget")),
-    (tf_scheduler.Scheduler, "add_waiting_request", ("self", "state")),
-    (tf_scheduler.Scheduler, "set_request_cancellation", ("self", "request_id")),
-    (tf_scheduler.Scheduler, "clear_cancelled_requests", ("self",)),
-    (
-        tf_scheduler.Scheduler,
-        "_process_candidates",
-        ("self", "candidates", "token_budget", "cache_budget", "request_ids_to_remove_from_waiting"),
-    ),
-    (tf_scheduler.Scheduler, "_cleanup_waiting_queue", ("self", "request_ids_to_remove_from_waiting")),
-    (PagedAttentionCache, "free_blocks", ("self", "request_id")),
-)
-_UPDATES = (
-    ("self", "key_states", "value_states", "layer_idx", "kwargs"),
-    ("self", "key_states", "value_states", "layer_idx", "read_index", "write_index"),
-)
-_STATE = ("request_id", "initial_tokens", "max_new_tokens", "eos_token_id", "tokens_to_process", "position_offset")
-_SETTINGS = ("page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch", "scheduler_type", "safety_margin")
-
-
-def moved() -> list[str]:
-    """What of transformers' continuous batching is not as this file needs it; empty where everything is."""
-    found = []
-    for owner, name, wanted in _PARAMETERS:
-        method = getattr(owner, name, None)
-        names = () if method is None else tuple(inspect.signature(method).parameters)
-        if names[: len(wanted)] != wanted:
-            found.append(f"{owner.__name__}.{name}({', '.join(names)}) instead of ({', '.join(wanted)})")
-    update = tuple(inspect.signature(PagedAttentionCache.update).parameters)
-    if update not in _UPDATES:
-        found.append(f"PagedAttentionCache.update({', '.join(update)})")
-    fields = inspect.signature(RequestState).parameters
-    found += [f"RequestState.{name} is gone" for name in _STATE if name not in fields]
-    settings = inspect.signature(ContinuousBatchingConfig).parameters
-    found += [f"ContinuousBatchingConfig.{name} is gone" for name in _SETTINGS if name not in settings]
-    found += [
-        f"RequestStatus.{name} is gone"
-        for name in ("PENDING", "PREFILLING", "DECODING", "FINISHED")
-        if not hasattr(RequestStatus, name)
-    ]
-    return found
-
-
-def check() -> None:
-    """Refuse a transformers whose continuous batching has moved.
-
-    Raises:
-        UnsupportedModelError: it names the version and what has moved.
-    """
-    if changes := moved():
-        raise UnsupportedModelError(
-            f"emoe's engine does not fit the continuous batching of transformers {transformers.__version__}: "
-            f"{'; '.join(changes)}. Install another version (5.17 and 5.23 are known to work)."
-        )

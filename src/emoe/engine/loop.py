@@ -139,7 +139,8 @@ class Loop:
         request.admitted_s = now if request.admitted_s is None else request.admitted_s
         self._desk.admit(ticket)
         ends = () if ticket.submission.sampling.ignore_end else self._runtime.end_tokens
-        self.batcher.add(request.id, ticket.tokens, request.max_tokens - len(ticket.answer), ends)
+        left = request.max_tokens - len(ticket.answer)
+        self.batcher.add(request.id, ticket.tokens, left, ends, (request.priority, request.arrived_s))
 
     def _unpromised(self) -> int:
         """Free KV tokens, less what the running requests' prompts still need and a page for each to grow."""
