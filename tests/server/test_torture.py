@@ -40,6 +40,7 @@ KEY = "the key"
 CLIENTS = 200
 QUEUE = 32
 TOKENS = 16
+ENDLESS = 600
 MAX_BODY = 1 << 16
 
 
@@ -78,7 +79,6 @@ def open_files() -> int:
 
 @contextmanager
 def arena_of(**about: Any) -> Iterator[Arena]:
-    # Memory for 24 requests of these lengths, less than the 32 that may run: some are preempted.
     model, tokenizer = emoe.load(expert_memory="40%", dtype="float32", profile=nano.profile_path())
     assert tokenizer is not None
     prompts = [each["prompt"] for each in nano.prompts()][::6]
@@ -90,7 +90,7 @@ def arena_of(**about: Any) -> Iterator[Arena]:
             answer = alone(model, ids, TOKENS)
         texts[prompt] = str(tokenizer.decode(answer, skip_special_tokens=True))
     engine = Engine(
-        model, tokenizer, EngineSettings(max_running=16, max_waiting=QUEUE, kv_tokens=1536, max_batch_tokens=128)
+        model, tokenizer, EngineSettings(max_running=16, max_waiting=QUEUE, kv_tokens=2048, max_batch_tokens=128)
     )
     engine.start()
     settings = ServerSettings(api_key=KEY, max_body_bytes=MAX_BODY, write_timeout_s=20.0, status_interval_s=0.5)
@@ -127,6 +127,8 @@ def storm(arena: Arena, clients: int, seed: int) -> Counter[str]:
     async def one(kind: str, prompt: str) -> str:
         port = arena.port
         good = request(chat(prompt, max_tokens=TOKENS), KEY)
+        # Who leaves has asked for more than anybody waits for: unless it is cancelled, it shows.
+        long = request(chat(prompt, max_tokens=ENDLESS, ignore_eos=True), KEY)
         if kind == "broken":
             what, body, code = drawn.choice(BROKEN)
             told = await talk(port, request(body, KEY))
@@ -145,9 +147,9 @@ def storm(arena: Arena, clients: int, seed: int) -> Counter[str]:
             told = await talk(port, request(chat(prompt, max_tokens=5000), KEY))
             assert (told.status, told.error) == (400, "context_length_exceeded")
         elif kind == "impatient":
-            told = await talk(port, good, hang_up_s=drawn.uniform(0.0, 1.0))
+            told = await talk(port, long, hang_up_s=drawn.uniform(0.0, 1.0))
         elif kind == "leaving":
-            told = await talk(port, good, events=drawn.randrange(1, 8))
+            told = await talk(port, long, events=drawn.randrange(1, 8))
         elif kind == "half a body":
             told = await talk(port, request(b'{"mess', KEY, length=100), hang_up_s=0.5)
         elif kind == "slow":
@@ -155,15 +157,16 @@ def storm(arena: Arena, clients: int, seed: int) -> Counter[str]:
         else:
             told = await talk(port, request(chat(prompt, max_tokens=TOKENS, stream=kind == "stream"), KEY))
         assert told.answered or told.gone, (kind, told)
-        if told.status == 429:
+        if told.status == 429 and not told.gone:
             assert told.error == "queue_full"
             assert int(told.headers["retry-after"]) >= 1
             return "refused"
         if kind in ("stream", "whole", "slow"):
             assert arena.whole(told, prompt), (kind, told)
             return "answered"
-        assert arena.texts[prompt].startswith(told.text)
-        return "gone" if told.gone else kind
+        known = min(len(told.text), len(arena.texts[prompt]))
+        assert told.text[:known] == arena.texts[prompt][:known]
+        return kind
 
     kinds = {"stream": 0.4, "whole": 0.15, "slow": 0.05, "impatient": 0.12, "leaving": 0.12, "broken": 0.05}
     others = ("oversized", "huge", "wrong key", "too long", "half a body")
@@ -183,8 +186,9 @@ def test_two_hundred_clients_on_a_queue_of_32(arena: Arena) -> None:
     assert fared.total() == CLIENTS
     assert fared["refused"] > 0
     assert fared["answered"] >= QUEUE
-    assert fared["gone"] > 0
-    assert arena.engine.stats().generation_tokens > before.generation_tokens
+    assert fared["leaving"] + fared["impatient"] > 0
+    answered = arena.engine.stats().generation_tokens - before.generation_tokens
+    assert fared["answered"] < answered < TOKENS * CLIENTS + ENDLESS, "who left was answered on"
     assert until(lambda: open_files() <= files), (open_files(), files)
     assert until(lambda: threading.active_count() <= threads), threading.enumerate()
 

@@ -40,6 +40,7 @@ def draw(report: LoadReport, file: Path) -> None:
     for axis, title in ((first, "time to first token (s)"), (whole, "end-to-end latency (s)")):
         axis.set_xlabel(title)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set_ylim(0, 1)
         axis.grid(alpha=0.3)
     first.set_ylabel("share of answers")
