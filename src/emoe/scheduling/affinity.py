@@ -1,11 +1,212 @@
-"""Ours: what Algorithm 1 leaves on the table."""
+"""Ours: what Algorithm 1 leaves on the table.
+
+Algorithm 1 takes the loading that an admission causes as a constant, orders by first-token deadlines alone, and stops
+admitting as soon as one running request is beyond help. Here the loading is that of *this* request's experts, given
+what is resident and what the running requests use anyway (`Costs.step_s`, `Costs.load_s`). So requests of the tasks
+that run are cheap and join; a mixed batch, whose steps load the union of everybody's experts, seldom comes about.
+
+**Who goes first.** One score for each waiting request, in seconds, the least first:
+
+    score = arrived + STRETCH * cost + (LATE * its first-token target, if that cannot be met any more)
+    cost  = reading its input (experts loaded for it included) + answer tokens * what it adds to a step
+
+Time since arrival ages it, short and cheap requests overtake long ones by so many seconds and no more, and a hopeless
+one steps back behind the feasible ones without losing its place among its like.
+
+**Whether it is admitted now.** In that order, a request joins if
+
+- a token of it is *cheap*: it adds to a step at most MARGIN of what a token of the batch takes already, so that tokens
+  per second rise clearly; or it is *in a hurry*: its first token would soon be too late, and the longer step still
+  keeps everybody's time per token;
+- and the stall of reading it and the longer steps after it make no running request miss a target that it can still
+  meet (one, for one in a hurry: its target against the other's).
+
+Those beyond help hold nobody up. While others wait for a better moment their inputs gather, and are read together: one
+pass loads the experts for all of them.
+
+**Nobody starves.** The longest waiting request, once it has waited OWED times its first-token target, is one of the
+next OWED_EVERY to be admitted, whatever it costs. So one with k requests before it in line is admitted at the latest
+OWED_EVERY * (k + 1) admissions after all of them have waited so long. When nothing runs, the first by score is
+admitted.
+"""
 
 from __future__ import annotations
 
-from emoe.scheduling.edf import Edf
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emoe.scheduling.core import Limits
+from emoe.scheduling.edf import UNHURRIED_S
+from emoe.scheduling.protocol import Request, Situation
+
+STRETCH = 2.0
+LATE = 10.0
+MARGIN = 0.7  # emoe-nano, slowed store: 0.6 meets more targets, 0.75 has the lower mean latency (docs/log.md)
+HURRY = 1.5
+"""In a hurry is what is too late unless it is admitted within so many times the stall of reading it."""
+OWED = 20.0
+OWED_EVERY = 4
+TRIED = 12
+"""So many of the first in line are looked at."""
+FRESH = 16
+"""What a task's request adds to a step is worked out anew when others run, and after so many times of asking."""
 
 
-class Affinity(Edf):
-    """Earliest deadline first, for now."""
+class Affinity:
+    """Admits by score what makes steps more worth their loads; see the module's text."""
 
     name = "affinity"
+
+    def __init__(self) -> None:
+        """Start with nothing seen."""
+        self._line = _Line()
+        self._overtaken: dict[int, int] = {}
+        self._ran: list[str] = []
+        self._asked = 0
+        self._read_s: dict[str | None, float] = {}
+        self._more_s: dict[str | None, float] = {}
+
+    def admit(self, now: Situation) -> list[Request]:
+        """O(w) for w waiting, and at most TRIED estimates of a step."""
+        limits = Limits(now)
+        if limits.full or not now.waiting:
+            return []
+        group: list[Request] = []
+        eldest = now.waiting[0]
+        overtaken = self._overtaken.get(eldest.priority, 0)
+        most = limits.max_running
+        if now.now_s - eldest.arrived_s >= OWED * _target_s(eldest):
+            most = OWED_EVERY - 1 - overtaken  # so many others may go before it
+            if most <= 0:
+                if not limits.fits(eldest):
+                    return []
+                limits.take(eldest)
+                group.append(eldest)
+                most = OWED_EVERY
+        self._choose(now, limits, group)
+        del group[most:]
+        for each in group:
+            overtaken = 0 if each is eldest else overtaken + 1
+        self._overtaken[eldest.priority] = overtaken
+        return group
+
+    def _choose(self, now: Situation, limits: Limits, group: list[Request]) -> None:
+        """Add to the group whoever joins."""
+        costs = now.costs
+        before_s = costs.step_s([*now.running, *group])
+        self._learn(now, before_s)
+        batch = _Batch(now, before_s)
+        dear: set[str | None] = set()
+        for at in self._line.first(now, self._read_s, self._more_s):
+            each = now.waiting[at]
+            if limits.full or not limits.fits(each):
+                break
+            if each in group:
+                continue
+            stall_s = self._read_s[each.task] + costs.prefill_s(sum(one.input_tokens for one in (*group, each)))
+            left_s = each.deadline_s - now.now_s - stall_s
+            hurried = 0 <= left_s < HURRY * stall_s
+            count = len(now.running) + len(group)
+            if each.task in dear and not hurried:
+                continue
+            after_s = costs.step_s([*now.running, *group, each])
+            if count:
+                cheap = (after_s - before_s) * count <= MARGIN * before_s
+                if not cheap:
+                    dear.add(each.task)
+                pace_s = batch.pace_s if each.tpot_slo_s is None else min(batch.pace_s, each.tpot_slo_s)
+                if not (cheap or (hurried and after_s <= pace_s)) or batch.broken(after_s, stall_s) > hurried:
+                    continue
+            group.append(each)
+            limits.take(each)
+            before_s = after_s
+
+    def _learn(self, now: Situation, step_s: float) -> None:
+        """What a request of each waiting task costs beside those that run."""
+        ran = [each.id for each in now.running]
+        tasks = {each.task: each for each in now.waiting}
+        self._asked += 1
+        if ran == self._ran and self._asked < FRESH and tasks.keys() <= self._more_s.keys():
+            return
+        self._ran, self._asked = ran, 0
+        self._read_s = {task: now.costs.load_s(each, now.running) for task, each in tasks.items()}
+        self._more_s = {task: now.costs.step_s([*now.running, each]) - step_s for task, each in tasks.items()}
+
+
+def _target_s(request: Request) -> float:
+    return UNHURRIED_S if request.ttft_slo_s is None else request.ttft_slo_s
+
+
+class _Batch:
+    """The running requests that can still meet their targets: what each has left, and the tightest pace."""
+
+    def __init__(self, now: Situation, step_s: float) -> None:
+        self._slack: list[tuple[float, float]] = []
+        self.pace_s = math.inf
+        for each in now.running:
+            pace_s, left, first_s = each.tpot_slo_s, each.remaining_tokens, each.first_token_s
+            if pace_s is None or (now.now_s if first_s is None else first_s) > each.deadline_s:
+                continue
+            ran_s = 0.0 if first_s is None else now.now_s - first_s
+            allowed_s = pace_s * (max(0, each.output_tokens - 1) + left) - ran_s
+            if allowed_s >= left * step_s:
+                self._slack.append((allowed_s, left))
+                self.pace_s = min(self.pace_s, pace_s)
+
+    def broken(self, step_s: float, stall_s: float) -> int:
+        """How many will miss their target after such a stall and with such steps."""
+        return sum(allowed_s < left * step_s + stall_s for allowed_s, left in self._slack)
+
+
+class _Line:
+    """The waiting requests in numbers, each read once, so that a thousand are scored in a fraction of a millisecond."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, int] = {}
+        self._tasks: dict[str | None, int] = {}
+        self._table: NDArray[np.float64] = np.zeros((64, 6))
+
+    def first(self, now: Situation, read_s: dict[str | None, float], more_s: dict[str | None, float]) -> list[int]:
+        """Places in `now.waiting` of the TRIED least scores, the least first."""
+        places = self._places(now.waiting)
+        table = self._table[places]
+        arrived, tokens, answer, deadline, target, task = table.T
+        number = task.astype(np.int64)
+        reading = np.array([read_s.get(name, 0.0) for name in self._tasks])[number]
+        adding = np.array([more_s.get(name, 0.0) for name in self._tasks])[number]
+        reading = reading + tokens * now.costs.prefill_s(1)
+        score = arrived + STRETCH * (reading + answer * adding)
+        score += np.where(now.now_s + reading > deadline, LATE * target, 0.0)
+        if len(score) > TRIED:
+            chosen = np.argpartition(score, TRIED)[:TRIED]
+            return _ints(chosen[np.lexsort((chosen, score[chosen]))])
+        return _ints(np.argsort(score, kind="stable"))
+
+    def _places(self, waiting: Sequence[Request]) -> list[int]:
+        rows = self._rows
+        try:
+            return [rows[each.id] for each in waiting]
+        except KeyError:
+            pass  # some are new
+        if len(rows) > 2 * len(waiting) + 64:
+            rows.clear()
+        for each in waiting:
+            if each.id not in rows:
+                self._add(each)
+        return [rows[each.id] for each in waiting]
+
+    def _add(self, request: Request) -> None:
+        at = self._rows[request.id] = len(self._rows)
+        if at >= len(self._table):
+            self._table = np.concatenate([self._table, np.zeros_like(self._table)])
+        task = self._tasks.setdefault(request.task, len(self._tasks))
+        answer, target_s = request.remaining_tokens, _target_s(request)
+        self._table[at] = (request.arrived_s, request.input_tokens, answer, request.deadline_s, target_s, task)
+
+
+def _ints(values: NDArray[Any]) -> list[int]:
+    return [int(value) for value in values]

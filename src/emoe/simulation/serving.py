@@ -28,8 +28,8 @@ from emoe.simulation.serving_results import Served, ServingResults
 from emoe.simulation.serving_traffic import Call, Prompt, Routes
 
 REPORT_STEPS = 500
-ASK_STEPS = 8
-"""While requests wait and may run, the scheduler is asked at every arrival and end, and every so many steps."""
+ASK_STEPS = 1
+"""While requests wait and may run, the scheduler is asked before every so many steps, as in the engine."""
 
 Report = Callable[[int, int], None]
 """Called now and then with (requests ended, requests in all)."""
@@ -68,13 +68,14 @@ class SimulationSettings:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A request on its way: `to_read` tokens are to be read before it (goes on to) answer; it holds `pages`."""
+    """A request on its way: of `to_read` tokens `read` are in KV memory, in `pages`; it answers when all are."""
 
     call: Call
     number: int
     request: Request
     prompt: Prompt
     to_read: int
+    read: int = 0
     pages: int = 0
     served: Served = field(default_factory=Served)
 
@@ -210,8 +211,8 @@ class _Simulation:
         settings = self.settings
         if len(self.running) >= settings.max_running:
             return
-        # What was admitted and not yet read has its pages promised.
-        promised = sum(max(0, self._pages(job.to_read + 1) - job.pages) for job in self.running)
+        # What was admitted and not yet read has its pages promised, and each running request one to grow.
+        promised = sum(self._pages(job.to_read) - job.pages + 1 for job in self.running)
         most = settings.kv_tokens if settings.max_input_tokens is None else settings.max_input_tokens
         situation = Situation(
             now_s=self.now,
@@ -219,7 +220,6 @@ class _Simulation:
             running=[job.request for job in self.running],
             max_running=settings.max_running,
             max_input_tokens=most,
-            # A page that is begun is taken whole, so each waiting request may need one more than its tokens fill.
             free_kv_tokens=max(0, self.free_pages - promised) * settings.page_tokens,
             costs=self.costs,
         )
@@ -242,6 +242,7 @@ class _Simulation:
         job.pages = 0
         request = job.request
         request.computed_tokens, request.resumed = 0, True
+        job.read = 0
         job.to_read = request.input_tokens + request.output_tokens
         job.served.preemptions += 1
         at = sum(other.request.resumed and other.number < job.number for other in self.waiting)
@@ -266,23 +267,22 @@ class _Simulation:
         """One pass of the model; how many requests it ended."""
         decoding: list[_Job] = []
         budget = self.settings.max_batch_tokens
-        for job in [job for job in self.running if job.request.computed_tokens >= job.to_read]:
+        for job in [job for job in self.running if job.read >= job.to_read]:
             if budget and job.pages and self._grow(job, job.request.input_tokens + job.request.output_tokens + 1):
                 decoding.append(job)
                 budget -= 1
         decoding = [job for job in decoding if job.pages]  # one that came later may have taken their pages
         reading: list[tuple[_Job, int]] = []
         for job in list(self.running):
-            request = job.request
-            left = job.to_read - request.computed_tokens
+            left = job.to_read - job.read
             if left <= 0 or not budget or job not in self.running:
                 continue
             chunk = min(left, budget)
-            if -(-(request.computed_tokens + chunk) // self.settings.page_tokens) - job.pages > self.free_pages and (
+            if self._pages(job.read + chunk) - job.pages > self.free_pages and (
                 decoding or reading
             ):
                 break  # room will come; those that decode are not preempted for input
-            if self._grow(job, request.computed_tokens + chunk):
+            if self._grow(job, job.read + chunk):
                 reading.append((job, chunk))
                 budget -= chunk
         if not decoding and not reading:
@@ -292,7 +292,7 @@ class _Simulation:
     def _run(self, decoding: list[_Job], reading: list[tuple[_Job, int]]) -> int:
         prefill_tokens = sum(chunk for _, chunk in reading)
         kv_tokens = sum(job.request.input_tokens + job.request.output_tokens for job in decoding)
-        kv_tokens += sum(job.request.computed_tokens for job, _ in reading)
+        kv_tokens += sum(job.read + chunk for job, chunk in reading)
         loads = 0
         if self.banks is not None:
             loads = self.banks.run(self._counts(decoding, reading), prefill=bool(reading))
@@ -310,12 +310,12 @@ class _Simulation:
             self._plain_wait_s += 0.05 * (wait_s - self._plain_wait_s)
         ended = 0
         for job, chunk in reading:
-            request = job.request
-            request.computed_tokens += chunk
-            if request.computed_tokens >= job.to_read:
+            job.read += chunk
+            job.request.computed_tokens = min(job.read, job.request.input_tokens)
+            if job.read >= job.to_read:
                 ended += self._answer(job)
         for job in decoding:
-            job.request.computed_tokens += 1
+            job.read += 1
             job.to_read += 1
             ended += self._answer(job)
         return ended
@@ -337,7 +337,7 @@ class _Simulation:
             rows.append(prompt.answer_start + (job.call.offset + job.request.output_tokens - 1) % prompt.answer_rows)
         parts = [np.array(rows, dtype=np.int64)] if rows else []
         for job, chunk in reading:
-            prompt, read = job.prompt, job.request.computed_tokens
+            prompt, read = job.prompt, job.read
             of_input = np.arange(read, min(read + chunk, job.call.input_tokens))
             again = np.arange(max(0, read - job.call.input_tokens), read + chunk - job.call.input_tokens)
             parts.append(prompt.input_start + (job.call.offset + of_input) % prompt.input_rows)

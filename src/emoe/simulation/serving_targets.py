@@ -60,5 +60,6 @@ def alone(
 def targets_from(
     times: Mapping[str, tuple[float, float]], ttft_factor: float = TTFT_FACTOR, tpot_factor: float = TPOT_FACTOR
 ) -> dict[str, Targets]:
-    """Targets of each task as multiples of what `alone` found."""
-    return {task: Targets(ttft * ttft_factor, tpot * tpot_factor) for task, (ttft, tpot) in times.items()}
+    """Targets as multiples of what `alone` found: the first token's by task, later tokens' alike for all tasks."""
+    pace = float(np.mean([tpot for _, tpot in times.values()])) * tpot_factor
+    return {task: Targets(ttft * ttft_factor, pace) for task, (ttft, _) in times.items()}
