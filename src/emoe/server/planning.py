@@ -15,6 +15,10 @@ DEFAULT_KV_TOKENS = 16384
 """KV memory by default, in tokens, unless one request or all of them together want another amount."""
 
 
+PADDING_PAGES = 2
+"""Pages that the paged cache of transformers keeps for the padding of a step, in which no request's tokens lie."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServingPlan:
     """What a server takes. `memory`: the process, with KV memory as the cache of one long sequence.
@@ -107,11 +111,12 @@ def plan_serving(
         tokens = min(max_running * context, max(context, DEFAULT_KV_TOKENS))
         pages = -(-tokens // page_tokens)
     else:
-        pages = kv_memory_bytes // max(token_bytes * page_tokens, 1)
+        pages = kv_memory_bytes // max(token_bytes * page_tokens, 1) - PADDING_PAGES
     if pages < 1:
+        least = token_bytes * page_tokens * (1 + PADDING_PAGES)
         raise UsageError(
-            f"KV memory of {format_bytes(kv_memory_bytes or 0)} is less than one page of {page_tokens} tokens, "
-            f"{format_bytes(token_bytes * page_tokens)}; raise --kv-memory"
+            f"KV memory of {format_bytes(kv_memory_bytes or 0)} is less than one page of {page_tokens} tokens and "
+            f"{PADDING_PAGES} for padding, {format_bytes(least)}; raise --kv-memory"
         )
     kv_tokens = pages * page_tokens
     # Pages are taken from all layers alike, so windows save nothing; what the layers keep beside tokens, each request
@@ -127,7 +132,7 @@ def plan_serving(
         memory_bytes=room,
         memory_source=memory_source,
         expert_memory=expert_memory,
-        context=kv_tokens,
+        context=kv_tokens + PADDING_PAGES * page_tokens,
         batch=1,
         prompt=min(max_batch_tokens, kv_tokens),
     )
