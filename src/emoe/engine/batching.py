@@ -2,8 +2,8 @@
 
 What is used, and why not more of it: the paged cache, the packing of a step, the forward pass and the bookkeeping of
 requests are transformers'. The loop is ours, because the manager's own thread ends at the first exception, and which
-requests are admitted is ours (`emoe.scheduling`). `check` names what has moved when a release of transformers changes
-any of it.
+requests are admitted is ours (`emoe.scheduling`). `emoe.engine.moved` lists what is touched here, and names what has
+moved when a release of transformers changes any of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching import scheduler as tf_schedule
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from emoe.engine.attention import IMPLEMENTATION, Packed, slides, update_of
-from emoe.engine.moved import check
+from emoe.engine.moved import KNOWS_FLASH, PAGE_SIZE, check
 from emoe.errors import UnsupportedModelError
 
 SCHEDULER = "emoe"
@@ -135,7 +135,8 @@ class Batcher:
         self._attention = model.config._attn_implementation
         self._page_tokens = page_tokens
         config = ContinuousBatchingConfig(
-            page_size=page_tokens,
+            **{PAGE_SIZE: page_tokens},
+            **({"auto_switch_to_flash": False} if KNOWS_FLASH else {}),
             num_blocks=max(1, kv_tokens // page_tokens),
             max_batch_tokens=max_batch_tokens,
             max_requests_per_batch=max_running,
@@ -146,9 +147,10 @@ class Batcher:
             use_cuda_graph=False,
             scheduler_type=SCHEDULER,
             safety_margin=0.0,
-            auto_switch_to_flash=False,
         )
         try:
+            if not KNOWS_FLASH and "|" not in self._attention:  # else it would choose flash where there is one
+                model.set_attn_implementation(f"paged|{self._attention}")
             manager = model.init_continuous_batching(
                 generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
                 continuous_batching_config=config,

@@ -18,6 +18,11 @@ from transformers.generation.continuous_batching.scheduler import Scheduler
 
 from emoe.errors import UnsupportedModelError
 
+PAGE_SIZE = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
+"""What transformers calls the tokens of a page."""
+KNOWS_FLASH = "auto_switch_to_flash" in inspect.signature(ContinuousBatchingConfig).parameters
+"""Whether transformers can be told to leave the attention alone."""
+
 _PARAMETERS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (ContinuousBatchProcessor, "prepare_next_batch", ("self",)),
     (ContinuousBatchProcessor, "update_batch", ("self",)),
@@ -42,7 +47,7 @@ _UPDATES = (
     ("self", "key_states", "value_states", "layer_idx", "read_index", "write_index"),
 )
 _STATE = ("request_id", "initial_tokens", "max_new_tokens", "eos_token_id", "tokens_to_process", "position_offset")
-_SETTINGS = ("page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch", "scheduler_type", "safety_margin")
+_SETTINGS = (PAGE_SIZE, "num_blocks", "max_batch_tokens", "max_requests_per_batch", "scheduler_type", "safety_margin")
 
 
 def moved() -> list[str]:

@@ -58,7 +58,8 @@ class ExpertMath:
         self.biased: bool = module.has_bias
         self.transposed: bool = module.is_transposed
         self.activate = module._apply_gate if module.has_gate else module.act_fn
-        self.post_norm = module.post_expert_norm if module.has_post_expert_norm else None
+        # Only some versions of transformers know of a norm after the experts.
+        self.post_norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
         self.first = "gate_up_proj" if module.has_gate else "up_proj"
 
     def bind(self, views: dict[str, torch.Tensor]) -> Weights:
