@@ -93,7 +93,7 @@ def _add_scheduling(layers: Layers) -> None:
     )
     group.add_argument(
         "--task-slo",
-        type=_task_slo,
+        type=task_slo,
         action="append",
         metavar="TASK=TTFT/TPOT",
         help="a task's default targets, e.g. qa=500/50 or code=/100; repeatable",
@@ -103,7 +103,7 @@ def _add_scheduling(layers: Layers) -> None:
 def _add_server(layers: Layers) -> None:
     server = layers.group("server")
     server.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="(default: 127.0.0.1, this machine)")
-    server.add_argument("--port", type=_port, default=8000, metavar="N", help="0: a free one (default: 8000)")
+    server.add_argument("--port", type=number_of_port, default=8000, metavar="N", help="0: a free one (default: 8000)")
     server.add_argument("--served-model-name", metavar="NAME", help="what clients call the model (default: its name)")
     server.add_argument("--api-key", metavar="KEY", help="clients must send it as Bearer token; better EMOE_API_KEY")
     server.add_argument(
@@ -172,14 +172,14 @@ def _number(text: str, what: str, zero: bool = False) -> float:
     return value
 
 
-def _port(text: str) -> int:
+def number_of_port(text: str) -> int:
     """argparse type for a TCP port."""
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"must be a port from 0 to 65535, not {text!r}")
     return int(text)
 
 
-def _task_slo(text: str) -> tuple[str, TaskTargets]:
+def task_slo(text: str) -> tuple[str, TaskTargets]:
     """argparse type for a task's targets."""
     task, equals, targets = text.partition("=")
     ttft, slash, tpot = targets.partition("/")
