@@ -83,19 +83,19 @@ class Affinity:
             most = OWED_EVERY - 1 - overtaken  # so many others may go before it
             if most <= 0:
                 if not limits.fits(eldest):
-                    return []
+                    return [eldest]  # the core keeps the rest waiting for it
                 limits.take(eldest)
                 group.append(eldest)
                 most = OWED_EVERY
-        self._choose(now, limits, group)
+        stuck = self._choose(now, limits, group)
         del group[most:]
         for each in group:
             overtaken = 0 if each is eldest else overtaken + 1
         self._overtaken[eldest.priority] = overtaken
-        return group
+        return group if stuck is None or len(group) >= most else [*group, stuck]
 
-    def _choose(self, now: Situation, limits: Limits, group: list[Request]) -> None:
-        """Add to the group whoever joins."""
+    def _choose(self, now: Situation, limits: Limits, group: list[Request]) -> Request | None:
+        """Add to the group whoever joins; returns who would be next and does not fit."""
         costs = now.costs
         before_s = costs.step_s([*now.running, *group])
         self._learn(now, before_s)
@@ -103,10 +103,12 @@ class Affinity:
         dear: set[str | None] = set()
         for at in self._line.first(now, self._read_s, self._more_s):
             each = now.waiting[at]
-            if limits.full or not limits.fits(each):
+            if limits.full:
                 break
             if each in group:
                 continue
+            if not limits.fits(each):
+                return each  # what is free is kept for it
             stall_s = self._read_s[each.task] + costs.prefill_s(sum(one.input_tokens for one in (*group, each)))
             left_s = each.deadline_s - now.now_s - stall_s
             hurried = 0 <= left_s < HURRY * stall_s
@@ -124,6 +126,7 @@ class Affinity:
             group.append(each)
             limits.take(each)
             before_s = after_s
+        return None
 
     def _learn(self, now: Situation, step_s: float) -> None:
         """What a request of each waiting task costs beside those that run."""

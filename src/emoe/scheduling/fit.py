@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-PRIOR_WEIGHT = 1.0
-"""The prior counts as much as so many observations, of the few hundred that are remembered."""
+PRIOR_WEIGHT = 0.05
+"""The prior counts as much as so many observations: less than one, since it may be wrong by a factor."""
 OUTLIER = 3.0
 """Residuals beyond so many times their usual size count as if they were that large (Huber)."""
 USUAL_RATE = 0.05
@@ -20,9 +20,9 @@ MOST = 1e4
 class Fit:
     """seconds = sum of coefficients times amounts, over observations that fade.
 
-    Each observation is weighed by its relative error (a long step does not drown the short ones), and less where that
-    is far outside the usual (another program took the machine). Coefficients are sought in units, those of a profile;
-    where the data does not tell two of them apart, the ridge towards the prior does.
+    Each observation is weighed by the inverse of its size in units (a long step does not drown the short ones), and
+    less where it is far outside the usual (another program took the machine). Coefficients are sought in units, those
+    of a profile; where the data does not tell two of them apart, the ridge towards the prior does.
     """
 
     def __init__(self, prior: Sequence[float], units: Sequence[float], forget: float) -> None:
@@ -45,9 +45,10 @@ class Fit:
         weight = min(1.0, OUTLIER * self._usual / error) if error else 1.0
         self._usual += USUAL_RATE * (min(error, OUTLIER * self._usual) - self._usual)
         self._usual = max(self._usual, 1e-3)
-        row /= expected
+        size = float(row.sum())
+        row /= size
         self._outer = self._outer * self._forget + weight * np.outer(row, row)
-        self._inner = self._inner * self._forget + weight * row * (seconds / expected)
+        self._inner = self._inner * self._forget + weight * row * (seconds / size)
         self._at = self._solve()
         self.values = (self._at * self._units).tolist()
 
