@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from emoe.engine.batching import Slice
 from emoe.engine.interface import Submission, TaskSource
+from emoe.engine.tickets import Ticket
 from emoe.model.bind import Binding
 from emoe.scheduling.costs import CostModel
 from emoe.tasks.keywords import OTHER
@@ -32,6 +35,8 @@ class Knowledge:
         self._profile = profile
         self._fits = all(pool.table.all_fit for pool in binding.pools)
         self._resident: Array | None = None
+        self._answers: dict[str | None, tuple[int, int]] = {}
+        self._decode_wait_s = 0.0
         runtime = binding.runtime
         self._ranks = {layer: rank for rank, layer in enumerate(sorted(runtime.layers))}
         self._experts = max(layer.experts for layer in runtime.layers.values())
@@ -61,8 +66,29 @@ class Knowledge:
         if submission.sampling.ignore_end:
             return float(submission.max_tokens)
         lengths = None if self._profile is None else self._profile.lengths_of(task)
-        mean = ANSWER_TOKENS if lengths is None else lengths.mean
+        mean = self._seen_tokens(task) if lengths is None else lengths.mean
         return max(1.0, min(float(submission.max_tokens), mean))
+
+    def note_answer(self, ticket: Ticket) -> None:
+        """An answer has ended by itself: without a profile, that is how long answers of its task are."""
+        tokens, answers = self._answers.get(ticket.request.task, (0, 0))
+        self._answers[ticket.request.task] = (tokens + len(ticket.answer), answers + 1)
+
+    def note_loading(
+        self, tickets: Sequence[Ticket], parts: Sequence[Slice], decodes: Sequence[bool], wait_s: float
+    ) -> None:
+        """What reading a prompt made wait for experts, beyond what a step without prompts does: dE of Equation 3."""
+        reading = [(t, part) for t, part, decode in zip(tickets, parts, decodes, strict=True) if not decode]
+        if not reading:
+            self._decode_wait_s += 0.05 * (wait_s - self._decode_wait_s)
+        for ticket, part in reading:
+            ticket.load_s += max(0.0, wait_s - self._decode_wait_s) / len(reading)
+            if part.answers and not ticket.answer:
+                self.costs.observe_admission(ticket.load_s)
+
+    def _seen_tokens(self, task: str | None) -> float:
+        tokens, answers = self._answers.get(task, (0, 0))
+        return (ANSWER_TOKENS + tokens) / (1 + answers)
 
     def reads_first_prompt_alone(self) -> bool:
         """Whether the next prompt is the first of a mode that reroutes: its routes say what becomes resident."""

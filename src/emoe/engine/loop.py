@@ -191,6 +191,7 @@ class Loop:
             wait_s=wait_s,
         )
         self._knowledge.costs.observe(step)
+        self._knowledge.note_loading(tickets, parts, decodes, wait_s)
         self._measures.end_step(step)
         self.kv_free = self.batcher.free_tokens
         for ticket, part in zip(tickets, parts, strict=True):
@@ -298,6 +299,8 @@ class Loop:
             self._gone.add(ticket.number)
         now = time.perf_counter()
         self._measures.end_request(ticket)
+        if reason == "stop":
+            self._knowledge.note_answer(ticket)
         report = ticket.report(now, reason, self._runtime.mode, self._binding.ahead.lossy)
         self._tell(ticket, FinishedEvent(reason, report, error))
         self._desk.tell_left()

@@ -53,9 +53,12 @@ class Measures:
         self._accounting.observe(layer, ids)
 
     def loads_of_step(self) -> tuple[int, float]:
-        """Experts loaded since the step began, and the seconds waited for them."""
-        loads, _, wait_s = self._totals()
-        return loads - self._now[0], wait_s - self._now[2]
+        """Experts loaded since the step began that were waited for, and the seconds waited for them.
+
+        Of the loads, prefetches are not waited for, and of the misses, what is rerouted is not loaded.
+        """
+        loads, _, wait_s, misses = self._totals()
+        return min(loads - self._now[0], misses - self._now[3]), wait_s - self._now[2]
 
     def end_step(self, step: Step) -> None:
         """The step went well."""
@@ -96,10 +99,12 @@ class Measures:
         """How long it takes, about, until a request ends and one that waits is admitted; at least 1."""
         return max(1.0, self._busy_s / max(1, self._departures))
 
-    def _totals(self) -> tuple[int, int, float]:
+    def _totals(self) -> tuple[int, int, float, int]:
+        """Loads, their bytes, seconds waited, misses."""
         counters = [c for pool in self._binding.pools for c in pool.table.counters.values()]
         wait_s = sum(pool.load_wait_s for pool in self._binding.pools)
-        return sum(c.loads for c in counters), sum(c.bytes_read for c in counters), wait_s
+        misses = sum(c.misses for c in counters)
+        return sum(c.loads for c in counters), sum(c.bytes_read for c in counters), wait_s, misses
 
     def _unused_prefetches(self) -> dict[int, int]:
         return {layer: c.prefetches_unused for pool in self._binding.pools for layer, c in pool.table.counters.items()}
@@ -107,7 +112,7 @@ class Measures:
     def stats(self, running: int, waiting: int, kv_used: int, kv_tokens: int) -> EngineStats:
         """Everything, as one snapshot."""
         pools, ahead = self._binding.pools, self._binding.ahead
-        loads, nbytes, wait_s = self._totals()
+        loads, nbytes, wait_s, _ = self._totals()
         unused = {layer: n - self._unused[layer] for layer, n in self._unused_prefetches().items()}
         by_task = {task: counts.copy() for task, counts in self._by_task.copy().items()}
         spent = ahead.spent()

@@ -34,6 +34,7 @@ class Ticket:
         announced: its first pass has been announced to the model.
         cancelled: its client no longer wants it.
         cached: of its tokens, how many are in KV memory.
+        load_s: waiting for experts that its prompt has caused.
     """
 
     number: int
@@ -47,6 +48,7 @@ class Ticket:
     cancelled: bool = False
     preemptions: int = 0
     cached: int = 0
+    load_s: float = 0.0
     last_token_s: float | None = None
     used: Used = field(default_factory=Used)
 
