@@ -1,0 +1,342 @@
+"""Schedulers under load, live and simulated: goodput and latency of fifo, edf, emoe and affinity.
+
+    python -m bench.scheduling [--json FILE] [--rate R] [--seeds 3] [--wrong-labels 0,0.2,0.5,1]
+
+One `emoe serve` of emoe-nano for each scheduler, with 40 % of the experts and a slowed store. The store's bandwidth
+makes loading cost, beside computing, what it does for a large model: an expert of Mixtral 8x7B has 352 MB, which PCIe
+moves in 14 ms at 25 GB/s, while a layer computes for 1 to 2 ms: a load is worth 7 to 14 layers. A layer of emoe-nano
+decodes in about 1 ms here and its experts have 240 KiB, so 34 MB/s, 7.2 ms a load, is the lower end of that.
+
+Targets: `--slo-scale` times what the server of fifo needs unloaded, by task. The load: the highest at which fifo still
+meets the targets of `--met` of the requests, found by bisection; then every scheduler at multiples of it, the same
+requests for all, each run with as many seeds. `--at-once` servers run side by side, each with a store of its own, in an
+order that changes from seed to seed. Ratios are of the same requests, medians over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bench.scheduling_server import Server
+from bench.scheduling_simulated import Simulated
+from emoe.bench.serve.client import Asking, Client, Record
+from emoe.bench.serve.load import send
+from emoe.bench.serve.results import Summary
+from emoe.bench.serve.run import spaced
+from emoe.bench.serve.targets import Book, Targets, unloaded
+from emoe.bench.serve.workload import Planned, parse_mix, plan, read_prompts
+from emoe.scheduling.arrivals import poisson_arrivals
+
+SCHEDULERS = ("fifo", "edf", "emoe", "affinity")
+BASE = "fifo"
+CALIBRATION = 3  # requests of each task
+SEARCH_S = 25.0  # seconds of arrivals of a run that looks for the load
+SEARCH_STEPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One run, live or simulated."""
+
+    goodput: float
+    met_share: float
+    latency_s: float
+    ttft_s: float
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What one run was."""
+
+    scheduler: str
+    rate: float
+    seed: int
+    wrong: float
+    live: Outcome
+    simulated: Outcome | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "scheduler": self.scheduler,
+            "rate": self.rate,
+            "seed": self.seed,
+            "wrong_labels": self.wrong,
+            "live": self.live.as_dict(),
+            "simulated": self.simulated.as_dict() if self.simulated else None,
+        }
+
+
+def outcome_of(records: Sequence[Record]) -> Outcome:
+    """From the client's view. Raises RuntimeError when a request failed: then nothing can be compared."""
+    failed = [record for record in records if not record.ok]
+    if failed:
+        raise RuntimeError(f"{len(failed)} requests failed, the first with {failed[0].error}: {failed[0].message}")
+    duration = max(record.ended_s for record in records) - min(record.sent_s for record in records)
+    found = Summary.of(records, duration)
+    whole, first = found.spreads["e2el"], found.spreads["ttft"]
+    assert whole is not None and first is not None
+    return Outcome(found.goodput, found.met_share, whole.mean, first.mean)
+
+
+class Bench:
+    """The servers, the targets and what was found."""
+
+    def __init__(self, args: argparse.Namespace, servers: Mapping[str, Server]) -> None:
+        self.args = args
+        self.servers = servers
+        self.prompts = read_prompts()
+        self.book = Book({})
+
+    def requests(self, rate: float, count: int, seed: int, wrong: float = 0.0) -> list[Planned]:
+        """The same for every scheduler."""
+        made, _ = plan(
+            poisson_arrivals(rate, count, seed),
+            self.prompts,
+            parse_mix(None, self.prompts),
+            max_tokens=self.args.max_tokens,
+            seed=seed,
+            wrong_labels=wrong,
+        )
+        return made
+
+    async def _live(self, scheduler: str, requests: Sequence[Planned]) -> list[Record]:
+        async with Client(self.servers[scheduler].url, Asking()) as client:
+            await client.look(None)
+            return await send(client, requests, self.book)
+
+    def live(self, runs: Sequence[tuple[str, Sequence[Planned]]]) -> list[Outcome]:
+        """These schedulers with their requests, side by side."""
+
+        async def go() -> list[list[Record]]:
+            return await asyncio.gather(*(self._live(scheduler, requests) for scheduler, requests in runs))
+
+        return [outcome_of(records) for records in asyncio.run(go())]
+
+    def calibrate(self) -> None:
+        """Ask fifo's server a few of each task, one at a time: its times make the targets. Warm the others up."""
+        requests = self.requests(1.0, 200, seed=0)
+        tasks = sorted({request.task or "" for request in requests})
+
+        async def go(scheduler: str, each_task: int) -> dict[str, Targets]:
+            found = {}
+            async with Client(self.servers[scheduler].url, Asking()) as client:
+                await client.look(None)
+                for task in tasks:
+                    mine = [request for request in requests if request.task == task]
+                    records = [await client.ask(each, Targets()) for each in spaced(mine, each_task)]
+                    found[task] = unloaded([(r.ttft_s, r.tpot_s) for r in records if r.ttft_s is not None])
+            return found
+
+        async def others() -> None:
+            await asyncio.gather(*(go(scheduler, 1) for scheduler in self.servers if scheduler != BASE))
+
+        found = asyncio.run(go(BASE, CALIBRATION))
+        self.book = Book({task: needs.scaled(self.args.slo_scale) for task, needs in found.items()})
+        asyncio.run(others())
+        for task, needs in found.items():
+            say(f"  {task}: unloaded {_ms(needs)} ms, targets {_ms(self.book.of(task))} ms")
+
+    def search(self) -> float:
+        """The highest rate at which fifo meets the targets of `--met` of the requests, by bisection."""
+        low, high = self.args.search
+        for _ in range(SEARCH_STEPS):
+            rate = (low * high) ** 0.5
+            (found,) = self.live([(BASE, self.requests(rate, max(12, round(rate * SEARCH_S)), seed=99))])
+            say(f"  {rate:.2f} requests/s: {BASE} meets the targets of {found.met_share:.0%}")
+            low, high = (rate, high) if found.met_share >= self.args.met else (low, rate)
+        return low
+
+    def sweep(self, schedulers: Sequence[str], rate: float, wrong: float) -> list[Run]:
+        """All seeds of one load."""
+        found = []
+        for seed in range(1, self.args.seeds + 1):
+            requests = self.requests(rate, self.args.requests, seed, wrong)
+            order = [schedulers[(i + seed) % len(schedulers)] for i in range(len(schedulers))]
+            for start in range(0, len(order), self.args.at_once):
+                group = order[start : start + self.args.at_once]
+                outcomes = self.live([(scheduler, requests) for scheduler in group])
+                for scheduler, live in zip(group, outcomes, strict=True):
+                    found.append(Run(scheduler=scheduler, rate=rate, seed=seed, wrong=wrong, live=live))
+            say(
+                f"  {rate:.2f} requests/s, {wrong:.0%} wrong, seed {seed}: "
+                + ", ".join(
+                    f"{r.scheduler} {r.live.met_share:.0%} met, {r.live.latency_s:.2f} s"
+                    for r in sorted(found[-len(order) :], key=lambda r: r.scheduler)
+                )
+            )
+        return found
+
+    def costs(self, scheduler: str) -> dict[str, float]:
+        """What that server's cost model has learned."""
+        found: dict[str, float] = httpx.get(f"{self.servers[scheduler].url}/costs", trust_env=False).json()
+        return found
+
+
+def simulate(bench: Bench, simulated: Simulated, runs: Sequence[Run]) -> list[Run]:
+    """The same runs on the virtual clock, with each server's own costs."""
+    costs = {scheduler: bench.costs(scheduler) for scheduler in bench.servers}
+    made = []
+    for run in runs:
+        requests = bench.requests(run.rate, bench.args.requests, run.seed, run.wrong)
+        found = simulated.run(run.scheduler, requests, bench.book, costs[run.scheduler]).summary()
+        outcome = Outcome(found.goodput, found.met_share, found.latency.mean, found.ttft.mean)
+        made.append(
+            Run(
+                scheduler=run.scheduler, rate=run.rate, seed=run.seed, wrong=run.wrong, live=run.live, simulated=outcome
+            )
+        )
+    return made
+
+
+def table(runs: Sequence[Run], kind: str, by: str, base: Mapping[Any, Any]) -> list[str]:
+    """Markdown rows: one for each (load or share of wrong labels, scheduler)."""
+    lines = [
+        f"| {by} | scheduler | met | goodput/s | times {BASE} | mean latency s | times {BASE} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key, scheduler in dict.fromkeys((_key(run, by), run.scheduler) for run in runs):
+        mine = {run.seed: getattr(run, kind) for run in runs if (_key(run, by), run.scheduler) == (key, scheduler)}
+        against = {seed: base[key, seed] for seed in mine}
+        goodput = [one.goodput for one in mine.values()]
+        latency = [one.latency_s for one in mine.values()]
+        better = [one.goodput / max(against[seed].goodput, 1e-9) for seed, one in mine.items()]
+        slower = [one.latency_s / against[seed].latency_s for seed, one in mine.items()]
+        lines.append(
+            f"| {key:.2f} | {scheduler} | {statistics.mean(one.met_share for one in mine.values()):.0%} | "
+            f"{_spread(goodput)} | {_spread(better)} | {_spread(latency)} | {_spread(slower)} |"
+        )
+    return lines
+
+
+def _key(run: Run, by: str) -> float:
+    return run.rate if by == "requests/s" else run.wrong
+
+
+def _spread(values: Sequence[float]) -> str:
+    middle = statistics.median(values)
+    return f"{middle:.2f} ({min(values):.2f}..{max(values):.2f})" if middle < 1e6 else "-"
+
+
+def _ms(targets: Targets) -> str:
+    return "/".join("-" if value is None else f"{value * 1e3:.0f}" for value in (targets.ttft_s, targets.tpot_s))
+
+
+def apart(runs: Sequence[Run]) -> list[str]:
+    """How far the simulator is from the live runs, means over the seeds of each load and scheduler."""
+    lines = ["| requests/s | scheduler | latency, simulated/live | goodput, simulated/live |", "|---|---|---|---|"]
+    for key in dict.fromkeys((run.rate, run.scheduler) for run in runs):
+        mine = [run for run in runs if (run.rate, run.scheduler) == key and run.simulated is not None]
+        pairs = [
+            [
+                statistics.mean(getattr(one, name) for one in side)
+                for side in ([r.simulated for r in mine], [r.live for r in mine])
+            ]
+            for name in ("latency_s", "goodput")
+        ]
+        latency, goodput = (f"{s:.2f}/{x:.2f} = {s / x:.2f}" if x else f"{s:.2f}/0" for s, x in pairs)
+        lines.append(f"| {key[0]:.2f} | {key[1]} | {latency} | {goodput} |")
+    return lines
+
+
+def say(text: str) -> None:
+    """Progress, with the time since the start."""
+    print(f"[{time.monotonic() - _START:5.0f} s] {text}", flush=True)
+
+
+_START = time.monotonic()
+
+
+def main() -> None:
+    """Print tables; write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--schedulers", default=",".join(SCHEDULERS))
+    add("--budget", default="40%")
+    add("--read-bandwidth", default="34MB", help="of the store, bytes per second")
+    add("--max-running", type=int, default=16)
+    add("--max-tokens", type=int, default=32)
+    add("--requests", type=int, default=30, help="in a run")
+    add("--seeds", type=int, default=3)
+    add("--slo-scale", type=float, default=5.0)
+    add("--met", type=float, default=0.9, help="what fifo must meet at the load that is looked for")
+    add("--search", type=_numbers, default=[0.2, 3.2], help="rates between which to look for it")
+    add("--rate", type=float, help="that load, instead of looking for it")
+    add("--loads", type=_numbers, default=[1.0, 1.5, 2.0], help="multiples of it")
+    add("--wrong-labels", type=_numbers, default=[0.2, 0.5, 1.0], help="shares; at the second load")
+    add("--wrong-schedulers", default="emoe,affinity")
+    add("--at-once", type=int, default=2, help="servers under load side by side")
+    add("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    schedulers = args.schedulers.split(",")
+    torch_one_thread()
+    say("recording the routes of all prompts, for the simulator")
+    simulated = Simulated(args.budget, args.max_tokens, args.max_running)
+    words = ["--expert-memory", args.budget, "--max-read-bytes-per-s", args.read_bandwidth, "--status-interval", "0"]
+    words += ["--max-num-seqs", str(args.max_running), "--max-queue", "10000"]
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(Server(name, words)) for name in dict.fromkeys([BASE, *schedulers])}
+        for server in servers.values():
+            server.wait()
+        bench = Bench(args, servers)
+        say(f"targets are {args.slo_scale:g} times what {BASE} needs unloaded (first token/each later one)")
+        bench.calibrate()
+        say(f"looking for the load at which {BASE} meets the targets of {args.met:.0%}")
+        rate = args.rate or bench.search()
+        runs = [run for load in args.loads for run in bench.sweep(schedulers, load * rate, 0.0)]
+        middle = args.loads[min(1, len(args.loads) - 1)] * rate
+        wrong = [r for share in args.wrong_labels for r in bench.sweep(args.wrong_schedulers.split(","), middle, share)]
+        say("the same in the simulator")
+        runs, wrong = simulate(bench, simulated, runs), simulate(bench, simulated, wrong)
+        costs = {name: bench.costs(name) for name in servers}
+    right = [run for run in runs if run.rate == middle and run.scheduler in args.wrong_schedulers.split(",")]
+    for kind in ("live", "simulated"):
+        base = {(run.rate, run.seed): getattr(run, kind) for run in runs if run.scheduler == BASE}
+        print(f"\n{kind}: {args.requests} requests, {args.seeds} seeds, median (least..greatest)\n")
+        print("\n".join(table(runs, kind, "requests/s", base)))
+        base = {
+            (run.wrong, run.seed): getattr(b, kind)
+            for run in right + wrong
+            for b in runs
+            if (b.scheduler, b.rate, b.seed) == (BASE, middle, run.seed)
+        }
+        print(f"\n{kind}, at {middle:.2f} requests/s, share of wrong labels\n")
+        print("\n".join(table(right + wrong, kind, "wrong", base)))
+    print("\nsimulated against live, means over the seeds\n")
+    print("\n".join(apart(runs)))
+    say("done")
+    if args.json is not None:
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        targets = {task: each.as_dict() for task, each in bench.book.by_task.items()}
+        found = {"settings": settings, "rate": rate, "targets": targets, "costs": costs}
+        args.json.write_text(json.dumps(found | {"runs": [run.as_dict() for run in runs + wrong]}) + "\n")
+
+
+def torch_one_thread() -> None:
+    """emoe-nano is too small for more."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(word) for word in text.split(",") if word]
+
+
+if __name__ == "__main__":
+    main()
