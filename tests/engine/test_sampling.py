@@ -92,7 +92,8 @@ def test_a_seed_gives_the_same_answer_whatever_else_runs(model: PreTrainedModel)
     with engine_of(model) as engine:
         first = send(engine, prompt(1, 10), 40, sampling=seeded)[1]
         assert first.end.reason == "length"
-    with engine_of(model, EngineSettings(max_running=6, max_batch_tokens=16, kv_tokens=72, page_tokens=4)) as engine:
+    tight = EngineSettings(scheduler="fifo", max_running=6, max_batch_tokens=16, kv_tokens=72, page_tokens=4)
+    with engine_of(model, tight) as engine:
         others = [send(engine, prompt(n, 10), 30, sampling=Sampling(ignore_end=True))[1] for n in range(2, 5)]
         again = send(engine, prompt(1, 10), 40, sampling=seeded)[1]
         others += [send(engine, prompt(n, 10), 30, sampling=Sampling(ignore_end=True))[1] for n in range(5, 8)]
