@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from emoe.cli.options import add_command, positive, size
 from emoe.cli.output import ProgressLine, note, print_json, table
+from emoe.cli.simulate_serving import add_serving, asked_for, run_serving
 from emoe.config import MODES, ExpertMemory, format_bytes
 from emoe.errors import UsageError
 
@@ -112,12 +113,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of training and random routes (default: 0)")
     parser.add_argument("--plot", metavar="FILE", help="draw ratio and hit rate against capacity (.png or .svg)")
     parser.add_argument("--json", action="store_true", help="print a JSON list (docs/cli.md) instead of text")
+    add_serving(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one row for each policy and capacity."""
     from emoe.routing.counts import holds_counts
 
+    if asked_for(args):
+        run_serving(args)
+        return 0
     if (args.trace is None) == (args.random is None):
         raise UsageError("give a TRACE or --random, one of the two.")
     if args.plot is not None:

@@ -16,7 +16,7 @@ one steps back behind the feasible ones without losing its place among its like.
 **Whether it is admitted now.** In that order, a request joins if
 
 - a token of it is *cheap*: it adds to a step at most MARGIN of what a token of the batch takes already, so that tokens
-  per second rise clearly; or it is *in a hurry*: its first token would soon be too late, and the longer step still
+  per second rise clearly; or the whole line together would make CROWD times as many tokens per second; or it is *in a hurry*: its first token would soon be too late, and the longer step still
   keeps everybody's time per token;
 - and the stall of reading it and the longer steps after it make no running request miss a target that it can still
   meet (one, for one in a hurry: its target against the other's).
@@ -46,6 +46,7 @@ from emoe.scheduling.protocol import Request, Situation
 STRETCH = 2.0
 LATE = 10.0
 MARGIN = 0.7  # emoe-nano, slowed store: 0.6 meets more targets, 0.75 has the lower mean latency (docs/log.md)
+CROWD = 1.5
 HURRY = 1.5
 """In a hurry is what is too late unless it is admitted within so many times the stall of reading it."""
 OWED = 20.0
@@ -101,7 +102,9 @@ class Affinity:
         self._learn(now, before_s)
         batch = _Batch(now, before_s)
         dear: set[str | None] = set()
-        for at in self._line.first(now, self._read_s, self._more_s):
+        line = self._line.first(now, self._read_s, self._more_s)
+        crowded = self._crowd(now, limits, [now.waiting[at] for at in line], before_s)
+        for at in line:
             each = now.waiting[at]
             if limits.full:
                 break
@@ -117,7 +120,7 @@ class Affinity:
                 continue
             after_s = costs.step_s([*now.running, *group, each])
             if count:
-                cheap = (after_s - before_s) * count <= MARGIN * before_s
+                cheap = crowded or (after_s - before_s) * count <= MARGIN * before_s
                 if not cheap:
                     dear.add(each.task)
                 pace_s = batch.pace_s if each.tpot_slo_s is None else min(batch.pace_s, each.tpot_slo_s)
@@ -127,6 +130,15 @@ class Affinity:
             limits.take(each)
             before_s = after_s
         return None
+
+    def _crowd(self, now: Situation, limits: Limits, line: list[Request], step_s: float) -> bool:
+        """Whether a batch with the whole line in it would be so much more worth its loads that all are cheap."""
+        joining = line[: limits.max_running - limits.running]
+        if len(joining) < 2:
+            return False
+        before = len(now.running) / step_s if now.running else 1 / now.costs.step_s(joining[:1])
+        after = (limits.running + len(joining)) / now.costs.step_s([*now.running, *joining])
+        return after >= CROWD * before
 
     def _learn(self, now: Situation, step_s: float) -> None:
         """What a request of each waiting task costs beside those that run."""

@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from emoe.engine.interface import EngineSettings
 from emoe.errors import UsageError
 from emoe.residency.budget import PoolPlan
 from emoe.residency.eviction import make_eviction
@@ -58,6 +59,23 @@ class SimulationSettings:
     costs: Mapping[str, float] = field(default_factory=dict)
     bank: PoolPlan | None = None
     eviction: str = "least-stale"
+
+    @classmethod
+    def of_engine(
+        cls, engine: EngineSettings, costs: Mapping[str, float], bank: PoolPlan | None, eviction: str = "least-stale"
+    ) -> SimulationSettings:
+        """As a real engine runs: its settings, what its cost model has found, and the bank of its experts."""
+        return cls(
+            scheduler=engine.scheduler,
+            max_running=engine.max_running,
+            max_batch_tokens=engine.max_batch_tokens,
+            kv_tokens=engine.kv_tokens,
+            page_tokens=engine.page_tokens,
+            max_input_tokens=engine.max_input_tokens,
+            costs=costs,
+            bank=bank,
+            eviction=eviction,
+        )
 
     def __post_init__(self) -> None:
         """Raises UsageError for a limit below 1."""
@@ -278,9 +296,7 @@ class _Simulation:
             if left <= 0 or not budget or job not in self.running:
                 continue
             chunk = min(left, budget)
-            if self._pages(job.read + chunk) - job.pages > self.free_pages and (
-                decoding or reading
-            ):
+            if self._pages(job.read + chunk) - job.pages > self.free_pages and (decoding or reading):
                 break  # room will come; those that decode are not preempted for input
             if self._grow(job, job.read + chunk):
                 reading.append((job, chunk))

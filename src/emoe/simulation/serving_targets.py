@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import numpy as np
 
+from emoe.errors import UsageError
 from emoe.scheduling.arrivals import Arrival
 from emoe.simulation.serving import SimulationSettings, simulate_serving
 from emoe.simulation.serving_traffic import Routes, Targets, make_calls
@@ -63,3 +66,30 @@ def targets_from(
     """Targets as multiples of what `alone` found: the first token's by task, later tokens' alike for all tasks."""
     pace = float(np.mean([tpot for _, tpot in times.values()])) * tpot_factor
     return {task: Targets(ttft * ttft_factor, pace) for task, (ttft, _) in times.items()}
+
+
+def read_targets(path: Path, tasks: Collection[str]) -> dict[str, Targets]:
+    """Targets of a JSON file: {"TASK": {"ttft_s": seconds, "tpot_s": seconds}}; "*" is for tasks not named, null: none.
+
+    Raises:
+        UsageError: it cannot be read, holds something else, or names a task that there is not.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found = {task: Targets(_seconds(each, "ttft_s"), _seconds(each, "tpot_s")) for task, each in values.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f'cannot read targets from {path}: {error}; write {{"TASK": {{"ttft_s": 1.5, "tpot_s": 0.05}}}}.'
+        ) from error
+    unknown = sorted(set(found) - set(tasks) - {"*"})
+    if unknown:
+        raise UsageError(f"{path} names the tasks {', '.join(unknown)}: there are {', '.join(tasks)}.")
+    others = found.get("*", Targets(None, None))
+    return {task: found.get(task, others) for task in tasks}
+
+
+def _seconds(values: Mapping[str, float | None], name: str) -> float | None:
+    value = values.get(name)
+    if value is not None and not value > 0:
+        raise ValueError(f"{name} must be above 0, not {value}")
+    return None if value is None else float(value)
