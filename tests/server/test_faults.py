@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from emoe.engine.interface import Submission
+from emoe.engine.interface import Submission, TokenEvent
 from emoe.errors import EmoeError, ReadError, UsageError
 from emoe.server.app import create_app
 from emoe.server.settings import ServerSettings
@@ -214,6 +215,24 @@ def test_priority_and_sampling_reach_the_engine(serve: Serve) -> None:
     assert (first.sampling.seed, second.sampling.seed) == ((1 << 63) - 1, 0)
     assert (third.sampling.temperature, third.sampling.top_k, third.sampling.logprobs) == (0.0, 40, 0)
     assert third.max_tokens == 16 and third.sampling.seed is None
+
+
+def test_clients_cannot_make_tasks_without_end(serve: Serve) -> None:
+    engine = ScriptedEngine([*tokens(WORLD), finished()])
+    server = serve(engine, tasks=("late",))
+    for name in [*(f"task {i}" for i in range(70)), "late"]:
+        assert server.chat(emoe={"task": name}).status_code == 200
+    labels = [submission.task for submission in engine.submitted]
+    assert labels[:3] == ["task 0", "task 1", "task 2"]
+    assert labels[-2:] == ["other", "late"]
+
+
+def test_impossible_tokens_have_a_number_too(serve: Serve) -> None:
+    event = TokenEvent(WORLD, 0.0, -math.inf, ((WORLD, -math.inf),))
+    server = serve(ScriptedEngine([event, finished()]))
+    assert server.chat(logprobs=True).json()["choices"][0]["logprobs"]["content"][0]["logprob"] == -9999.0
+    text = server.post("/v1/completions", {"prompt": "x", "logprobs": 1}).json()["choices"][0]["logprobs"]
+    assert (text["token_logprobs"], text["top_logprobs"]) == ([-9999.0], [{" world": -9999.0}])
 
 
 def test_a_defect_is_an_error_in_openais_shape(serve: Serve) -> None:

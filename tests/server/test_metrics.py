@@ -100,6 +100,7 @@ def test_clients_cannot_make_series_without_end() -> None:
     assert labels(None) == OTHER
     made = {labels(f"task {i}") for i in range(1000)}
     assert len(made) == TASKS_AT_MOST and OTHER in made
+    assert TaskLabels(["qa"])("qa") == "qa"
     assert labels("task 3") == "task 3" and labels("task 999") == OTHER
 
 

@@ -160,6 +160,7 @@ def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
     with listen(args.host, args.port) as bound:
         from emoe.cli.session import open_session, warn_if_lossy
         from emoe.engine.engine import Engine
+        from emoe.model.bind import binding_of
         from emoe.server.app import create_app
         from emoe.server.running import serve
 
@@ -167,7 +168,9 @@ def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
         args.task = None
         options = {"expert_memory": planned.expert_memory, "max_read_bytes_per_s": args.max_read_bytes_per_s}
         with _log_as_notes(), open_session(args, **options) as session:
-            settings = server_settings(args, task, session.model.generation_config)
+            profile = binding_of(session.model).ahead.profile
+            tasks = () if profile is None else profile.tasks
+            settings = server_settings(args, session.model.generation_config, task, tasks)
             engine = Engine(session.model, session.tokenizer, engine_settings(args, planned))
             app = create_app(engine, settings, session.tokenizer, _name(args))
             engine.start()
@@ -186,7 +189,7 @@ def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
     note("stopped")
 
 
-def server_settings(args: argparse.Namespace, task: str | None, generation: Any) -> Any:
+def server_settings(args: argparse.Namespace, generation: Any, task: str | None, tasks: tuple[str, ...]) -> Any:
     """The HTTP side of the options. What requests leave out comes from the model's generation configuration."""
     from emoe.server.settings import ServerSettings
 
@@ -201,6 +204,7 @@ def server_settings(args: argparse.Namespace, task: str | None, generation: Any)
         shutdown_timeout_s=args.shutdown_timeout,
         status_interval_s=args.status_interval,
         default_task=task,
+        tasks=tasks,
         temperature=0.0 if greedy else _or(generation.temperature, 1.0),
         top_p=1.0 if greedy else _or(generation.top_p, 1.0),
         top_k=None if greedy else generation.top_k or None,
@@ -221,12 +225,15 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def _log_as_notes() -> Iterator[None]:
-    logger, handler = logging.getLogger("emoe"), _Notes()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    handler = _Notes()
+    levels = {logging.getLogger("emoe"): logging.INFO, logging.getLogger("uvicorn"): logging.WARNING}
+    before = {logger: logger.level for logger in levels}
+    for logger, level in levels.items():
+        logger.addHandler(handler)
+        logger.setLevel(level)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        for logger, level in before.items():
+            logger.removeHandler(handler)
+            logger.setLevel(level)

@@ -247,7 +247,8 @@ class EventStream(Response):
                 async with aclosing(self._chunks) as chunks:
                     async for chunk in chunks:
                         message = {"type": "http.response.body", "body": chunk, "more_body": True}
-                        await asyncio.wait_for(send(message), self._write_s)
+                        async with asyncio.timeout(self._write_s):
+                            await send(message)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
             except (ClientGoneError, TimeoutError, OSError):
                 # Nobody reads this any more. An answer without its end closes the connection.

@@ -87,8 +87,8 @@ class ChatShape:
 
     def _chosen(self, event: TokenEvent) -> ChosenToken:
         tops = [self._top(token, logprob) for token, logprob in event.top[: self._tops]]
-        return {**self._top(event.token, event.logprob or 0.0), "top_logprobs": tops}
+        return {**self._top(event.token, event.logprob), "top_logprobs": tops}
 
-    def _top(self, token: int, logprob: float) -> TopToken:
+    def _top(self, token: int, logprob: float | None) -> TopToken:
         text, raw = self._tokens.one(token)
-        return {"token": text, "logprob": logprob, "bytes": raw}
+        return {"token": text, "logprob": self._tokens.logprob(logprob), "bytes": raw}

@@ -94,9 +94,12 @@ class TextShape:
             return None
         return {
             "tokens": [self._tokens.one(event.token)[0] for event in piece.tokens],
-            "token_logprobs": [event.logprob or 0.0 for event in piece.tokens],
+            "token_logprobs": [self._tokens.logprob(event.logprob) for event in piece.tokens],
             "top_logprobs": [
-                {self._tokens.one(token)[0]: logprob for token, logprob in event.top[: self._tops]}
+                {
+                    self._tokens.one(token)[0]: self._tokens.logprob(logprob)
+                    for token, logprob in event.top[: self._tops]
+                }
                 for event in piece.tokens
             ],
             "text_offset": list(piece.begins),

@@ -80,7 +80,8 @@ class BodyLimit:
         parts, size = [], 0
         while True:
             try:
-                message = await asyncio.wait_for(receive(), self._timeout_s)
+                async with asyncio.timeout(self._timeout_s):
+                    message = await receive()
             except TimeoutError:
                 text = f"no more of the body came for {self._timeout_s:g} s; send it at once"
                 raise ApiError(408, text, code="body_timeout", headers={"Connection": "close"}) from None

@@ -17,7 +17,7 @@ from emoe.config import Mode
 from emoe.engine.interface import EngineStats, Report, TokenEvent
 
 TASKS_AT_MOST = 64
-"""Labels are the clients' to choose, and each makes time series: further ones are counted as "other"."""
+"""Labels are the clients' to choose, and each makes time series and counters: further ones are taken as "other"."""
 
 OTHER = "other"
 """Also of requests without a task, as profiles have it."""
@@ -51,10 +51,10 @@ def layer_group(layer: int, layers: int) -> str:
 
 
 class TaskLabels:
-    """Keeps the number of different task labels bounded."""
+    """Keeps the number of different task labels bounded; `known` ones always are their own."""
 
-    def __init__(self) -> None:
-        self._known: set[str] = {OTHER}
+    def __init__(self, known: Iterable[str] = ()) -> None:
+        self._known = {OTHER, *known}
 
     def __call__(self, task: str | None) -> str:
         """The label to count under."""
@@ -68,11 +68,11 @@ class TaskLabels:
 class Metrics:
     """All metrics of one server, in a registry of their own."""
 
-    def __init__(self, model_name: str, engine: Watched) -> None:
+    def __init__(self, model_name: str, engine: Watched, tasks: Iterable[str] = ()) -> None:
         # A series per series, which nobody draws.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self.tasks = TaskLabels()
+        self.tasks = TaskLabels(tasks)
         self._model = model_name
         self.slo_met = 0
         self.slo_asked = 0

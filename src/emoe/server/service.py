@@ -77,6 +77,7 @@ class Service:
         extras = body.emoe or Extras()
         ttft_ms = extras.slo_ttft_ms if targets.ttft_ms is None else targets.ttft_ms
         tpot_ms = extras.slo_tpot_ms if targets.tpot_ms is None else targets.tpot_ms
+        task = self.settings.default_task if body.task is None else self.metrics.tasks(body.task)
         made: list[Submission] = []
         for ids in prompts:
             most = max_tokens if max_tokens is not None else self._room(ids, param)
@@ -86,7 +87,7 @@ class Service:
                         prompt_ids=ids,
                         max_tokens=most,
                         sampling=self._sampling(body, tops, len(made)),
-                        task=body.task or self.settings.default_task,
+                        task=task,
                         priority=body.priority,
                         ttft_slo_s=None if ttft_ms is None else ttft_ms / 1e3,
                         tpot_slo_s=None if tpot_ms is None else tpot_ms / 1e3,

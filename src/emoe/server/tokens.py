@@ -17,6 +17,9 @@ from emoe.server.schemas import Message
 _ASIDE_CHARACTERS = 4096
 """A longer text is encoded by another thread, so that streams go on meanwhile (1 MiB takes about a second)."""
 
+LEAST_LOGPROB = -9999.0
+"""In place of minus infinity, which JSON has no number for; OpenAI's servers say the same."""
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -109,6 +112,11 @@ class Tokens:
         if raw is None:
             return text, list(text.encode())
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), list(raw)
+
+    @staticmethod
+    def logprob(value: float | None) -> float:
+        """A log-probability as JSON can say it."""
+        return LEAST_LOGPROB if value is None else max(value, LEAST_LOGPROB)
 
     def _raw(self, entry: str) -> bytes | None:
         """The bytes behind an entry of a byte-level vocabulary."""
