@@ -16,8 +16,8 @@ one steps back behind the feasible ones without losing its place among its like.
 **Whether it is admitted now.** In that order, a request joins if
 
 - a token of it is *cheap*: it adds to a step at most MARGIN of what a token of the batch takes already, so that tokens
-  per second rise clearly; or the whole line together would make CROWD times as many tokens per second; or it is *in a hurry*: its first token would soon be too late, and the longer step still
-  keeps everybody's time per token;
+  per second rise clearly; or the whole line together would make CROWD times as many tokens per second; or it is *in a
+  hurry*: its first token would soon be too late, and the longer step still keeps everybody's time per token;
 - and the stall of reading it and the longer steps after it make no running request miss a target that it can still
   meet (one, for one in a hurry: its target against the other's).
 
