@@ -43,8 +43,8 @@ from emoe.scheduling.core import Limits
 from emoe.scheduling.edf import UNHURRIED_S
 from emoe.scheduling.protocol import Request, Situation
 
-STRETCH = 2.0
-LATE = 10.0
+STRETCH = 20.0
+LATE = 100.0
 MARGIN = 0.7  # emoe-nano, slowed store: 0.6 meets more targets, 0.75 has the lower mean latency (docs/log.md)
 CROWD = 1.5
 HURRY = 1.5
@@ -149,7 +149,10 @@ class Affinity:
             return
         self._ran, self._asked = ran, 0
         self._read_s = {task: now.costs.load_s(each, now.running) for task, each in tasks.items()}
-        self._more_s = {task: now.costs.step_s([*now.running, each]) - step_s for task, each in tasks.items()}
+        share_s = step_s / now.max_running
+        self._more_s = {
+            task: max(now.costs.step_s([*now.running, each]) - step_s, share_s) for task, each in tasks.items()
+        }
 
 
 def _target_s(request: Request) -> float:

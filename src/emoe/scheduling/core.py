@@ -20,7 +20,7 @@ from itertools import groupby
 
 from emoe.scheduling.protocol import Request, Scheduler, Situation
 
-PATIENCE_S = 600.0
+PATIENCE_S = 3600.0
 """After so long a request no longer waits for its scheduler's liking: the bound of waiting for every scheduler."""
 
 

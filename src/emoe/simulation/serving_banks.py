@@ -84,7 +84,8 @@ class Banks:
             self._fill_room(counts, missing)
             return loads
         layers, experts = self.resident.shape
-        score = self._rule.score(past, Now(self._pass, self._pass, 0, layers)).reshape(layers, experts)
+        # A copy: a rule may return what it reads.
+        score = np.array(self._rule.score(past, Now(self._pass, self._pass, 0, layers))).reshape(layers, experts)
         if alone:
             score = np.where(used, _NEVER, score)
         else:  # the last one loaded (fewest tokens, highest number) stays; the others are the rule's to keep
