@@ -10,7 +10,7 @@ decided. (What comes after that token is another text, and is not compared.)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 import emoe
 from emoe import nano
 from emoe.engine.interface import EngineSettings
+from emoe.engine.tickets import Ticket
 from tests.conftest import Checkpoints
 from tests.engine.running import ENDLESS, GREEDY, SMALL, Answer, alone, engine_of, prompt, send, wait_until
 
@@ -85,9 +86,17 @@ def test_whatever_joins_and_leaves(model: PreTrainedModel, prompts: list[list[in
 def test_preemption_happens_and_changes_nothing(model: PreTrainedModel, prompts: list[list[int]]) -> None:
     tight = dataclasses.replace(SMALL, kv_tokens=336, max_batch_tokens=512)
     with engine_of(model, tight) as engine:
+        resumed: list[bool] = []
+        take_back = engine._desk.take_back
+
+        def watch(tickets: Sequence[Ticket]) -> None:
+            resumed.extend(ticket.request.resumed for ticket in tickets)
+            take_back(tickets)
+
+        engine._desk.take_back = watch  # type: ignore[method-assign]
         answers = [send(engine, each, 30, sampling=ENDLESS)[1] for each in prompts[:5]]
         preempted = sum(answer.end.report.preemptions for answer in answers)
-        assert preempted == engine.stats().preemptions > 0
+        assert preempted == engine.stats().preemptions == sum(resumed) == len(resumed) > 0
     for each, answer in zip(prompts, answers, strict=False):
         assert answer.tokens == alone(model, each, 30, ends=False)
 

@@ -127,3 +127,5 @@ def test_logprobs_are_those_of_a_plain_forward(model: PreTrainedModel, temperatu
         best = row.topk(4)
         assert [value for _, value in event.top] == pytest.approx(best.values.tolist(), abs=1e-4)
         assert event.top[0][0] == int(best.indices[0])
+    drawn = choose(logits[len(asked) - 1 : -1], [Draw(sampling, 1, place) for place in range(12)])
+    assert answer.tokens == [choice.token for choice in drawn]
