@@ -95,10 +95,11 @@ def metrics(server: Running) -> str:
     return str(server.client.get("/metrics").text)
 
 
-def test_if_one_choice_is_refused_none_runs(serve: Serve) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_if_one_choice_is_refused_none_runs(serve: Serve, stream: bool) -> None:
     engine = ScriptedEngine(endless)
     engine.room = 2
-    assert serve(engine).chat(n=3).status_code == 429
+    assert serve(engine).chat(n=3, stream=stream).status_code == 429
     assert set(engine.cancelled) == {"request-1", "request-2"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from emoe.server.streaming import UNFINISHED, AnswerText, Detokeniser, StopStrings
@@ -113,6 +113,8 @@ def first_stop(text: str, stops: list[str]) -> int | None:
     st.lists(st.text("abc", max_size=4), max_size=12),
     st.lists(st.text("abc", min_size=1, max_size=4), max_size=4),
 )
+@example(["a", "b"], ["b", "ab"])
+@example(["ab"], ["ab", "b"])
 def test_stop_strings_cut_where_str_find_says(parts: list[str], stops: list[str]) -> None:
     text = "".join(parts)
     at = first_stop(text, stops)

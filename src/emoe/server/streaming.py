@@ -10,7 +10,7 @@ UNFINISHED = "\ufffd"
 """What decoders give for the bytes of a character that is not complete."""
 
 _UNFINISHED_AT_MOST = 3
-"""A character has at most 4 bytes, so at most this many marks at the end may still become one."""
+"""A character has at most 4 bytes, so after more tokens than this without a whole one, there is none to come."""
 
 _WINDOW = 32
 """Tokens after which a window that never ends in a whole character is cut, so that decoding stays linear."""
@@ -33,17 +33,15 @@ class Detokeniser:
         """The text that this token completes, often all of its own."""
         self._window.append(token)
         text = self._decode(self._window)
-        marks = 0
-        while marks < _UNFINISHED_AT_MOST and text.endswith(UNFINISHED, 0, len(text) - marks):
-            marks += 1
-        stable = len(text) - marks
-        if marks and len(self._window) - self._clean <= _UNFINISHED_AT_MOST:
+        unfinished = text.endswith(UNFINISHED)
+        stable = len(text) - unfinished
+        if unfinished and len(self._window) - self._clean <= _UNFINISHED_AT_MOST:
             # Byte-fallback decoders mark a whole run of bytes until its last character is complete.
             mark = text.find(UNFINISHED, self._given)
             stable = min(stable, max(mark, self._given))
         piece = text[self._given : stable]
         self._given = max(self._given, stable)
-        if not marks:
+        if not unfinished:
             self._drop(self._clean)
             self._clean = len(self._window)
         elif len(self._window) - self._clean > _WINDOW:
