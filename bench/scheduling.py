@@ -162,10 +162,10 @@ class Bench:
             low, high = (rate, high) if found.met_share >= self.args.met else (low, rate)
         return low
 
-    def sweep(self, schedulers: Sequence[str], rate: float, wrong: float) -> list[Run]:
-        """All seeds of one load."""
+    def sweep(self, schedulers: Sequence[str], rate: float, seeds: int, wrong: float = 0.0) -> list[Run]:
+        """So many seeds of one load."""
         found = []
-        for seed in range(1, self.args.seeds + 1):
+        for seed in range(1, seeds + 1):
             requests = self.requests(rate, self.args.requests, seed, wrong)
             order = [schedulers[(i + seed) % len(schedulers)] for i in range(len(schedulers))]
             for start in range(0, len(order), self.args.at_once):
@@ -271,7 +271,7 @@ def main() -> None:
     add("--read-bandwidth", default="34MB", help="of the store, bytes per second")
     add("--max-running", type=int, default=16)
     add("--max-tokens", type=int, default=32)
-    add("--requests", type=int, default=30, help="in a run")
+    add("--requests", type=int, default=24, help="in a run")
     add("--seeds", type=int, default=3)
     add("--slo-scale", type=float, default=5.0)
     add("--met", type=float, default=0.9, help="what fifo must meet at the load that is looked for")
@@ -280,6 +280,7 @@ def main() -> None:
     add("--loads", type=_numbers, default=[1.0, 1.5, 2.0], help="multiples of it")
     add("--wrong-labels", type=_numbers, default=[0.2, 0.5, 1.0], help="shares; at the second load")
     add("--wrong-schedulers", default="emoe,affinity")
+    add("--wrong-seeds", type=int, default=2, help="seeds of those runs")
     add("--at-once", type=int, default=2, help="servers under load side by side")
     add("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
@@ -298,13 +299,14 @@ def main() -> None:
         bench.calibrate()
         say(f"looking for the load at which {BASE} meets the targets of {args.met:.0%}")
         rate = args.rate or bench.search()
-        runs = [run for load in args.loads for run in bench.sweep(schedulers, load * rate, 0.0)]
+        runs = [run for load in args.loads for run in bench.sweep(schedulers, load * rate, args.seeds)]
         middle = args.loads[min(1, len(args.loads) - 1)] * rate
-        wrong = [r for share in args.wrong_labels for r in bench.sweep(args.wrong_schedulers.split(","), middle, share)]
+        few, labelled = min(args.seeds, args.wrong_seeds), args.wrong_schedulers.split(",")
+        wrong = [run for share in args.wrong_labels for run in bench.sweep(labelled, middle, few, share)]
         say("the same in the simulator")
         runs, wrong = simulate(bench, simulated, runs), simulate(bench, simulated, wrong)
         costs = {name: bench.costs(name) for name in servers}
-    right = [run for run in runs if run.rate == middle and run.scheduler in args.wrong_schedulers.split(",")]
+    right = [run for run in runs if run.rate == middle and run.scheduler in labelled and run.seed <= few]
     for kind in ("live", "simulated"):
         base = {(run.rate, run.seed): getattr(run, kind) for run in runs if run.scheduler == BASE}
         print(f"\n{kind}: {args.requests} requests, {args.seeds} seeds, median (least..greatest)\n")
