@@ -97,6 +97,8 @@ def test_preemption_happens_and_changes_nothing(model: PreTrainedModel, prompts:
         answers = [send(engine, each, 30, sampling=ENDLESS)[1] for each in prompts[:5]]
         preempted = sum(answer.end.report.preemptions for answer in answers)
         assert preempted == engine.stats().preemptions == sum(resumed) == len(resumed) > 0
+        assert engine.stats().prompt_tokens == sum(len(each) for each in prompts[:5])  # what is read again counts once
+        assert engine.stats().generation_tokens == 5 * 30
     for each, answer in zip(prompts, answers, strict=False):
         assert answer.tokens == alone(model, each, 30, ends=False)
 

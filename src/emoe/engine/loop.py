@@ -192,7 +192,7 @@ class Loop:
         )
         self._knowledge.costs.observe(step)
         self._knowledge.note_loading(tickets, parts, decodes, wait_s)
-        self._measures.end_step(step)
+        self._measures.end_step(step, parts)
         self.kv_free = self.batcher.free_tokens
         for ticket, part in zip(tickets, parts, strict=True):
             self._note(ticket, part, part.id in done, ended)

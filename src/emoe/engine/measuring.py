@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from emoe.engine.accounting import Accounting, StepUse
+from emoe.engine.batching import Slice
 from emoe.engine.interface import EngineStats
 from emoe.engine.tickets import Ticket
 from emoe.model.bind import Binding
@@ -60,12 +61,15 @@ class Measures:
         loads, _, wait_s, misses = self._totals()
         return min(loads - self._now[0], misses - self._now[3]), wait_s - self._now[2]
 
-    def end_step(self, step: Step) -> None:
-        """The step went well."""
+    def end_step(self, step: Step, parts: Sequence[Slice]) -> None:
+        """The step went well. What a preempted request reads again counts once."""
         self._steps += 1
         self._busy_s += step.seconds
-        self._prompt_tokens += step.prefill_tokens
-        self._generation_tokens += step.decode_tokens
+        self._generation_tokens += sum(part.answers for part in parts)
+        for ticket, part in zip(self._tickets, parts, strict=True):
+            read = min(ticket.request.input_tokens, part.past + part.queries)
+            self._prompt_tokens += max(0, read - ticket.read)
+            ticket.read = max(ticket.read, read)
         planner = self._binding.ahead.planner
         use = self._accounting.end(None if planner is None else planner.planned)
         self._share_out(use)

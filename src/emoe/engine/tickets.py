@@ -34,6 +34,7 @@ class Ticket:
         announced: its first pass has been announced to the model.
         cancelled: its client no longer wants it.
         cached: of its tokens, how many are in KV memory.
+        read: of its prompt, how many have ever been read.
         load_s: waiting for experts that its prompt has caused.
     """
 
@@ -48,6 +49,7 @@ class Ticket:
     cancelled: bool = False
     preemptions: int = 0
     cached: int = 0
+    read: int = 0
     load_s: float = 0.0
     last_token_s: float | None = None
     used: Used = field(default_factory=Used)
