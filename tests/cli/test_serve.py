@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import httpx
 import pytest
 
 from emoe.cli import main
+from emoe.cli.serve import add_parser, server_settings
 from emoe.cli.serve_options import number_of_port, task_slo
 from emoe.engine.interface import TaskTargets
 
@@ -232,3 +234,23 @@ def test_a_file_sets_it_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["serve", "--config", str(file), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["expert_memory"], plan["max_running"]) == ("40%", 8)
+
+
+@pytest.mark.parametrize(
+    ("stated", "wanted"),
+    [
+        ({"do_sample": False, "temperature": 0.6, "max_new_tokens": 200}, (0.0, 1.0, None, 200)),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}, (0.6, 0.95, 20, None)),
+        ({"temperature": 0.6, "top_k": 0}, (0.6, 1.0, None, None)),
+        ({}, (1.0, 1.0, None, None)),
+    ],
+)
+def test_what_requests_leave_out_comes_from_the_model(stated: dict[str, Any], wanted: tuple[Any, ...]) -> None:
+    from transformers import GenerationConfig
+
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    args = parser.parse_args(["serve", "--request-timeout", "0", "--cors-origin", "a"])
+    made = server_settings(args.layers.resolve(args, {}), GenerationConfig(**stated), "qa", ("qa",))
+    assert (made.temperature, made.top_p, made.top_k, made.max_tokens) == wanted
+    assert (made.request_timeout_s, made.cors_origins, made.default_task) == (None, ("a",), "qa")

@@ -236,6 +236,17 @@ def test_impossible_tokens_have_a_number_too(serve: Serve) -> None:
     assert (text["token_logprobs"], text["top_logprobs"]) == ([-9999.0], [{" world": -9999.0}])
 
 
+def test_an_answer_is_as_long_as_the_model_says_unless_the_request_does(serve: Serve) -> None:
+    engine = ScriptedEngine([*tokens(WORLD), finished()])
+    server = serve(engine, max_tokens=200)
+    server.chat()
+    server.chat(max_tokens=300)
+    server.chat(" world" * 900)
+    assert [submission.max_tokens for submission in engine.submitted[:2]] == [200, 300]
+    last = engine.submitted[2]
+    assert last.max_tokens == 1024 - len(last.prompt_ids) < 200
+
+
 def test_a_defect_is_an_error_in_openais_shape(serve: Serve) -> None:
     class Broken(ScriptedEngine):
         def submit(self, submission: Submission, on_event: Any) -> str:

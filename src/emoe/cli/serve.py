@@ -208,6 +208,7 @@ def server_settings(args: argparse.Namespace, generation: Any, task: str | None,
         temperature=0.0 if greedy else _or(generation.temperature, 1.0),
         top_p=1.0 if greedy else _or(generation.top_p, 1.0),
         top_k=None if greedy else generation.top_k or None,
+        max_tokens=generation.max_new_tokens,
     )
 
 

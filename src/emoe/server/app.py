@@ -168,6 +168,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
                 "temperature": settings.temperature,
                 "top_p": settings.top_p,
                 "top_k": settings.top_k,
+                "max_tokens": settings.max_tokens,
             },
         }
 

@@ -101,7 +101,7 @@ class Service:
         return min(self.engine.max_context, self.engine.kv_tokens)
 
     def _room(self, ids: list[int], param: str) -> int:
-        """What the context leaves for an answer."""
+        """The longest answer of a request that does not say: what the context leaves, or the model's own default."""
         most = self.engine_holds()
         room = most - len(ids)
         if room < 1:
@@ -111,7 +111,7 @@ class Service:
                 param=param,
                 code="context_length_exceeded",
             )
-        return room
+        return room if self.settings.max_tokens is None else min(room, self.settings.max_tokens)
 
     def _sampling(self, body: ChatRequest | CompletionRequest, tops: int | None, index: int) -> Sampling:
         settings = self.settings

@@ -26,6 +26,7 @@ class ServerSettings:
         default_task: the task of requests that name none; None: the engine looks for keywords.
         tasks: labels that are known from the start, as the profile's are.
         temperature, top_p, top_k: of requests that do not say, as the model's generation configuration has them.
+        max_tokens: the longest chat answer of requests that do not say, also from there; None: what the context leaves.
     """
 
     api_key: str | None = None
@@ -41,6 +42,7 @@ class ServerSettings:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("keep_alive_s", "write_timeout_s", "max_body_bytes"):
