@@ -176,3 +176,13 @@ def test_fifo_and_edf_order() -> None:
     waiting = [request(1, 0.0, ttft_slo_s=50.0), request(2, 1.0, ttft_slo_s=5.0), request(3, 2.0)]
     assert [each.id for each in admit(make_scheduler("fifo"), situation(waiting))] == ["1", "2", "3"]
     assert [each.id for each in admit(make_scheduler("edf"), situation(waiting))] == ["2", "1", "3"]
+
+
+def test_affinity_forgets_who_is_gone() -> None:
+    """Ids and labels come from outside: neither may pile up."""
+    scheduler = make_scheduler("affinity")
+    for turn in range(3000):
+        one = request(turn, 100.0, task=f"task {turn}")
+        assert admit(scheduler, situation([one])) == [one]
+    line = scheduler._line  # type: ignore[attr-defined]
+    assert len(line._rows) < 100 and len(line._tasks) < 100 and len(line._table) <= 128

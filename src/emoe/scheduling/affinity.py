@@ -9,6 +9,7 @@ that run are cheap and join; a mixed batch, whose steps load the union of everyb
 
     score = arrived + STRETCH * cost + (LATE * its first-token target, if that cannot be met any more)
     cost  = reading its input (experts loaded for it included) + answer tokens * what it adds to a step
+            (at least the step's time over `max_running`: a slot is taken, too)
 
 Time since arrival ages it, short and cheap requests overtake long ones by so many seconds and no more, and a hopeless
 one steps back behind the feasible ones without losing its place among its like.
@@ -44,9 +45,13 @@ from emoe.scheduling.edf import UNHURRIED_S
 from emoe.scheduling.protocol import Request, Situation
 
 STRETCH = 20.0
+"""Seconds by which a second of cost sets a request back. From 2 to 20 the mean latency falls and targets met stay."""
 LATE = 100.0
-MARGIN = 0.7  # emoe-nano, slowed store: 0.6 meets more targets, 0.75 has the lower mean latency (docs/log.md)
+"""Targets by which a hopeless request steps back: behind all feasible ones that come in that time."""
+MARGIN = 0.7
+"""On emoe-nano with a slow store 0.6 meets more targets and 0.75 has the lower mean latency."""
 CROWD = 1.5
+"""Lower, and batches grow whose tasks have nothing in common: a third of the targets met is lost at 1.15."""
 HURRY = 1.5
 """In a hurry is what is too late unless it is admitted within so many times the stall of reading it."""
 OWED = 20.0
@@ -55,6 +60,8 @@ TRIED = 12
 """So many of the first in line are looked at."""
 FRESH = 16
 """What a task's request adds to a step is worked out anew when others run, and after so many times of asking."""
+TASKS = 12
+"""For so many tasks, those of the longest waiting; others are taken for their mean."""
 
 
 class Affinity:
@@ -148,11 +155,13 @@ class Affinity:
         if ran == self._ran and self._asked < FRESH and tasks.keys() <= self._more_s.keys():
             return
         self._ran, self._asked = ran, 0
-        self._read_s = {task: now.costs.load_s(each, now.running) for task, each in tasks.items()}
         share_s = step_s / now.max_running
-        self._more_s = {
-            task: max(now.costs.step_s([*now.running, each]) - step_s, share_s) for task, each in tasks.items()
-        }
+        first = list(tasks.items())[:TASKS]
+        self._read_s = {task: now.costs.load_s(each, now.running) for task, each in first}
+        self._more_s = {task: max(now.costs.step_s([*now.running, each]) - step_s, share_s) for task, each in first}
+        read_s, more_s = (sum(each.values()) / len(first) for each in (self._read_s, self._more_s))
+        self._read_s = dict.fromkeys(tasks, read_s) | self._read_s
+        self._more_s = dict.fromkeys(tasks, more_s) | self._more_s
 
 
 def _target_s(request: Request) -> float:
@@ -212,6 +221,7 @@ class _Line:
             pass  # some are new
         if len(rows) > 2 * len(waiting) + 64:
             rows.clear()
+            self._tasks.clear()  # labels are the clients' to choose
         for each in waiting:
             if each.id not in rows:
                 self._add(each)

@@ -30,6 +30,8 @@ FORGET = 0.995
 """A step counts half as much 140 steps later."""
 KV_SHARE = 1e-4
 """Of the time for a token: the unit in which the time for reading one token of KV memory is sought; it starts at 0."""
+MOST_TASKS = 256
+"""What is known of so many tasks is kept at hand."""
 SURE = 1e-9
 """The least chance of leaving a key untouched: logarithms stay finite."""
 
@@ -215,6 +217,8 @@ class CostModel:
     def _log_untouched(self, task: str | None) -> Array:
         found = self._untouched.get(task)
         if found is None and self._shape is not None:
+            if len(self._untouched) >= MOST_TASKS:  # labels are the clients' to choose
+                self._untouched.clear()
             shares = self._shares(task)
             shares = self._shape.uniform() if shares is None else shares
             found = self._untouched[task] = np.log(np.maximum(1.0 - shares, SURE))
