@@ -125,6 +125,7 @@ def test_the_live_counters_agree_with_the_reply(server: Running) -> None:
     after = counted()
     changes = {name: after[name] - before.get(name, 0) for name in after}
     assert changes["emoe:prompt_tokens_total"] == reply["usage"]["prompt_tokens"]
+    assert changes["emoe:generation_tokens_total"] == 4
     assert changes["emoe:inter_token_latency_seconds_count"] == 3
     assert changes["emoe:expert_hits_total"] == reply["emoe"]["hits"]
     assert changes["emoe:expert_misses_total"] == reply["emoe"]["misses"]
