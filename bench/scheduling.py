@@ -20,7 +20,7 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,26 +160,33 @@ class Bench:
             (found,) = self.live([(BASE, self.requests(rate, max(12, round(rate * SEARCH_S)), seed=99))])
             say(f"  {rate:.2f} requests/s: {BASE} meets the targets of {found.met_share:.0%}")
             low, high = (rate, high) if found.met_share >= self.args.met else (low, rate)
-        return low
+        return float(low)
 
-    def sweep(self, schedulers: Sequence[str], rate: float, seeds: int, wrong: float = 0.0) -> list[Run]:
-        """So many seeds of one load."""
+    def sweep(self, schedulers: Sequence[str], rate: float) -> list[Run]:
+        """All seeds of one load."""
+        return [run for seed in range(1, self.args.seeds + 1) for run in self.one(schedulers, rate, seed)]
+
+    def one(self, schedulers: Sequence[str], rate: float, seed: int, wrong: float = 0.0) -> list[Run]:
+        """These schedulers with the same requests, as many side by side as may be."""
+        requests = self.requests(rate, self.args.requests, seed, wrong)
+        order = [schedulers[(i + seed) % len(schedulers)] for i in range(len(schedulers))]
         found = []
-        for seed in range(1, seeds + 1):
-            requests = self.requests(rate, self.args.requests, seed, wrong)
-            order = [schedulers[(i + seed) % len(schedulers)] for i in range(len(schedulers))]
-            for start in range(0, len(order), self.args.at_once):
-                group = order[start : start + self.args.at_once]
-                outcomes = self.live([(scheduler, requests) for scheduler in group])
-                for scheduler, live in zip(group, outcomes, strict=True):
-                    found.append(Run(scheduler=scheduler, rate=rate, seed=seed, wrong=wrong, live=live))
-            say(
-                f"  {rate:.2f} requests/s, {wrong:.0%} wrong, seed {seed}: "
-                + ", ".join(
-                    f"{r.scheduler} {r.live.met_share:.0%} met, {r.live.latency_s:.2f} s"
-                    for r in sorted(found[-len(order) :], key=lambda r: r.scheduler)
-                )
-            )
+        for start in range(0, len(order), self.args.at_once):
+            group = order[start : start + self.args.at_once]
+            outcomes = self.live([(scheduler, requests) for scheduler in group])
+            for scheduler, live in zip(group, outcomes, strict=True):
+                found.append(Run(scheduler=scheduler, rate=rate, seed=seed, wrong=wrong, live=live))
+        found.sort(key=lambda run: schedulers.index(run.scheduler))
+        told = ", ".join(f"{run.scheduler} {run.live.met_share:.0%} met, {run.live.latency_s:.2f} s" for run in found)
+        say(f"  {rate:.2f} requests/s, {wrong:.0%} wrong, seed {seed}: {told}")
+        return found
+
+    def mislabelled(self, schedulers: Sequence[str], rate: float) -> list[Run]:
+        """Every share of wrong labels, one after another for each seed, so that a slow hour meets all of them."""
+        found = []
+        for seed in range(1, self.args.wrong_seeds + 1):
+            for share in self.args.wrong_labels:
+                found += self.one(schedulers, rate, seed, share)
         return found
 
     def costs(self, scheduler: str) -> dict[str, float]:
@@ -204,22 +211,21 @@ def simulate(bench: Bench, simulated: Simulated, runs: Sequence[Run]) -> list[Ru
     return made
 
 
-def table(runs: Sequence[Run], kind: str, by: str, base: Mapping[Any, Any]) -> list[str]:
-    """Markdown rows: one for each (load or share of wrong labels, scheduler)."""
+def table(runs: Sequence[Run], kind: str, by: str, base: str, against: Callable[[Run], Run]) -> list[str]:
+    """Markdown rows, one for each (load or share of wrong labels, scheduler); ratios are to the run `against` names."""
     lines = [
-        f"| {by} | scheduler | met | goodput/s | times {BASE} | mean latency s | times {BASE} |",
+        f"| {by} | scheduler | met | goodput/s | times {base} | mean latency s | times {base} |",
         "|---|---|---|---|---|---|---|",
     ]
     for key, scheduler in dict.fromkeys((_key(run, by), run.scheduler) for run in runs):
-        mine = {run.seed: getattr(run, kind) for run in runs if (_key(run, by), run.scheduler) == (key, scheduler)}
-        against = {seed: base[key, seed] for seed in mine}
-        goodput = [one.goodput for one in mine.values()]
-        latency = [one.latency_s for one in mine.values()]
-        better = [one.goodput / max(against[seed].goodput, 1e-9) for seed, one in mine.items()]
-        slower = [one.latency_s / against[seed].latency_s for seed, one in mine.items()]
+        mine = [run for run in runs if (_key(run, by), run.scheduler) == (key, scheduler)]
+        pairs = [(getattr(run, kind), getattr(against(run), kind)) for run in mine]
+        better = [one.goodput / max(other.goodput, 1e-9) for one, other in pairs]
+        slower = [one.latency_s / other.latency_s for one, other in pairs]
         lines.append(
-            f"| {key:.2f} | {scheduler} | {statistics.mean(one.met_share for one in mine.values()):.0%} | "
-            f"{_spread(goodput)} | {_spread(better)} | {_spread(latency)} | {_spread(slower)} |"
+            f"| {key:.2f} | {scheduler} | {statistics.mean(one.met_share for one, _ in pairs):.0%} | "
+            f"{_spread([one.goodput for one, _ in pairs])} | {_spread(better)} | "
+            f"{_spread([one.latency_s for one, _ in pairs])} | {_spread(slower)} |"
         )
     return lines
 
@@ -278,20 +284,20 @@ def main() -> None:
     add("--search", type=_numbers, default=[0.2, 3.2], help="rates between which to look for it")
     add("--rate", type=float, help="that load, instead of looking for it")
     add("--loads", type=_numbers, default=[1.0, 1.5, 2.0], help="multiples of it")
-    add("--wrong-labels", type=_numbers, default=[0.2, 0.5, 1.0], help="shares; at the second load")
+    add("--wrong-labels", type=_numbers, default=[0.0, 0.2, 0.5, 1.0], help="shares; at the second load")
     add("--wrong-schedulers", default="emoe,affinity")
     add("--wrong-seeds", type=int, default=2, help="seeds of those runs")
     add("--at-once", type=int, default=2, help="servers under load side by side")
     add("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    schedulers = args.schedulers.split(",")
+    schedulers = list(dict.fromkeys([BASE, *args.schedulers.split(",")]))
     torch_one_thread()
     say("recording the routes of all prompts, for the simulator")
     simulated = Simulated(args.budget, args.max_tokens, args.max_running)
     words = ["--expert-memory", args.budget, "--max-read-bytes-per-s", args.read_bandwidth, "--status-interval", "0"]
     words += ["--max-num-seqs", str(args.max_running), "--max-queue", "10000"]
     with ExitStack() as stack:
-        servers = {name: stack.enter_context(Server(name, words)) for name in dict.fromkeys([BASE, *schedulers])}
+        servers = {name: stack.enter_context(Server(name, words)) for name in schedulers}
         for server in servers.values():
             server.wait()
         bench = Bench(args, servers)
@@ -299,26 +305,22 @@ def main() -> None:
         bench.calibrate()
         say(f"looking for the load at which {BASE} meets the targets of {args.met:.0%}")
         rate = args.rate or bench.search()
-        runs = [run for load in args.loads for run in bench.sweep(schedulers, load * rate, args.seeds)]
+        runs = [run for load in args.loads for run in bench.sweep(schedulers, load * rate)]
         middle = args.loads[min(1, len(args.loads) - 1)] * rate
-        few, labelled = min(args.seeds, args.wrong_seeds), args.wrong_schedulers.split(",")
-        wrong = [run for share in args.wrong_labels for run in bench.sweep(labelled, middle, few, share)]
+        wrong = bench.mislabelled(args.wrong_schedulers.split(","), middle)
         say("the same in the simulator")
         runs, wrong = simulate(bench, simulated, runs), simulate(bench, simulated, wrong)
         costs = {name: bench.costs(name) for name in servers}
-    right = [run for run in runs if run.rate == middle and run.scheduler in labelled and run.seed <= few]
     for kind in ("live", "simulated"):
-        base = {(run.rate, run.seed): getattr(run, kind) for run in runs if run.scheduler == BASE}
         print(f"\n{kind}: {args.requests} requests, {args.seeds} seeds, median (least..greatest)\n")
-        print("\n".join(table(runs, kind, "requests/s", base)))
-        base = {
-            (run.wrong, run.seed): getattr(b, kind)
-            for run in right + wrong
-            for b in runs
-            if (b.scheduler, b.rate, b.seed) == (BASE, middle, run.seed)
-        }
-        print(f"\n{kind}, at {middle:.2f} requests/s, share of wrong labels\n")
-        print("\n".join(table(right + wrong, kind, "wrong", base)))
+        against = {(run.rate, run.seed): run for run in runs if run.scheduler == BASE}
+        print("\n".join(table(runs, kind, "requests/s", BASE, lambda run: against[run.rate, run.seed])))  # noqa: B023
+        if not wrong:
+            continue
+        labelled = {(run.scheduler, run.seed): run for run in wrong if run.wrong == min(args.wrong_labels)}
+        print(f"\n{kind}, at {middle:.2f} requests/s, {args.wrong_seeds} seeds, by the share of wrong labels\n")
+        first = f"{min(args.wrong_labels):.0%} wrong"
+        print("\n".join(table(wrong, kind, "wrong", first, lambda run: labelled[run.scheduler, run.seed])))  # noqa: B023
     print("\nsimulated against live, means over the seeds\n")
     print("\n".join(apart(runs)))
     say("done")

@@ -33,7 +33,7 @@ def main() -> int:
         made.add_api_route("/costs", engine.costs.as_dict)
         return made
 
-    app.create_app = with_costs
+    app.create_app = with_costs  # type: ignore[assignment]
     return cli.main(["serve", *sys.argv[1:]])
 
 

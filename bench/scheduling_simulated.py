@@ -37,6 +37,8 @@ class Simulated:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "trace.npz"
             model, tokenizer = emoe.load(expert_memory=ExpertMemory.parse(budget), trace=file)
+            if tokenizer is None:
+                raise RuntimeError("emoe-nano has come without its tokenizer")
             self.bank: PoolPlan = binding_of(model).plan.pools[0]
             for each in prompts:
                 task, text = each["task"], each["prompt"]
