@@ -37,7 +37,8 @@ class Sampling:
         temperature: 0 takes the likeliest token.
         top_p: sample from the likeliest tokens of this share.
         top_k: sample from this many likeliest tokens, None: all.
-        seed: with it, the same request gives the same tokens whatever else runs (up to ties); None: drawn anew.
+        seed: with it, the same request gives the same tokens whatever else runs, except where rounding decides (another
+            batch rounds the logits differently, in bf16 visibly so); None: drawn anew.
         logprobs: None: none; n: of the chosen token and of the n likeliest, from the unscaled logits.
         ignore_end: go on after the model's end token, to `max_tokens` (for benchmarks).
     """
