@@ -7,7 +7,6 @@ request then attends alone, with exactly the arguments that `generate()` would h
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 IMPLEMENTATION = "emoe_paged_sdpa"
 """The name under which transformers finds `packed_attention`."""
 
-Update = Callable[[torch.Tensor, torch.Tensor, int, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
-"""Writes a step's keys and values [1, heads, tokens, size] of one layer, and reads [1, heads, keys, size]."""
+Rows = Callable[[int], tuple[torch.Tensor, torch.Tensor, int]]
+"""A layer's keys and values in the cache, [rows, key heads, size] each, and the number of the layer's group."""
 
 
 @dataclass(slots=True)
@@ -29,12 +28,12 @@ class Packed:
     """What `packed_attention` has to know of the step under way; lies on the cache as `emoe`.
 
     Attributes:
-        update: the cache's own update, see `Update`.
+        rows: where a layer's keys and values lie, see `Rows`.
         queries, keys: how many each request has in this step, in the order of the packed sequence. Keys are those of
             before and the step's own.
     """
 
-    update: Update
+    rows: Rows
     queries: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
 
@@ -61,18 +60,25 @@ def packed_attention(
     Returns:
         [1, tokens, heads, size], None.
     """
-    cache = kwargs.pop("cache")
-    packed: Packed = cache.emoe
-    key, value = packed.update(key, value, int(module.layer_idx), kwargs)  # type: ignore[arg-type]
-    if len(packed.queries) == 1:
-        return _alone(module, query, key, value, dropout, scaling), None
-    parts = zip(
+    packed: Packed = kwargs["cache"].emoe
+    keys, values, group = packed.rows(int(module.layer_idx))  # type: ignore[arg-type]
+    write, read = kwargs["write_index"][group], kwargs["read_index"][group]
+    keys.index_copy_(0, write, key[0].transpose(0, 1))
+    values.index_copy_(0, write, value[0].transpose(0, 1))
+    outputs = []
+    for query_, key_, value_, own in zip(
         torch.split(query, packed.queries, dim=2),
-        torch.split(key, packed.keys, dim=2),
-        torch.split(value, packed.keys, dim=2),
+        torch.split(key, packed.queries, dim=2),
+        torch.split(value, packed.queries, dim=2),
+        torch.split(read, packed.keys) if read.numel() else [None] * len(packed.keys),
         strict=True,
-    )
-    return torch.cat([_alone(module, q, k, v, dropout, scaling) for q, k, v in parts], dim=1), None
+    ):
+        # Without anything to read the step is made of whole prompts, and their own keys and values are all there are.
+        # Read for one request after the other, what is attended to lies in the processor's cache.
+        k = key_ if own is None else keys.index_select(0, own).transpose(0, 1)[None]
+        v = value_ if own is None else values.index_select(0, own).transpose(0, 1)[None]
+        outputs.append(_alone(module, query_, k, v, dropout, scaling))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
 def _alone(
@@ -96,26 +102,19 @@ def slides(model: PreTrainedModel) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
-def update_of(cache: Any) -> Update:
-    """The cache's update behind one signature."""
-    if "kwargs" in inspect.signature(cache.update).parameters:
+def rows_of(cache: Any) -> Rows:
+    """Where the paged cache keeps a layer's keys and values."""
 
-        def update(
-            key: torch.Tensor, value: torch.Tensor, layer: int, kwargs: dict[str, Any]
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            found: tuple[torch.Tensor, torch.Tensor] = cache.update(key, value, layer, kwargs)
-            return found
+    def rows(layer: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        allocator = cache.layer_to_allocator[layer]
+        keys, values = allocator._kv_token_views[layer]
+        return keys, values, int(allocator.index)
 
-        return update
+    def rows_by_group(layer: int) -> tuple[torch.Tensor, torch.Tensor, int]:  # transformers 5.17
+        group, number = cache.layer_index_to_group_indices[layer]
+        return cache.key_cache[number], cache.value_cache[number], int(group)
 
-    def update_by_index(  # transformers < 5.19
-        key: torch.Tensor, value: torch.Tensor, layer: int, kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        found = cache.update(key, value, layer, kwargs["read_index"], kwargs["write_index"])
-        key, value = (states.transpose(0, 1).unsqueeze(0) for states in found)
-        return key, value
-
-    return update_by_index
+    return rows if hasattr(cache, "layer_to_allocator") else rows_by_group
 
 
 AttentionInterface.register(IMPLEMENTATION, packed_attention)

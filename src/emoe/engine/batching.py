@@ -19,7 +19,7 @@ from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import scheduler as tf_scheduler
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
-from emoe.engine.attention import IMPLEMENTATION, Packed, slides, update_of
+from emoe.engine.attention import IMPLEMENTATION, Packed, rows_of, slides
 from emoe.engine.moved import KNOWS_FLASH, PAGE_SIZE, check
 from emoe.errors import UnsupportedModelError
 
@@ -169,7 +169,7 @@ class Batcher:
             ) from error
         self._cache: Any = self._processor.cache
         self._scheduler: ScheduledOnly = self._processor.scheduler
-        self._cache.emoe = Packed(update_of(self._cache))
+        self._cache.emoe = Packed(rows_of(self._cache))
         self._processor.model_runner._sample = self._choose
         self.kv_tokens = self._capacity()
         self._scheduler.page_tokens = 0 if self.sliding else page_tokens

@@ -42,10 +42,6 @@ _PARAMETERS: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
     (Scheduler, "_cleanup_waiting_queue", ("self", "request_ids_to_remove_from_waiting")),
     (PagedAttentionCache, "free_blocks", ("self", "request_id")),
 )
-_UPDATES = (
-    ("self", "key_states", "value_states", "layer_idx", "kwargs"),
-    ("self", "key_states", "value_states", "layer_idx", "read_index", "write_index"),
-)
 _STATE = ("request_id", "initial_tokens", "max_new_tokens", "eos_token_id", "tokens_to_process", "position_offset")
 _SETTINGS = (PAGE_SIZE, "num_blocks", "max_batch_tokens", "max_requests_per_batch", "scheduler_type", "safety_margin")
 
@@ -58,9 +54,6 @@ def moved() -> list[str]:
         names = () if method is None else tuple(inspect.signature(method).parameters)
         if names[: len(wanted)] != wanted:
             found.append(f"{owner.__name__}.{name}({', '.join(names)}) instead of ({', '.join(wanted)})")
-    update = tuple(inspect.signature(PagedAttentionCache.update).parameters)
-    if update not in _UPDATES:
-        found.append(f"PagedAttentionCache.update({', '.join(update)})")
     fields = inspect.signature(RequestState).parameters
     found += [f"RequestState.{name} is gone" for name in _STATE if name not in fields]
     settings = inspect.signature(ContinuousBatchingConfig).parameters
