@@ -253,6 +253,9 @@ def test_the_command_reads_arrivals_and_prints_json(tmp_path: Path, capsys: pyte
         (("--poisson", "1", "--costs", "nowhere.json"), "nowhere.json"),
         (("--poisson", "1", "--arrivals", "x.csv"), "give one of them"),
         (("--arrivals", "nowhere.csv"), "nowhere.csv"),
+        (("--poisson", "1", "--schedulers", ","), "names none"),
+        (("--poisson", "1", "--policy", "lru"), "--policy means nothing"),
+        (("trace.npz", "--max-running", "3"), "--max-running is for requests that arrive"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(words: tuple[str, ...], text: str) -> None:

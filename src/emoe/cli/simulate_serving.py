@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 COSTS = {"step_s": 0.003, "token_s": 0.0006, "prefill_token_s": 0.0002, "expert_load_s": 0.004}
 """emoe-nano on one core, and a store so slow that one load takes what a step computes, as on large models."""
 
+NOT_SERVING = ("random", "policy", "history", "split", "prompts", "bandwidth", "plot", "replan_prompts")
+LIMITS = ("max_running", "max_batch_tokens", "kv_tokens", "max_input_tokens")
+ONLY_SERVING = ("requests", "seeds", "task_mix", "slo", "model_like", "costs", "load_time", "expert_memory", *LIMITS)
+
 
 def add_serving(parser: argparse.ArgumentParser) -> None:
     """Options of serving."""
@@ -61,8 +65,21 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
 
 
 def asked_for(args: argparse.Namespace) -> bool:
-    """Whether the command line is about serving."""
-    return args.arrivals is not None or args.poisson is not None
+    """Whether the command line is about serving.
+
+    Raises:
+        UsageError: it mixes options of serving and of replaying a trace.
+    """
+    serving = args.arrivals is not None or args.poisson is not None
+    for name in NOT_SERVING if serving else ONLY_SERVING:
+        if getattr(args, name) is not None:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{option} means nothing for requests that arrive: leave it out."
+                if serving
+                else f"{option} is for requests that arrive: give --arrivals FILE or --poisson RATE with it."
+            )
+    return serving
 
 
 def run_serving(args: argparse.Namespace) -> None:
@@ -74,6 +91,8 @@ def run_serving(args: argparse.Namespace) -> None:
     if args.arrivals is not None and args.poisson is not None:
         raise UsageError("--arrivals and --poisson both say when requests come: give one of them.")
     names = [name.strip() for name in args.schedulers.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--schedulers names none: write them like fifo,affinity.")
     for name in names:
         make_scheduler(name)
     routes, lengths, shares = _routes(args)
