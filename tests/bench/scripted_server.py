@@ -31,11 +31,13 @@ Script = Callable[[dict[str, Any], dict[str, str]], Answer]
 
 
 class ScriptedServer:
-    """`with ScriptedServer(script) as server: server.url`; `server.seen` holds (body, headers) of every request."""
+    """`card`: of the model; empty: the list of models fails.
+
+    `with ScriptedServer(script) as server: server.url`; `server.seen` holds (body, headers) of every request."""
 
     def __init__(self, script: Script, card: dict[str, Any] | None = None) -> None:
         self._script = script
-        self._card = card or {"id": "scripted", "object": "model", "owned_by": "a test"}
+        self._card = card if card is not None else {"id": "scripted", "object": "model", "owned_by": "a test"}
         self.seen: list[tuple[dict[str, Any], dict[str, str]]] = []
         self.most_at_once = 0
         self._now = 0
@@ -85,6 +87,8 @@ class ScriptedServer:
             writer.close()
 
     async def _reply(self, path: str, content: bytes, headers: dict[str, str], writer: asyncio.StreamWriter) -> bool:
+        if path == "/v1/models" and not self._card:
+            return await _plain(writer, 500, b"Internal Server Error")
         if path == "/v1/models":
             return await _plain(writer, 200, json.dumps({"object": "list", "data": [self._card]}).encode())
         body = json.loads(content)

@@ -146,6 +146,14 @@ def test_nobody_there() -> None:
         base_url("localhost:80")
 
 
+def test_a_server_that_cannot_list_its_models_needs_one_named() -> None:
+    with ScriptedServer(always(Answer()), card={}) as server:
+        assert ask(server, model="m").ok
+        assert server.seen[0][0]["model"] == "m"
+        with pytest.raises(ServerUnusableError, match=r"/v1/models answers 500 .*Internal Server Error"):
+            ask(server)
+
+
 def test_requests_are_sent_on_time_however_slow_the_answers_are() -> None:
     requests = [planned(number, number * 0.05) for number in range(10)]
     with ScriptedServer(always(Answer(first_s=0.8))) as server:

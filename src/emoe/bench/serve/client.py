@@ -195,6 +195,8 @@ class Client:
     async def look(self, model: str | None) -> Server:
         """Ask who is there, for `model` if one is named, else for the first that is served.
 
+        A server that cannot list its models is asked for the one that is named, as one that is not emoe.
+
         Raises:
             ServerUnusableError: nobody answers, or not like an OpenAI server.
         """
@@ -203,6 +205,9 @@ class Client:
         except httpx.HTTPError as error:
             raise ServerUnusableError(f"no server answers at {self.url}: {error or type(error).__name__}") from error
         if answer.status_code != 200:
+            if model is not None:
+                self.server = Server(model=model)
+                return self.server
             name, text = _refusal(answer.content, "no reason")
             raise ServerUnusableError(f"{self.url}/v1/models answers {answer.status_code} ({name}): {text}")
         try:
