@@ -16,7 +16,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 
 
 def block(language: str) -> str:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)[0]
+    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    return found[0]
 
 
 def test_the_python_example_runs(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
