@@ -25,6 +25,7 @@ from emoe.engine.interface import (
 from emoe.engine.knowledge import Knowledge
 from emoe.engine.loop import Loop
 from emoe.engine.measuring import Measures
+from emoe.engine.rules import Rules
 from emoe.engine.tickets import Ticket, new_seed
 from emoe.errors import EmoeError, UsageError
 from emoe.model.bind import binding_of
@@ -53,11 +54,13 @@ class Engine:
         Without `profile` the one that the model was loaded with is used; emoe-nano has its own.
 
         Raises:
-            UsageError: the model was not made by `emoe.load`, or a setting cannot be meant.
+            UsageError: the model was not made by `emoe.load`, a setting cannot be meant, or the model's generation
+                configuration asks for what the engine does not do.
         """
         _check(settings)
         self._binding = binding_of(model)
         self._model = model
+        self._rules = Rules(model.generation_config, model.device)
         self.settings = settings
         self._scheduler = make_scheduler(settings.scheduler)
         self.scheduler_name = self._scheduler.name
@@ -102,8 +105,10 @@ class Engine:
         """
         if self._thread is not None:
             raise EngineStoppedError("an engine runs once: make another one with the same model.")
-        settings, measures = self.settings, self._measures
-        self._loop = loop = Loop(settings, self._binding, self._desk, self._scheduler, self._knowledge, measures)
+        settings = self.settings
+        self._loop = loop = Loop(
+            settings, self._binding, self._desk, self._scheduler, self._knowledge, self._measures, self._rules
+        )
         self._binding.runtime.dense_only = True
         try:
             loop.batcher = Batcher(

@@ -14,6 +14,7 @@ from emoe.engine.desk import Desk
 from emoe.engine.interface import EngineSettings, FinishedEvent, FinishReason, TokenEvent
 from emoe.engine.knowledge import Knowledge
 from emoe.engine.measuring import Measures
+from emoe.engine.rules import Rules
 from emoe.engine.sampling import Choice, Draw, choose
 from emoe.engine.tickets import Ticket, as_emoe_error
 from emoe.errors import EmoeError
@@ -41,6 +42,7 @@ class Loop:
         scheduler: Scheduler,
         knowledge: Knowledge,
         measures: Measures,
+        rules: Rules,
     ) -> None:
         """Wire the parts."""
         self._settings = settings
@@ -50,6 +52,7 @@ class Loop:
         self._scheduler = scheduler
         self._knowledge = knowledge
         self._measures = measures
+        self._rules = rules
         self.kv_tokens = self.kv_free = settings.kv_tokens
         self._gone: set[int] = set()  # sequences that have left since the last step
         self._suspects: deque[str] = deque()
@@ -79,7 +82,9 @@ class Loop:
     def choose(self, logits: torch.Tensor, requests: Sequence[str]) -> list[int]:
         """Choose the step's tokens, see `emoe.engine.batching.Sample`."""
         tickets = [self._desk[request] for request in requests]
-        choices = choose(logits, [Draw(t.submission.sampling, t.seed, len(t.answer)) for t in tickets])
+        draws = [Draw(ticket.submission.sampling, ticket.seed, len(ticket.answer)) for ticket in tickets]
+        scores = self._rules.apply(logits, [ticket.tokens for ticket in tickets]) if self._rules else None
+        choices = choose(logits, draws, scores)
         self._choices = dict(zip(requests, choices, strict=True))
         return [choice.token for choice in choices]
 

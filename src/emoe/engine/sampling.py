@@ -31,16 +31,18 @@ class Draw:
     position: int
 
 
-def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
+def choose(logits: torch.Tensor, draws: Sequence[Draw], scores: torch.Tensor | None = None) -> list[Choice]:
     """Choose one token per row of `logits` [rows, vocabulary] (float32, unscaled); row i by `draws[i]`.
 
-    What a row gives depends on its logits, its settings and (seed, position) alone: neither on its neighbours nor on
-    how often the request was preempted.
+    `scores`, of the same shape, is what to choose from where a model's rules have changed the logits
+    (`emoe.engine.rules`); log-probabilities are those of the logits. What a row gives depends on its logits, its
+    settings and (seed, position) alone: neither on its neighbours nor on how often the request was preempted.
     """
-    greedy: list[int] = logits.argmax(dim=-1).tolist()
+    scores = logits if scores is None else scores
+    greedy: list[int] = scores.argmax(dim=-1).tolist()
     chosen = []
     for row, draw in enumerate(draws):
-        token = greedy[row] if draw.sampling.temperature == 0 else _sample(logits[row], draw)
+        token = greedy[row] if draw.sampling.temperature == 0 else _sample(scores[row], draw)
         if draw.sampling.logprobs is None:
             chosen.append(Choice(token))
             continue
