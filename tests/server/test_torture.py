@@ -331,7 +331,7 @@ def test_a_shard_is_truncated_and_the_process_is_told_to_stop(arena: Arena, tmp_
     shutil.copytree(nano.path(), copy)
     (shard,) = copy.glob("*.safetensors")
     content = shard.read_bytes()
-    words = ("--expert-memory", "40%", "--dtype", "float32", "--reader", "cached", "--shutdown-timeout", "2")
+    words = ("--expert-memory", "40%", "--dtype", "float32", "--reader", "cached", "--shutdown-timeout", "4")
     with Process(str(copy), *words, "--max-num-seqs", "8", "--max-queue", "64") as server:
         prompts = arena.prompts[:5]
         for told, prompt in zip(ask(server.port, prompts * 4), prompts * 4, strict=True):
@@ -356,7 +356,7 @@ def test_a_shard_is_truncated_and_the_process_is_told_to_stop(arena: Arena, tmp_
 
         stopper = threading.Thread(target=stop)
         stopper.start()
-        lengths = [8] * 12 + [700] * 12  # the short ones have time to finish, the long ones have not
+        lengths = [8] * 12 + [700] * 16  # the short ones have time to finish, the long ones have not
         clients = [
             talk(server.port, request(chat(prompts[i % 5], max_tokens=tokens, ignore_eos=True)))
             for i, tokens in enumerate(lengths)
