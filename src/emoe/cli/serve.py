@@ -25,7 +25,8 @@ from emoe.planner import facts_of
 from emoe.planner.remote import is_hub_id
 from emoe.server.planning import ServingPlan, plan_serving
 
-NEEDS = ("fastapi", "uvicorn", "prometheus_client")
+NEEDS = ("fastapi", "uvicorn", "prometheus_client", "psutil")
+"""psutil is what transformers asks for the memory there is; without it, it complains in the log."""
 _ENGINE = EngineSettings()
 _EPILOG = (
     "Every option can also stand in the environment (--max-queue: EMOE_MAX_QUEUE) and in a TOML file (--config FILE: "

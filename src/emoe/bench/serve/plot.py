@@ -23,6 +23,8 @@ def draw(report: LoadReport, file: Path) -> None:
     """
     check_plot(file)
     plt = pyplot()
+    from matplotlib.ticker import LogFormatter
+
     figure, (first, whole, met) = plt.subplots(
         1, 3, figsize=(13.0, 4.2), layout="constrained", width_ratios=(1.0, 1.0, 0.8)
     )
@@ -35,12 +37,13 @@ def draw(report: LoadReport, file: Path) -> None:
             "linewidth": 1.7,
             "label": names[i],
         }
-        _curve(first, [record.ttft_s for record in mine if record.ttft_s is not None], style)
-        _curve(whole, [record.e2e_s for record in mine if record.e2e_s is not None], style)
-    for axis, title in ((first, "time to first token (s)"), (whole, "end-to-end latency (s)")):
+        _curve(first, [1e3 * record.ttft_s for record in mine if record.ttft_s is not None], style)
+        _curve(whole, [1e3 * record.e2e_s for record in mine if record.e2e_s is not None], style)
+    for axis, title in ((first, "time to first token (ms)"), (whole, "end-to-end latency (ms)")):
         axis.set_xlabel(title)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.5)))  # 30, not 3 x 10^1
         axis.set_ylim(0, 1)
         axis.grid(alpha=0.3)
     first.set_ylabel("share of answers")
@@ -64,7 +67,8 @@ def draw(report: LoadReport, file: Path) -> None:
 def _curve(axis: Any, values: list[float], style: dict[str, Any]) -> None:
     if values:
         ordered = np.sort(values)
-        axis.step(ordered, np.arange(1, len(ordered) + 1) / len(ordered), where="post", **style)
+        shares = np.arange(len(ordered) + 1) / len(ordered)
+        axis.step([ordered[0], *ordered], shares, where="post", **style)
 
 
 def _bars(axis: Any, report: LoadReport, names: list[str]) -> None:
