@@ -7,10 +7,10 @@ makes loading cost, beside computing, what it does for a large model: an expert 
 moves in 14 ms at 25 GB/s, while a layer computes for 1 to 2 ms: a load is worth 7 to 14 layers. A layer of emoe-nano
 decodes in about 1 ms here and its experts have 240 KiB, so 34 MB/s, 7.2 ms a load, is the lower end of that.
 
-Targets: `--slo-scale` times what the server of fifo needs unloaded, by task. The load: the highest at which fifo still
-meets the targets of `--met` of the requests, found by bisection; then every scheduler at multiples of it, the same
-requests for all, each run with as many seeds. `--at-once` servers run side by side, each with a store of its own, in an
-order that changes from seed to seed. Ratios are of the same requests, medians over the seeds.
+Targets: `--slo-scale` times what the server of fifo needs unloaded, by task, or those of `--slo`. The load: the
+highest at which fifo still meets the targets of `--met` of the requests, found by bisection; then every scheduler at
+multiples of it, the same requests for all, each run with as many seeds. `--at-once` servers run side by side, each with
+a store of its own, in an order that changes from seed to seed. Ratios are of the same requests, medians over the seeds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from emoe.bench.serve.client import Asking, Client, Record
 from emoe.bench.serve.load import send
 from emoe.bench.serve.results import Summary
 from emoe.bench.serve.run import spaced
-from emoe.bench.serve.targets import Book, Targets, unloaded
+from emoe.bench.serve.targets import Book, Targets, parse_targets, unloaded
 from emoe.bench.serve.workload import Planned, parse_mix, plan, read_prompts
 from emoe.scheduling.arrivals import poisson_arrivals
 
@@ -147,7 +147,8 @@ class Bench:
             await asyncio.gather(*(go(scheduler, 1) for scheduler in self.servers if scheduler != BASE))
 
         found = asyncio.run(go(BASE, CALIBRATION))
-        self.book = Book({task: needs.scaled(self.args.slo_scale) for task, needs in found.items()})
+        scaled = {task: needs.scaled(self.args.slo_scale) for task, needs in found.items()}
+        self.book = Book(scaled | parse_targets(self.args.slo))
         asyncio.run(others())
         for task, needs in found.items():
             say(f"  {task}: unloaded {_ms(needs)} ms, targets {_ms(self.book.of(task))} ms")
@@ -280,6 +281,7 @@ def main() -> None:
     add("--requests", type=int, default=24, help="in a run")
     add("--seeds", type=int, default=3)
     add("--slo-scale", type=float, default=5.0)
+    add("--slo", action="append", default=[], metavar="TASK=TTFT/TPOT", help="targets of a task in ms instead of those")
     add("--met", type=float, default=0.9, help="what fifo must meet at the load that is looked for")
     add("--search", type=_numbers, default=[0.2, 3.2], help="rates between which to look for it")
     add("--rate", type=float, help="that load, instead of looking for it")
