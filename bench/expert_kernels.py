@@ -16,7 +16,7 @@ import torch
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from emoe.model.kernels import ExpertMath, Grouping, many_tokens, one_token, rounds_rows
+from emoe.kernels.experts import ExpertMath, Grouping, many_tokens, one_token, rounds_rows
 
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

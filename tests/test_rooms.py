@@ -15,6 +15,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config",),
     ("checkpoint",),
+    ("kernels",),
     ("residency",),
     ("routing",),
     ("prediction",),

@@ -19,8 +19,8 @@ from emoe.checkpoint.skeleton import skeleton
 from emoe.checkpoint.source import resolve
 from emoe.config import ExpertMemory, LayerSplit, Mode, Prefetch, format_bytes
 from emoe.errors import BudgetError, UnsupportedModelError, UsageError
+from emoe.kernels.experts import ExpertMath
 from emoe.model.foresight import Ahead
-from emoe.model.kernels import ExpertMath
 from emoe.model.loading import device_of, load_dense
 from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Runtime
 from emoe.model.tracing import record_trace

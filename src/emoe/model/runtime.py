@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from emoe.config import Mode
 from emoe.errors import UsageError
-from emoe.model.kernels import ExpertMath, Grouping, Weights, Workspace, many_tokens, one_token, rounds_rows
+from emoe.kernels.experts import ExpertMath, Grouping, Weights, Workspace, many_tokens, one_token, rounds_rows
 from emoe.residency.pool import ExpertPool
 
 IMPLEMENTATION = "emoe"

@@ -22,10 +22,10 @@ READ_BUFFER_BYTES = 4 * (1 << 20)
 """A buffer of checkpoint.readers.CHUNK_BYTES for each of the loader threads of O_DIRECT (model.bind)."""
 
 COMBINE_TOKENS = 128
-"""Tokens whose expert outputs are added at once (emoe.model.kernels.COMBINE_TOKENS)."""
+"""Tokens whose expert outputs are added at once (emoe.kernels.experts.COMBINE_TOKENS)."""
 
 WORKSPACE_KEPT_BYTES = 32 << 20
-"""The largest workspace that stays between two layers (emoe.model.kernels.WORKSPACE_KEPT_BYTES)."""
+"""The largest workspace that stays between two layers (emoe.kernels.experts.WORKSPACE_KEPT_BYTES)."""
 
 MASK_NBYTES = 3
 """Of a mask for each pair of tokens: as booleans, and in a 16-bit dtype."""
@@ -214,7 +214,7 @@ def activation_bytes(facts: Facts, prompt: int, batch: int) -> int:
 
 
 def workspace_bytes(facts: Facts, tokens: int) -> int:
-    """What one layer's experts compute a chunk in (emoe.model.kernels.Workspace), at worst.
+    """What one layer's experts compute a chunk in (emoe.kernels.experts.Workspace), at worst.
 
     A row of hidden for each token and choice on the way in and on the way out, in blocks rounded up by a quarter at
     worst, and the rows of one block of tokens that are being added, once more in float32.
@@ -225,7 +225,7 @@ def workspace_bytes(facts: Facts, tokens: int) -> int:
 
 
 def _route_bytes(facts: Facts, tokens: int) -> int:
-    """What one layer's experts hold for a chunk beside their workspace (emoe.model.kernels.many_tokens).
+    """What one layer's experts hold for a chunk beside their workspace (emoe.kernels.experts.many_tokens).
 
     The route (probabilities of all experts in float32, the chosen ones as 64-bit numbers, sorted and placed), and one
     expert's intermediate, at worst for all tokens, or the result and the sum of one block of it.

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from emoe.model.kernels import (
+from emoe.kernels.experts import (
     COMBINE_TOKENS,
     ExpertMath,
     Grouping,
