@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 
-from emoe.bench.writing import Progress, TensorToWrite, write_sharded
+from emoe.checkpoint.writing import Progress, TensorToWrite, write_sharded
 from emoe.config import format_bytes
 from emoe.errors import CheckpointError, UsageError
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from emoe.bench.writing import TensorToWrite, write_sharded
+from emoe.checkpoint.writing import TensorToWrite, write_sharded
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -54,6 +54,7 @@ def test_what_is_written_is_read_back(
     for name, value in values.items():
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value)
+        assert (8 + int.from_bytes(file.read_bytes()[:8], "little")) % 4096 == 0  # where O_DIRECT may begin
     total = sum(v.nbytes for v in values.values())
     assert seen[-1] == (total, total)
     if len(files) > 1:
