@@ -68,6 +68,8 @@ def test_the_order_of_arrival_changes_no_bit(
     for t in range(tokens):
         for choice in range(top_k):
             w = weights[int(ids[t, choice])]
+            assert isinstance(w.first, torch.Tensor)
+            assert isinstance(w.down, torch.Tensor)
             gate, up = (x[t].float() @ w.first.float()).chunk(2)
             out = (torch.nn.functional.silu(gate) * up) @ w.down.float()
             expected[t] += gates[t, choice].float() * out

@@ -127,7 +127,7 @@ def test_a_context_beyond_the_models_is_told() -> None:
 
 def test_numbers_repeated_here_are_those_of_the_code_that_uses_them() -> None:
     from emoe.checkpoint.readers import CHUNK_BYTES
-    from emoe.model import kernels
+    from emoe.kernels import experts as kernels
     from emoe.model.bind import LOADER_THREADS
 
     assert LOADER_THREADS["direct"] * CHUNK_BYTES == READ_BUFFER_BYTES

@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from emoe.kernels.quantised import SCALE, QuantisedMatrix, matvec
+
 COMBINE_TOKENS = 128
 """Tokens whose expert outputs are weighted and added at once: what is added stays in the processor's cache."""
 
@@ -48,6 +50,13 @@ class Workspace:
             self._held.clear()
 
 
+Matrix = torch.Tensor | QuantisedMatrix
+"""One matrix of an expert, of shape (in, out)."""
+
+QUANTISED_FEW = 8
+"""Rows up to which a quantised matrix is multiplied in float32; beyond, it is unpacked to the rows' dtype first."""
+
+
 class ExpertMath:
     """What one family's experts compute, read off its experts module, over weights that lie in slots."""
 
@@ -63,13 +72,23 @@ class ExpertMath:
         self.first = "gate_up_proj" if module.has_gate else "up_proj"
 
     def bind(self, views: dict[str, torch.Tensor]) -> Weights:
-        """Return one slot's weights as the kernels want them: [in, out] matrices and [out] biases."""
-        first, down = views[self.first], views["down_proj"]
-        if not self.transposed:
-            first, down = first.t(), down.t()
+        """Return one slot's weights as the kernels want them: [in, out] matrices and [out] biases.
+
+        A matrix beside which a part "NAME_scale" lies is a quantised one.
+
+        Raises:
+            UnsupportedModelError: a quantised matrix is of a format that no kernel knows.
+        """
+        first, down = self._matrix(views, self.first), self._matrix(views, "down_proj")
         if not self.biased:
             return Weights(first, None, down, None)
         return Weights(first, views[f"{self.first}_bias"], down, views["down_proj_bias"])
+
+    def _matrix(self, views: dict[str, torch.Tensor], name: str) -> Matrix:
+        scale = views.get(name + SCALE)
+        if scale is not None:
+            return QuantisedMatrix(views[name], scale)
+        return views[name] if self.transposed else views[name].t()
 
 
 class Weights:
@@ -79,9 +98,9 @@ class Weights:
 
     def __init__(
         self,
-        first: torch.Tensor,
+        first: Matrix,
         first_bias: torch.Tensor | None,
-        down: torch.Tensor,
+        down: Matrix,
         down_bias: torch.Tensor | None,
     ) -> None:
         self.first = first
@@ -90,7 +109,12 @@ class Weights:
         self.down_bias = down_bias
 
 
-def _project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+def _project(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    if isinstance(weight, QuantisedMatrix):
+        if x.shape[0] <= QUANTISED_FEW:
+            out.copy_(matvec(x, weight, bias))
+            return
+        weight = weight.values(x.dtype).t()
     if bias is None:
         torch.mm(x, weight, out=out)
     else:

@@ -20,6 +20,7 @@ from emoe.checkpoint.source import resolve
 from emoe.config import ExpertMemory, LayerSplit, Mode, Prefetch, format_bytes
 from emoe.errors import BudgetError, UnsupportedModelError, UsageError
 from emoe.kernels.experts import ExpertMath
+from emoe.kernels.quantised import QuantisedMatrix
 from emoe.model.foresight import Ahead
 from emoe.model.loading import device_of, load_dense
 from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Runtime
@@ -284,7 +285,8 @@ def _bind(model: PreTrainedModel, binding: Binding, needs: list[LayerNeed], read
         weights = [math.bind(views) for views in bank.views]
         for need in members:
             module = model.get_submodule(entries[need.layer].module)
-            dtype = weights[0].down.dtype
+            down = weights[0].down
+            dtype = model.dtype if isinstance(down, QuantisedMatrix) else down.dtype
             layer = LayerRuntime(need.layer, need.experts, pool, ExpertMath(module), runtime, weights, dtype)
             runtime.layers[need.layer] = layer
             module._emoe_layer = layer
