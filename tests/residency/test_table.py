@@ -239,3 +239,34 @@ def test_every_prefetch_ends_as_used_unused_or_cancelled(
     assert total["prefetches"] == ends["committed"] + ends["aborted"] + len(flying)
     assert total["loads"] == misses + ends["committed"]
     assert sum(c.bytes_read for c in counters) == 64 * total["loads"]
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_remembering_each_layers_first_to_go_changes_no_eviction(data: st.DataObject) -> None:
+    """The oracle looks at every slot for every miss."""
+    layers, experts, slots = 4, 6, data.draw(st.integers(5, 20), "slots")
+    rule, shared = data.draw(st.sampled_from(RULES), "rule"), data.draw(st.booleans(), "shared")
+    tables = [make_table(layers, experts, slots, rule, shared=shared) for _ in range(2)]
+    tables[1].eviction.steady = False
+    keys = st.tuples(st.integers(0, layers - 1), st.integers(0, experts - 1))
+    for _ in range(data.draw(st.integers(1, 12), "passes")):
+        for table in tables:
+            table.begin_pass()
+        for layer in range(layers):
+            used = data.draw(st.lists(st.integers(0, experts - 1), min_size=1, max_size=2, unique=True))
+            protect = data.draw(st.frozensets(keys, max_size=3)) | {(layer, e) for e in used}
+            transient, prefetch = data.draw(st.booleans()), data.draw(st.booleans())
+            gone: list[list[object]] = []
+            for table in tables:
+                table.visit(layer)
+                gone.append([])
+                for expert in used:
+                    table.use((layer, expert), keep=not transient)
+                    if (slot := table.find((layer, expert))) is None:
+                        slot = table.reserve((layer, expert), transient=transient, protect=protect, prefetch=prefetch)
+                        gone[-1].append((slot is None, table.evicted))
+                        if slot is not None:
+                            table.commit(slot, 64)
+            assert gone[0] == gone[1]
+            assert tables[0].resident(layer) == tables[1].resident(layer)

@@ -50,10 +50,12 @@ class Eviction(Protocol):
 
     `shared_from` says from how many slots per layer, as a multiple of one token's experts, one pool over all layers
     beats even quotas under this rule (below, layers that come late in a pass lose what they need to the early ones).
+    `steady` says that the order of one layer's keys changes only when one of them is used.
     """
 
     name: str
     shared_from: float
+    steady: bool
 
     def score(self, past: Uses, now: Now) -> Scores:
         """Score candidates, one number for each entry of `past`."""
@@ -64,6 +66,7 @@ class LRU:
     """Least recently used."""
 
     name = "lru"
+    steady = True
     shared_from = 4.0  # on gpt-oss-20b (docs/log.md): quotas win at 2.8, one pool at 4.0; equal at 3.2
 
     def score(self, past: Uses, now: Now) -> Counts:
@@ -75,6 +78,7 @@ class LFU:
     """Least frequently used over the whole run, ties by recency."""
 
     name = "lfu"
+    steady = True
     shared_from = math.inf  # a pool is filled by the layers whose routing is most skewed
 
     def score(self, past: Uses, now: Now) -> Counts:
@@ -91,6 +95,7 @@ class LeastStale:
     """
 
     name = "least-stale"
+    steady = True
     shared_from = 2.5  # on gpt-oss-20b (docs/log.md): quotas win at 2.0, one pool at 2.8, equal at 2.4
 
     def score(self, past: Uses, now: Now) -> Counts:
@@ -104,6 +109,7 @@ class LeastStale:
 class Scored:
     """Keys by values that something else keeps up to date (a scorer of the prediction room), ties by recency."""
 
+    steady = False
     shared_from = math.inf  # values are comparable within a layer only
 
     def __init__(self, name: str, keys: int) -> None:

@@ -5,7 +5,6 @@ The engine and the simulator share it, so the same sequence of visits gives the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -17,6 +16,8 @@ from emoe.residency.eviction import Counts, Eviction, Now, Uses
 
 Key = tuple[int, int]
 """An expert key: (layer, expert)."""
+
+_NONE: Counts = np.empty(0, dtype=np.int64)
 
 
 class SlotState(Enum):
@@ -101,12 +102,14 @@ class ResidencyTable:
     _by_layer: dict[int, set[int]] = field(init=False)
     _kept: dict[int, int] = field(init=False)
     _rank: dict[int, int] = field(init=False)
+    _layers: list[int] = field(init=False)
     _layer: int = field(init=False)
     _passing: set[int] = field(init=False, default_factory=set)
     _first: dict[int, int] = field(init=False)
     _past: Uses = field(init=False)
-    _held: Counts = field(init=False)
     _ready: npt.NDArray[np.bool_] = field(init=False)
+    _champions: Counts = field(init=False)
+    _stale: set[int] = field(init=False)
 
     def __post_init__(self) -> None:
         layers = sorted(self.experts)
@@ -116,16 +119,18 @@ class ResidencyTable:
         self._by_layer = {layer: set() for layer in layers}
         self._kept = dict.fromkeys(layers, 0)
         self._rank = {layer: rank for rank, layer in enumerate(layers)}
-        self._layer = layers[0]
+        self._layers, self._layer = layers, layers[0]
         self.max_transient = max(1, min(self.plan.lane or self.max_transient, self.plan.slots))
-        # Key (layer, e) is number first[layer] + e of the statistics; a slot holds the number of its key.
+        # Key (layer, e) is number first[layer] + e of all statistics.
         sizes = [self.experts[layer] for layer in layers]
         self._first = dict(zip(layers, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
         never = np.full(sum(sizes), -1, dtype=np.int64)
         ranks = np.repeat(np.arange(len(layers)), sizes)
         self._past = Uses(never, never.copy(), np.zeros_like(never), ranks, np.arange(len(never)))
-        self._held = np.zeros(self.plan.slots, dtype=np.int64)
-        self._ready = np.zeros(self.plan.slots, dtype=np.bool_)
+        self._ready = np.zeros(len(never), dtype=np.bool_)
+        # Of each layer, by rank, the number that the rule would evict first, -1 for none; unknown of `stale` layers.
+        self._champions = np.full(len(layers), -1, dtype=np.int64)
+        self._stale = set(layers)
 
     # -- time ---------------------------------------------------------------------------------------------
 
@@ -159,10 +164,7 @@ class ResidencyTable:
 
     def ready(self, layer: int) -> npt.NDArray[np.bool_]:
         """bool [experts]: which experts of `layer` can be run now and are not being run."""
-        mask = np.zeros(self.experts[layer], dtype=np.bool_)
-        own = self._held[self._ready] - self._first[layer]
-        mask[own[(own >= 0) & (own < len(mask))]] = True
-        return mask
+        return self._ready[self._span(layer)].copy()
 
     @property
     def occupied(self) -> int:
@@ -181,11 +183,14 @@ class ResidencyTable:
         if (entry.state, to) not in LEGAL_MOVES:
             raise IllegalMove(f"slot {slot} ({entry.key}) cannot go from {entry.state.value} to {to.value}")
         entry.state = to
-        self._ready[slot] = to is SlotState.READY
+        if entry.key is not None:
+            self._ready[self._number(entry.key)] = to is SlotState.READY
+            self._stale.add(entry.key[0])
 
     def use(self, key: Key, *, keep: bool) -> None:
         """Note that `key` is routed to in this visit; `keep` makes a transient expert an ordinary resident."""
-        number = self._first[key[0]] + key[1]
+        number = self._number(key)
+        self._stale.add(key[0])
         self._past.last_tick[number] = self.tick
         self._past.last_pass[number] = self.pass_no
         self._past.uses[number] += 1
@@ -239,7 +244,6 @@ class ResidencyTable:
         self._move(slot, SlotState.LOADING)
         entry.key = key
         self._where[key] = slot
-        self._held[slot] = self._first[key[0]] + key[1]
         self._by_layer[key[0]].add(slot)
         self._kept[key[0]] += 1
         self._mark(slot, transient)
@@ -300,7 +304,11 @@ class ResidencyTable:
         if not self.slots[slot].transient:
             return
         if self._kept[key[0]] >= self.plan.quotas[key[0]]:
-            own = [s for s in self._by_layer[key[0]] - self._passing if self.slots[s].key not in protect]
+            own = sorted(
+                self._number(held)
+                for s in self._by_layer[key[0]] - self._passing
+                if (held := self.slots[s].key) is not None and held not in protect
+            )
             if not own:
                 return
             self._mark(self._lowest(np.array(own, dtype=np.int64)), True)
@@ -316,52 +324,100 @@ class ResidencyTable:
     def _pick(self, key: Key, transient: bool, protect: frozenset[Key]) -> int | None:
         if self.all_fit:
             return self._free.pop() if self._free else None
-        held = self._by_layer[key[0]]
         quota = self.plan.quotas[key[0]]
         at_quota = bool(quota) and self._kept[key[0]] >= quota
         if transient:
-            ready = self._evictable(self._passing, protect)
-            if ready.size:
+            if (ready := self._evictable_passing(None, protect)).size:
                 return self._lowest(ready)
             if len(self._passing) >= self.max_transient:
                 return None
         elif at_quota:
             # None when the layer's own are all in use: they come free as it runs, and other layers keep theirs.
-            own = self._evictable(held if not self.plan.lane else held - self._passing, protect)
+            own = self._evictable(key[0], protect, passing=not self.plan.lane)
             return self._lowest(own) if own.size else None
         if self._free:
             return self._free.pop()
-        candidates = self._evictable(held if at_quota else (), protect)
+        candidates = self._evictable(key[0], protect) if at_quota else _NONE
         if not candidates.size:
             candidates = self._others(protect)
         return self._lowest(candidates) if candidates.size else None
 
-    def _evictable(self, slots: Iterable[int], protect: frozenset[Key]) -> Counts:
-        found = [s for s in slots if self._ready[s] and self.slots[s].key not in protect]
-        return np.array(found, dtype=np.int64)
+    def _number(self, key: Key) -> int:
+        return self._first[key[0]] + key[1]
+
+    def _span(self, layer: int) -> slice:
+        return slice(self._first[layer], self._first[layer] + self.experts[layer])
+
+    def _evictable(self, layer: int, protect: frozenset[Key], *, passing: bool = True) -> Counts:
+        """Numbers of `layer` that may be evicted, ascending; `passing` False leaves transient ones out."""
+        ready = self.ready(layer)
+        ready[[key[1] for key in protect if key[0] == layer]] = False
+        if not passing:
+            ready[[key[1] for slot in self._passing if (key := self.slots[slot].key) and key[0] == layer]] = False
+        return np.flatnonzero(ready) + self._first[layer]
+
+    def _evictable_passing(self, layers: set[int] | None, protect: frozenset[Key]) -> Counts:
+        """Transient ones that may be evicted, of all layers or of some, ascending."""
+        found = [
+            self._number(key)
+            for slot in self._passing
+            if (key := self.slots[slot].key) is not None
+            and key not in protect
+            and self.slots[slot].state is SlotState.READY
+            and (layers is None or key[0] in layers)
+        ]
+        return np.array(sorted(found), dtype=np.int64)
 
     def _others(self, protect: frozenset[Key]) -> Counts:
-        """Evictable slots of layers above their quotas, else of all."""
-        over = [layer for layer, kept in self._kept.items() if kept > self.plan.quotas[layer] > 0]
-        if over:
-            found = self._evictable((slot for layer in over for slot in self._by_layer[layer]), protect)
-            if found.size:
-                return found
-        ready = self._ready.copy()
-        ready[[slot for key in protect if (slot := self._where.get(key)) is not None]] = False
-        return np.flatnonzero(ready)
+        """What may be evicted of layers above their quotas, else of all: at least the one that goes first."""
+        over = {layer for layer, kept in self._kept.items() if kept > self.plan.quotas[layer] > 0}
+        if over and (found := self._first_to_go(over, protect)).size:
+            return found
+        return self._first_to_go(set(self._rank), protect)
 
-    def _lowest(self, slots: Counts) -> int:
-        """The slot that goes first: a transient one where there is any, else the rule's choice.
+    def _first_to_go(self, layers: set[int], protect: frozenset[Key]) -> Counts:
+        """Of these layers, transient ones if any may go, else (of each layer) the one that the rule evicts first.
+
+        Looking at every slot for every miss would make a token's cost grow with layers x slots: at 100,000 keys more
+        than all the rest (`bench/scale.py`). Only a layer in which something moved or was used is looked through again.
+        """
+        if self._passing and (passing := self._evictable_passing(layers, protect)).size:
+            return passing
+        if not self.eviction.steady:
+            ready = self._ready.copy()
+            ready[[self._number(key) for key in protect]] = False
+            ready[~np.isin(self._past.rank, [self._rank[layer] for layer in layers])] = False
+            return np.flatnonzero(ready)
+        for layer in self._stale & layers:
+            own = self._evictable(layer, frozenset())
+            self._champions[self._rank[layer]] = self._best(own) if own.size else -1
+            self._stale.discard(layer)
+        ranks = [self._rank[layer] for layer in layers] if len(layers) < len(self._rank) else slice(None)
+        champions = self._champions[ranks]
+        champions = np.sort(champions[champions >= 0])
+        if protect:
+            kept = {self._number(key) for key in protect}
+            again = {layer for layer, _ in protect if int(self._champions[self._rank[layer]]) in kept} & layers
+            seconds = [self._best(own) for layer in again if (own := self._evictable(layer, protect)).size]
+            champions = np.sort([*(n for n in champions.tolist() if n not in kept), *seconds]).astype(np.int64)
+        return champions
+
+    def _lowest(self, numbers: Counts) -> int:
+        """The slot of what goes first: a transient one where there is any, else the rule's choice."""
+        if self._passing:
+            passing = {self._number(key) for slot in self._passing if (key := self.slots[slot].key) is not None}
+            if (found := numbers[np.isin(numbers, list(passing))]).size:
+                numbers = found
+        number = self._best(numbers)
+        layer = self._layers[self._past.rank[number]]
+        return self._where[layer, number - self._first[layer]]
+
+    def _best(self, numbers: Counts) -> int:
+        """The rule's choice among ascending numbers.
 
         Between equal scores the lowest key goes, so that which slot a key happens to lie in decides nothing.
         """
-        if self._passing:
-            passing = slots[np.isin(slots, list(self._passing))]
-            slots = passing if passing.size else slots
-        slots = slots[self._held[slots].argsort()]
-        held = self._held[slots]
         past = self._past
-        chosen = Uses(past.last_tick[held], past.last_pass[held], past.uses[held], past.rank[held], held)
+        chosen = Uses(past.last_tick[numbers], past.last_pass[numbers], past.uses[numbers], past.rank[numbers], numbers)
         now = Now(self.tick, self.pass_no, self._rank[self._layer], len(self._rank))
-        return int(slots[self.eviction.score(chosen, now).argmin()])
+        return int(numbers[self.eviction.score(chosen, now).argmin()])

@@ -85,6 +85,7 @@ class RandomEviction:
     """Any resident expert, with equal chances."""
 
     name = "random"
+    steady = False
     shared_from = np.inf
 
     def __init__(self, seed: int) -> None:
@@ -99,6 +100,7 @@ class FarthestNextUse:
     """The key whose next use is farthest goes first (Belady 1966). `next_use[number]` is the token of that use."""
 
     name = "belady"
+    steady = False
     shared_from = np.inf
 
     def __init__(self, keys: int) -> None:
