@@ -66,6 +66,7 @@ def test_headers_and_dry_run_agree(family: str, fused: bool, checkpoints: Checkp
         assert quick.token_nbytes < 2.2 * measured.token_nbytes
     for context in (1, 5, 40, 200):
         assert fast.cache_bytes(context, 3) == slow.cache_bytes(context, 3)
+    assert fast.lookup_bytes == slow.lookup_bytes
     # Routers that a family keeps in float32 are what headers do not tell.
     names = ("gate.weight", "gate.wg.weight", "router", "bias", "gate.e_score", "moe_statics")
     routers = sum(e.nbytes for e in read_headers(path).values() if any(name in e.name for name in names))

@@ -70,7 +70,11 @@ class Activations:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A checkpoint in numbers. `source` says how they were found, `assumed` what had to be supposed."""
+    """A checkpoint in numbers. `source` says how they were found, `assumed` what had to be supposed.
+
+    `lookup_bytes` are those of the dense weights of which a token reads a row only: an embedding that is not the output
+    projection too.
+    """
 
     path: Path
     model_type: str
@@ -84,6 +88,7 @@ class Facts:
     activations: Activations
     source: Literal["headers", "dry run"]
     assumed: tuple[str, ...] = ()
+    lookup_bytes: int = 0
 
     @property
     def expert_bytes(self) -> int:

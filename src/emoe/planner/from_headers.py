@@ -112,6 +112,7 @@ def facts_from_headers(
         activations=_activations(config, list(decoder.values()), cache, experts, itemsize),
         source="headers",
         assumed=_assumptions(unused, tied),
+        lookup_bytes=_lookup_bytes(config, [entry for name, entry in dense.items() if name != tied], itemsize),
     )
 
 
@@ -211,6 +212,13 @@ def _tied_copy(config: Mapping[str, Any], dense: Mapping[str, TensorEntry]) -> s
     if not isinstance(tied, bool):
         raise Unsure("config.json does not say whether word embeddings are tied")
     return "lm_head.weight" if tied else None
+
+
+def _lookup_bytes(config: Mapping[str, Any], dense: Sequence[TensorEntry], itemsize: int) -> int:
+    """The embedding, where a projection of the same shape stands beside it: each token reads one of its rows."""
+    table = _number(config, "vocab_size"), _number(config, "hidden_size")
+    size = table[0] * table[1] * itemsize
+    return size if sum(entry.shape == table for entry in dense) > 1 else 0
 
 
 def _assumptions(unused: set[str], tied: str | None) -> tuple[str, ...]:
