@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.checkpoint.conversion import (
     Assignment,
     Assignments,
@@ -24,10 +24,11 @@ from emoe.checkpoint.conversion import (
 )
 from emoe.checkpoint.headers import FileStamp, TensorEntry, collector_paused, read_headers, stamp_files
 from emoe.checkpoint.layout import Layout
-from emoe.checkpoint.pieces import Piece, Recipe, recipe
+from emoe.checkpoint.parts import PartSpec
+from emoe.checkpoint.pieces import Piece, Recipe, recipe, whole_tensors
 from emoe.checkpoint.skeleton import (
     QUANTISED_REMEDY,
-    TORCH_DTYPES,
+    SLOT_DTYPES,
     ExpertsModule,
     find_experts,
     refuse_entry,
@@ -41,23 +42,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ExpertIndex", "LayerIndex", "PartSpec", "Piece", "build_index", "skeleton"]
 
-_SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_SAFETENSORS_DTYPES = {dtype: name for name, dtype in SLOT_DTYPES.items()}
 # Names of the tensors that quantisation methods keep beside, or instead of, a weight.
 _QUANTISED_NAME = re.compile(r"(_scales?|_scale_inv|_blocks|_absmax|qweight|qzeros|weight_packed|weight_scale)$")
-
-
-@dataclass(frozen=True, slots=True)
-class PartSpec:
-    """One parameter of an expert: its name in the module, its shape per expert, its torch dtype's name."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return prod(self.shape) * int(getattr(torch, self.dtype).itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +58,30 @@ class _PartSource:
 
 @dataclass(frozen=True, slots=True)
 class LayerIndex:
-    """The experts of one decoder layer."""
+    """The experts of one decoder layer.
+
+    `transposed` says that the model has their matrices as [in, out], not [out, in]; `run_dtype` is the dtype they are
+    computed in, whatever their parts are stored as.
+    """
 
     layer: int
     module: str
     num_experts: int
     parts: tuple[PartSpec, ...]
+    transposed: bool
+    run_dtype: str
     _sources: tuple[_PartSource, ...] = field(repr=False)
+
+    def stored_in(self, parts: Sequence[PartSpec], entries: Mapping[str, Sequence[TensorEntry]]) -> LayerIndex:
+        """The same experts kept elsewhere as `parts`: of each part, one tensor per expert, by its name."""
+        sources = tuple(
+            _PartSource(part, whole_tensors(self.num_experts, part.shape), tuple(entries[part.name])) for part in parts
+        )
+        return replace(self, parts=tuple(parts), _sources=sources)
+
+    def stored_dtypes(self) -> dict[str, str]:
+        """What each part is stored as, by safetensors' names of dtypes."""
+        return {source.spec.name: source.entries[0].dtype for source in self._sources}
 
     def pieces(self, expert: int) -> tuple[Piece, ...]:
         """The pieces of one expert, part by part."""
@@ -98,7 +102,7 @@ class ExpertIndex:
 
     `expert_tensor_names` are the checkpoint's tensors that experts are made of, `expert_param_names` the
     model's parameters that hold them. `dense_nbytes` is the rest of the model in its run dtype, tied weights
-    once.
+    once. `expert_dtype` names the codec that the experts are stored with, "native" for the checkpoint's own.
     """
 
     def __init__(
@@ -109,7 +113,9 @@ class ExpertIndex:
         expert_param_names: frozenset[str],
         dense_nbytes: int,
         files: Mapping[Path, FileStamp],
+        expert_dtype: str = NATIVE,
     ) -> None:
+        self.expert_dtype = expert_dtype
         self.path = path
         self.layers = tuple(layers)
         self.expert_tensor_names = expert_tensor_names
@@ -117,6 +123,14 @@ class ExpertIndex:
         self.dense_nbytes = dense_nbytes
         self.files = files
         self._by_layer = {layer.layer: layer for layer in self.layers}
+
+    def stored_in(
+        self, expert_dtype: str, layers: Sequence[LayerIndex], files: Mapping[Path, FileStamp]
+    ) -> ExpertIndex:
+        """The same experts kept elsewhere, in `files`."""
+        return ExpertIndex(
+            self.path, layers, self.expert_tensor_names, self.expert_param_names, self.dense_nbytes, files, expert_dtype
+        )
 
     def layer(self, layer: int) -> LayerIndex:
         """One layer's index. Raises KeyError for a layer without experts."""
@@ -221,7 +235,11 @@ class _Builder:
             spec = PartSpec(name, shape[1:], str(dtype).removeprefix("torch."))
             sources.append(_PartSource(spec, *self.made[target]))
         specs = tuple(source.spec for source in sources)
-        return LayerIndex(module.layer, module.path, module.num_experts, specs, tuple(sources))
+        matrices = [spec.dtype for spec in specs if len(spec.shape) > 1]
+        run_dtype = matrices[0] if matrices else specs[0].dtype
+        return LayerIndex(
+            module.layer, module.path, module.num_experts, specs, module.transposed, run_dtype, tuple(sources)
+        )
 
     def _refuse_missing(self, module: ExpertsModule, target: str) -> None:
         """Raise for a parameter that no tensor goes to."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -92,6 +93,14 @@ def recipe(layout: Layout, target: str) -> Recipe:
                 Block(block.source, offset, block.start[1:], block.sizes[1:], block.strides[1:])
             )
     return tuple(_steps(blocks, layout.shape[1:], target) for blocks in experts)
+
+
+@cache
+def whole_tensors(experts: int, shape: tuple[int, ...]) -> Recipe:
+    """The recipe of a part of `shape` that is a tensor of its own for each expert, in the part's order."""
+    region = tuple(slice(0, size) for size in shape)
+    strides = tuple(stride if size > 1 else 0 for size, stride in zip(shape, contiguous_strides(shape), strict=True))
+    return tuple((Step(expert, 0, prod(shape), 0, strides, shape, region, True),) for expert in range(experts))
 
 
 def _steps(blocks: Sequence[Block], shape: tuple[int, ...], target: str) -> tuple[Step, ...]:

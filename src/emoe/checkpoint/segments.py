@@ -12,7 +12,7 @@ import torch
 
 from emoe.checkpoint.layout import contiguous_strides
 from emoe.checkpoint.pieces import Piece
-from emoe.checkpoint.skeleton import TORCH_DTYPES
+from emoe.checkpoint.skeleton import SLOT_DTYPES
 from emoe.errors import UsageError
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -59,7 +59,7 @@ def segments_of(pieces: Sequence[Piece], parts: Mapping[str, torch.Tensor]) -> l
 
 def _region_bytes(piece: Piece, part: torch.Tensor) -> Bytes:
     """The bytes of the part that a direct piece fills."""
-    if part.dtype != TORCH_DTYPES[piece.dtype]:
+    if part.dtype != SLOT_DTYPES[piece.dtype]:
         raise UsageError(f"part {piece.part!r} is {part.dtype}, but its piece is to be read as {piece.dtype}")
     strides = contiguous_strides(tuple(part.shape))
     start = sum(index.start * stride for index, stride in zip(piece.dst_index, strides, strict=True))
@@ -107,7 +107,7 @@ def _with_memory(run: list[Segment], nbytes: int, scratch: Callable[[int], Bytes
 def finish(segment: Segment, parts: Mapping[str, torch.Tensor]) -> None:
     """Rearrange and convert what was read into the parts of the segment's pieces."""
     for piece in segment.pieces:
-        stored = torch.from_numpy(segment.memory).view(TORCH_DTYPES[piece.dtype])
+        stored = torch.from_numpy(segment.memory).view(SLOT_DTYPES[piece.dtype])
         view = stored.as_strided(piece.shape, piece.src_strides, piece.src_offset)
         parts[piece.part][piece.dst_index].copy_(view)
 

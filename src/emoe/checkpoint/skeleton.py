@@ -27,17 +27,24 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""The dtypes an expert may have at rest, by their names in safetensors."""
+"""The dtypes an expert may have in a checkpoint, by their names in safetensors."""
+
+SLOT_DTYPES: dict[str, torch.dtype] = {**TORCH_DTYPES, "I8": torch.int8, "U8": torch.uint8}
+"""The dtypes a part of a slot may have: those of a checkpoint, and those that codecs pack numbers into."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsModule:
-    """One layer's experts in the model: `parts` maps parameter name to (shape with experts first, dtype)."""
+    """One layer's experts in the model: `parts` maps parameter name to (shape with experts first, dtype).
+
+    `transposed` says that matrices are [in, out], not [out, in].
+    """
 
     path: str
     layer: int
     num_experts: int
     parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    transposed: bool
 
 
 def skeleton(
@@ -151,7 +158,7 @@ def find_experts(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
                 f"{type(model).__name__} has two experts modules in layer {layer}: {found[layer].path!r} and "
                 f"{path!r}. emoe keeps one set of experts per layer."
             )
-        found[layer] = ExpertsModule(path, layer, count, parts)
+        found[layer] = ExpertsModule(path, layer, count, parts, bool(module.is_transposed))
     if not found:
         _refuse_without_experts(model)
     return tuple(found[layer] for layer in sorted(found))
