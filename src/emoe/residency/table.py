@@ -110,6 +110,7 @@ class ResidencyTable:
     _ready: npt.NDArray[np.bool_] = field(init=False)
     _champions: Counts = field(init=False)
     _stale: set[int] = field(init=False)
+    _quotas: bool = field(init=False)
 
     def __post_init__(self) -> None:
         layers = sorted(self.experts)
@@ -128,6 +129,7 @@ class ResidencyTable:
         ranks = np.repeat(np.arange(len(layers)), sizes)
         self._past = Uses(never, never.copy(), np.zeros_like(never), ranks, np.arange(len(never)))
         self._ready = np.zeros(len(never), dtype=np.bool_)
+        self._quotas = any(self.plan.quotas.values())
         # Of each layer, by rank, the number that the rule would evict first, -1 for none; unknown of `stale` layers.
         self._champions = np.full(len(layers), -1, dtype=np.int64)
         self._stale = set(layers)
@@ -182,10 +184,10 @@ class ResidencyTable:
         entry = self.slots[slot]
         if (entry.state, to) not in LEGAL_MOVES:
             raise IllegalMove(f"slot {slot} ({entry.key}) cannot go from {entry.state.value} to {to.value}")
-        entry.state = to
-        if entry.key is not None:
+        if entry.key is not None and SlotState.READY in (entry.state, to):
             self._ready[self._number(entry.key)] = to is SlotState.READY
             self._stale.add(entry.key[0])
+        entry.state = to
 
     def use(self, key: Key, *, keep: bool) -> None:
         """Note that `key` is routed to in this visit; `keep` makes a transient expert an ordinary resident."""
@@ -370,37 +372,35 @@ class ResidencyTable:
 
     def _others(self, protect: frozenset[Key]) -> Counts:
         """What may be evicted of layers above their quotas, else of all: at least the one that goes first."""
-        over = {layer for layer, kept in self._kept.items() if kept > self.plan.quotas[layer] > 0}
-        if over and (found := self._first_to_go(over, protect)).size:
-            return found
-        return self._first_to_go(set(self._rank), protect)
+        if self._quotas:
+            over = {layer for layer, kept in self._kept.items() if kept > self.plan.quotas[layer] > 0}
+            if over and (found := self._first_to_go(over, protect)).size:
+                return found
+        return self._first_to_go(None, protect)
 
-    def _first_to_go(self, layers: set[int], protect: frozenset[Key]) -> Counts:
-        """Of these layers, transient ones if any may go, else (of each layer) the one that the rule evicts first.
+    def _first_to_go(self, layers: set[int] | None, protect: frozenset[Key]) -> Counts:
+        """Of these layers (None: all), transient ones if any may go, else few that hold what the rule evicts first.
 
         Looking at every slot for every miss would make a token's cost grow with layers x slots: at 100,000 keys more
         than all the rest (`bench/scale.py`). Only a layer in which something moved or was used is looked through again.
         """
         if self._passing and (passing := self._evictable_passing(layers, protect)).size:
             return passing
+        ranks = list(range(len(self._layers))) if layers is None else sorted(self._rank[layer] for layer in layers)
         if not self.eviction.steady:
-            ready = self._ready.copy()
-            ready[[self._number(key) for key in protect]] = False
-            ready[~np.isin(self._past.rank, [self._rank[layer] for layer in layers])] = False
-            return np.flatnonzero(ready)
-        for layer in self._stale & layers:
+            return np.concatenate([_NONE, *(self._evictable(self._layers[rank], protect) for rank in ranks)])
+        guarded = {layer for layer, _ in protect}
+        for layer in self._stale - guarded:
             own = self._evictable(layer, frozenset())
             self._champions[self._rank[layer]] = self._best(own) if own.size else -1
-            self._stale.discard(layer)
-        ranks = [self._rank[layer] for layer in layers] if len(layers) < len(self._rank) else slice(None)
-        champions = self._champions[ranks]
-        champions = np.sort(champions[champions >= 0])
-        if protect:
-            kept = {self._number(key) for key in protect}
-            again = {layer for layer, _ in protect if int(self._champions[self._rank[layer]]) in kept} & layers
-            seconds = [self._best(own) for layer in again if (own := self._evictable(layer, protect)).size]
-            champions = np.sort([*(n for n in champions.tolist() if n not in kept), *seconds]).astype(np.int64)
-        return champions
+        self._stale &= guarded
+        apart = sorted(guarded if layers is None else guarded & layers)
+        guarded_ranks = [self._rank[layer] for layer in apart]
+        champions = self._champions.copy() if layers is None else self._champions[ranks]
+        champions[[ranks.index(rank) for rank in guarded_ranks]] = -1
+        found = np.concatenate([champions[champions >= 0], *(self._evictable(layer, protect) for layer in apart)])
+        found.sort()
+        return found
 
     def _lowest(self, numbers: Counts) -> int:
         """The slot of what goes first: a transient one where there is any, else the rule's choice."""
