@@ -73,7 +73,7 @@ def test_a_folder_that_holds_something_else_is_not_touched(tmp_path: Path) -> No
 def test_a_full_disk_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(CheckpointError, match=r"tiny takes .* KiB, and .* has 1000 B free"):
+    with pytest.raises(CheckpointError, match=r"a tiny checkpoint of seed 0 takes .* KiB, and .* has 1000 B free"):
         make_checkpoint("tiny", tmp_path / "x")
     assert not list(tmp_path.iterdir())
 

@@ -19,8 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +26,8 @@ from typing import Any, Literal
 
 import torch
 
-from emoe.checkpoint.writing import Progress, TensorToWrite, write_sharded
-from emoe.config import format_bytes
-from emoe.errors import CheckpointError, UsageError
+from emoe.bench.writing import Progress, TensorToWrite, write_checkpoint, write_json
+from emoe.errors import UsageError
 
 CARD = "emoe_bench.json"
 """Written last into a checkpoint's folder: what it is, and that it is complete."""
@@ -166,31 +163,14 @@ def make_checkpoint(shape: str | Shape, folder: str | Path, seed: int = 0, progr
     card = card_of(folder)
     if card is not None and (card["shape"], card["seed"]) == (shape.name, seed):
         return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists and is not a {shape.name} checkpoint of seed {seed}; choose another folder")
-    tensors = list(tensors_of(shape, seed))
-    total = sum(tensor.nbytes for tensor in tensors)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < total * 1.02:
-        raise CheckpointError(
-            f"{shape.name} takes {format_bytes(total)}, and {folder.parent} has {format_bytes(free)} free; choose "
-            "another folder or a smaller shape"
-        )
-    work = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    work.mkdir()
-    try:
-        write_sharded(tensors, work, SHARD_BYTES, progress)
-        (work / "config.json").write_text(json.dumps(shape.config(), indent=2) + "\n")
-        (work / "generation_config.json").write_text(json.dumps(GENERATION) + "\n")
-        (work / CARD).write_text(json.dumps({"shape": shape.name, "seed": seed, "topics": TOPICS}) + "\n")
-        if folder.exists():
-            folder.rmdir()
-        work.rename(folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    return folder
+
+    def others(work: Path) -> None:
+        write_json(shape.config(), work / "config.json")
+        write_json(GENERATION, work / "generation_config.json")
+        write_json({"shape": shape.name, "seed": seed, "topics": TOPICS}, work / CARD)
+
+    what = f"a {shape.name} checkpoint of seed {seed}"
+    return write_checkpoint(folder, what, list(tensors_of(shape, seed)), others, SHARD_BYTES, progress)
 
 
 def card_of(folder: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from emoe.bench import commands as benchmarks
 from emoe.bench.serve import commands as serving
+from emoe.cli import bench_plant
 from emoe.cli.options import add_command
 
 
@@ -16,3 +17,4 @@ def add_parser(commands: Any) -> None:
     benchmarks.add_decode(add_command(below, "decode", benchmarks.run_decode, benchmarks.DECODE))
     benchmarks.add_checkpoint(add_command(below, "checkpoint", benchmarks.run_checkpoint, benchmarks.CHECKPOINT))
     serving.add_serve(add_command(below, "serve", serving.run_serve, serving.SERVE))
+    bench_plant.add_parser(below)

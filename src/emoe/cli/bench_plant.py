@@ -1,0 +1,72 @@
+"""`emoe bench plant`: a checkpoint of a published size whose routers repeat a recorded trace."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from emoe.cli.options import add_command, positive
+from emoe.cli.output import ProgressLine, note, print_json
+from emoe.config import format_bytes
+
+SUMMARY = "Write a checkpoint of a published shape whose own routers repeat a recorded trace. Its text means nothing."
+
+
+def add_parser(benchmarks: Any) -> None:
+    """Add the command."""
+    parser = add_command(benchmarks, "plant", run, SUMMARY)
+    add = parser.add_argument
+    add("--shape", metavar="NAME", help="a published shape, e.g. gpt-oss-20b; any other word lists them")
+    add("--trace", type=Path, metavar="TRACE", help="a trace file, or a folder with a trace.npz")
+    add("--tokens", type=positive, metavar="N", help="tokens of the trace, at most the hidden size")
+    add("--layers", type=positive, metavar="L", help="the first L layers only (default: all)")
+    add("--seed", type=int, default=0, metavar="N", help="of the weights (default: 0)")
+    add("--out", type=Path, required=True, metavar="DIR", help="where to write it")
+    add(
+        "--check",
+        action="store_true",
+        help="run it and compare its routes with the trace; without --shape, what is in DIR already",
+    )
+    add("--json", action="store_true", help="print one JSON object: the card, and what the check found")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write, check, print. Exit code 1 when a route differs from the trace."""
+    from emoe.bench.plant.card import LABEL, read_card
+    from emoe.errors import UsageError
+
+    if args.shape is not None:
+        if args.trace is None or args.tokens is None:
+            raise UsageError("--shape needs --trace and --tokens: what its routers are to repeat")
+        _write(args)
+    elif not args.check:
+        raise UsageError("nothing to do: give --shape, --trace and --tokens to write, or --check to check --out")
+    card = read_card(args.out)
+    found = []
+    # What is tiny is always checked.
+    if args.check or card.shape.startswith("tiny-"):
+        from emoe.bench.plant.check import check
+        from emoe.cli.session import bars_on_terminals_only
+
+        bars_on_terminals_only()
+        found = check(args.out, note)
+    wrong = sum(part.wrong for part in found)
+    if args.json:
+        parts = [{"part": p.part, "routes": p.routes, "wrong": p.wrong, "weights_off": p.weights_off} for p in found]
+        print_json({**card.as_dict(), "folder": str(args.out), "checked": parts, "wrong": wrong})
+    else:
+        print(args.out)
+    note(LABEL)
+    return 1 if wrong else 0
+
+
+def _write(args: argparse.Namespace) -> None:
+    from emoe.bench.plant.shapes import published
+    from emoe.bench.plant.write import plant, planted_bytes, summary
+
+    shape = published(args.shape, args.layers)
+    note(f"planting {shape.name}, {format_bytes(planted_bytes(shape))} of experts, in {args.out}")
+    card = plant(shape, args.trace, args.tokens, args.out, args.seed, ProgressLine("writing"))
+    for line in summary(card, shape):
+        note(line)
