@@ -49,6 +49,11 @@ class Server:
         )
         self.url = ""
 
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
+
     def wait(self) -> str:
         """Its address, once it serves. Raises RuntimeError when it does not."""
         end = time.monotonic() + START_S

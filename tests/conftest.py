@@ -18,9 +18,7 @@ from hypothesis import HealthCheck, settings
 torch.set_num_threads(1)
 
 # Models take a while to build, so there is no deadline; `--hypothesis-profile=thorough` searches longer.
-settings.register_profile(
-    "emoe", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("emoe", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", parent=settings.get_profile("emoe"), max_examples=1000)
 settings.load_profile("emoe")
 

@@ -153,3 +153,15 @@ def test_more_room_or_more_residency_never_turns_the_cache_off(total: int, resid
     if choose_reader(index, resident, room=MemoryRoom(free, "x"))[0] == "cached":
         assert choose_reader(index, resident, room=MemoryRoom(free + more, "x"))[0] == "cached"
         assert choose_reader(index, resident + more, room=MemoryRoom(free, "x"))[0] == "cached"
+
+
+def test_a_plan_of_the_whole_process_counts_what_it_holds_already(tmp_path: Path) -> None:
+    """Libraries are files: available to the machine whoever maps them, but used up in a cgroup."""
+    files = {"job/memory.max": 8 * GIB, "job/memory.current": 7 * GIB, "job/memory.stat": "inactive_file 0"}
+    for number, (bound, available) in enumerate(((files, 4 * GIB), ({}, 11 * GIB))):
+        (tmp_path / str(number)).mkdir()
+        proc, cgroups = machine(tmp_path / str(number), 10 * GIB, "0::/job\n", bound)
+        status = f"Name:\tpython\nVmRSS:\t{3 << 20} kB\nRssAnon:\t{1 << 20} kB\nRssFile:\t{2 << 20} kB\n"
+        (proc / "self" / "status").write_text(status)
+        assert memory_room(proc, cgroups, with_own=True).available_bytes == available
+    assert memory_room(*machine(tmp_path, GIB), with_own=True).available_bytes == GIB  # a kernel that does not say

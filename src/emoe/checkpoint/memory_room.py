@@ -22,6 +22,7 @@ MARGIN_BYTES = 128 << 20
 
 # cgroup v1 writes "no limit" as a number near 2^63.
 _UNLIMITED = 1 << 60
+_OWN = ("RssAnon", "RssFile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,19 @@ class MemoryRoom:
     bound: str
 
 
-def memory_room(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> MemoryRoom:
+def memory_room(
+    proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup"), *, with_own: bool = False
+) -> MemoryRoom:
     """The room this process has: the least of MemAvailable and of what each memory cgroup above it leaves.
 
     A cgroup leaves its limit less its usage, plus the inactive file pages in that usage: those go first when
-    memory is asked for.
+    memory is asked for. `with_own` adds what this process holds already: for a plan of the whole process, Python and
+    torch included.
     """
-    rooms = [_meminfo(proc / "meminfo")]
+    anonymous, mapped = _own(proc / "self" / "status") if with_own else (0, 0)
+    machine = _meminfo(proc / "meminfo")
+    # Pages of mapped files, which libraries are, count as available to the machine, but as used in a cgroup.
+    rooms = [MemoryRoom(machine.available_bytes + anonymous, machine.bound)]
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -51,7 +58,20 @@ def memory_room(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup
         elif "memory" in controllers.split(","):
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
             rooms += _walk(cgroups / "memory", path, *names)
+    rooms[1:] = [MemoryRoom(room.available_bytes + anonymous + mapped, room.bound) for room in rooms[1:]]
     return min(rooms, key=lambda room: room.available_bytes)
+
+
+def _own(file: Path) -> tuple[int, int]:
+    """Bytes of this process's anonymous memory and of its mapped files; 0 where the kernel does not say."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return 0, 0
+    found = {
+        name: int(value.split()[0]) * 1024 for name, _, value in (line.partition(":") for line in lines) if name in _OWN
+    }
+    return found.get("RssAnon", 0), found.get("RssFile", 0)
 
 
 def _meminfo(file: Path) -> MemoryRoom:

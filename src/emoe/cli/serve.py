@@ -80,7 +80,7 @@ def _default_profile(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> ServingPlan:
     dtype = None if args.dtype == "auto" else args.dtype
     name, facts = facts_of(args.model, dtype=dtype, revision=args.revision)
-    room = None if args.memory is not None else memory_room()
+    room = None if args.memory is not None else memory_room(with_own=True)
     return plan_serving(
         facts,
         model=name,

@@ -58,7 +58,7 @@ def plan(
     if memory is not None:
         allowed, source = parse_bytes(memory), "allowed"
     else:
-        room = memory_room()
+        room = memory_room(with_own=True)
         allowed, source = room.available_bytes, f"free ({room.bound})"
     return make_plan(
         facts,
