@@ -12,12 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from emoe.model import close, load, stats
+    from emoe.model import close, load, quantise, stats
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "close", "load", "stats"]
+__all__ = ["__version__", "close", "load", "quantise", "stats"]
 
-_LAZY = {"close": "emoe.model", "load": "emoe.model", "stats": "emoe.model"}
+_LAZY = {"close": "emoe.model", "load": "emoe.model", "quantise": "emoe.model", "stats": "emoe.model"}
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ INDEX_FILE = "model.safetensors.index.json"
 # The limit of the safetensors library itself. 36,000 tensors need about 5 MB.
 MAX_HEADER_BYTES = 100_000_000
 
-_REMEDY = "Download the checkpoint again."
+REMEDY = "Download the checkpoint again."
 
 # Bits per element, by the format's dtype names.
 DTYPE_BITS: dict[str, int] = {
@@ -64,7 +64,7 @@ def read_headers(directory: Path) -> dict[str, TensorEntry]:
             return read_file_header(single)
         if index.is_file():
             return _read_shards(index)
-    raise CheckpointError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}. {_REMEDY}")
+    raise CheckpointError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}. {REMEDY}")
 
 
 @contextmanager
@@ -98,14 +98,14 @@ def _read_shards(index: Path) -> dict[str, TensorEntry]:
         for tensor, entry in read_file_header(index.parent / name).items():
             if tensor in entries:
                 raise CheckpointError(
-                    f"tensor {tensor!r} is in two files, {entries[tensor].file} and {entry.file}. {_REMEDY}"
+                    f"tensor {tensor!r} is in two files, {entries[tensor].file} and {entry.file}. {REMEDY}"
                 )
             entries[tensor] = entry
     absent = [name for name in weight_map if name not in entries]
     if absent:
         raise CheckpointError(
             f"{index} places {_some(absent)} in {weight_map[absent[0]]}, whose header does not list it "
-            f"({len(absent)} such tensors). {_REMEDY}"
+            f"({len(absent)} such tensors). {REMEDY}"
         )
     return entries
 
@@ -115,10 +115,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         loaded = json.loads(index.read_bytes())
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{index} cannot be read as JSON: {error}. {_REMEDY}") from error
+        raise CheckpointError(f"{index} cannot be read as JSON: {error}. {REMEDY}") from error
     weight_map = loaded.get("weight_map") if isinstance(loaded, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index} has no 'weight_map' of tensors to files. {_REMEDY}")
+        raise CheckpointError(f"{index} has no 'weight_map' of tensors to files. {REMEDY}")
     for name in set(weight_map.values()):
         # A path that leaves the directory would let a downloaded index point reads at any file.
         inside = not Path(name).is_absolute() and ".." not in Path(name).parts
@@ -126,7 +126,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             tensor = next(tensor for tensor, file in weight_map.items() if file == name)
             raise CheckpointError(
                 f"{index} places tensor {tensor!r} in {name!r}, which is not a safetensors file inside the "
-                f"checkpoint's directory. {_REMEDY}"
+                f"checkpoint's directory. {REMEDY}"
             )
     return weight_map
 
@@ -145,12 +145,12 @@ def read_file_header(file: Path) -> dict[str, TensorEntry]:
             if len(prefix) < 8 or length > size - 8:
                 raise CheckpointError(
                     f"{file} is truncated: it has {size:,} bytes, and its header alone needs "
-                    f"{length + 8 if len(prefix) == 8 else 8:,}. {_REMEDY}"
+                    f"{length + 8 if len(prefix) == 8 else 8:,}. {REMEDY}"
                 )
             if length > MAX_HEADER_BYTES:
                 raise CheckpointError(
                     f"{file} claims a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} the "
-                    f"format allows: it is not a safetensors file, or damaged. {_REMEDY}"
+                    f"format allows: it is not a safetensors file, or damaged. {REMEDY}"
                 )
             raw = stream.read(length)
     except OSError as error:
@@ -158,9 +158,9 @@ def read_file_header(file: Path) -> dict[str, TensorEntry]:
     try:
         header = json.loads(raw)
     except ValueError as error:
-        raise CheckpointError(f"the header of {file} is not JSON: {error}. {_REMEDY}") from error
+        raise CheckpointError(f"the header of {file} is not JSON: {error}. {REMEDY}") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"the header of {file} is not a JSON object. {_REMEDY}")
+        raise CheckpointError(f"the header of {file} is not a JSON object. {REMEDY}")
     header.pop("__metadata__", None)
     start = 8 + length
     entries = {name: _entry(file, name, info, start) for name, info in header.items()}
@@ -176,13 +176,13 @@ def _entry(file: Path, name: str, info: object, start: int) -> TensorEntry:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the header of {file} describes tensor {name!r} as {info!r}, which is not a dtype, a shape and "
-            f"a byte range emoe knows ({type(error).__name__}: {error}). {_REMEDY}"
+            f"a byte range emoe knows ({type(error).__name__}: {error}). {REMEDY}"
         ) from error
     nbytes = end - begin
     if nbytes * 8 != prod(shape) * bits:
         raise CheckpointError(
             f"the header of {file} gives tensor {name!r} {nbytes:,} bytes, but {dtype} {list(shape)} needs "
-            f"{prod(shape) * bits // 8:,}. {_REMEDY}"
+            f"{prod(shape) * bits // 8:,}. {REMEDY}"
         )
     return TensorEntry(file, name, dtype, shape, start + begin, nbytes)
 
@@ -204,15 +204,15 @@ def _check_layout(file: Path, entries: Iterable[TensorEntry], start: int, size: 
             what = "overlaps" if entry.offset < at else f"leaves {entry.offset - at:,} bytes unused after"
             raise CheckpointError(
                 f"{file}: tensor {entry.name!r} begins at byte {entry.offset:,} and {what} {previous}, which "
-                f"ends at {at:,}. {_REMEDY}"
+                f"ends at {at:,}. {REMEDY}"
             )
         at, previous = entry.offset + entry.nbytes, f"tensor {entry.name!r}"
         if at > size:
             raise CheckpointError(
-                f"{file} is truncated: tensor {entry.name!r} ends at byte {at:,}, and the file has {size:,}. {_REMEDY}"
+                f"{file} is truncated: tensor {entry.name!r} ends at byte {at:,}, and the file has {size:,}. {REMEDY}"
             )
     if at != size:
-        raise CheckpointError(f"{file} has {size:,} bytes, {size - at:,} more than its header accounts for. {_REMEDY}")
+        raise CheckpointError(f"{file} has {size:,} bytes, {size - at:,} more than its header accounts for. {REMEDY}")
 
 
 @dataclass(frozen=True, slots=True)

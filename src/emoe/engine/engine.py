@@ -65,7 +65,8 @@ class Engine:
         self._scheduler = make_scheduler(settings.scheduler)
         self.scheduler_name = self._scheduler.name
         self.mode: Mode = self._binding.runtime.mode
-        self.lossy: bool = self._binding.ahead.lossy
+        self.lossy: bool = self._binding.lossy
+        self.expert_dtype: str = self._binding.index.expert_dtype
         self.layers = len(self._binding.runtime.layers)
         text = model.config.get_text_config(decoder=True)
         limits = [each for each in (getattr(text, "max_position_embeddings", None), settings.context) if each]

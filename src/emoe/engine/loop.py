@@ -306,7 +306,7 @@ class Loop:
         self._measures.end_request(ticket)
         if reason == "stop":
             self._knowledge.note_answer(ticket)
-        report = ticket.report(now, reason, self._runtime.mode, self._binding.ahead.lossy)
+        report = ticket.report(now, reason, self._runtime.mode, self._binding.lossy)
         self._tell(ticket, FinishedEvent(reason, report, error))
         self._desk.tell_left()
 

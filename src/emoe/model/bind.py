@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from emoe.checkpoint.codecs.formats import NATIVE, ExpertCodec, codec_of, coded_parts
 from emoe.checkpoint.fingerprint import fingerprint
 from emoe.checkpoint.index import ExpertIndex, LayerIndex, build_index
 from emoe.checkpoint.memory_room import choose_reader
@@ -20,13 +21,13 @@ from emoe.checkpoint.source import resolve
 from emoe.config import ExpertMemory, LayerSplit, Mode, Prefetch, format_bytes
 from emoe.errors import BudgetError, UnsupportedModelError, UsageError
 from emoe.kernels.experts import ExpertMath
-from emoe.kernels.quantised import QuantisedMatrix
 from emoe.model.foresight import Ahead
 from emoe.model.loading import device_of, load_dense
+from emoe.model.quantising import HUB_SETTINGS, embedded, stored_experts
 from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Runtime
 from emoe.model.tracing import record_trace
 from emoe.policies.foresight import Foresight
-from emoe.residency.bank import Bank, slot_nbytes
+from emoe.residency.bank import Bank, slot_nbytes, torch_dtype
 from emoe.residency.budget import LayerNeed, SlotPlan, plan_slots
 from emoe.residency.loader import Loader
 from emoe.residency.pool import ExpertPool, Progress
@@ -73,6 +74,11 @@ class Binding:
         self.handles: list[Any] = []
         self.finishers: list[Callable[[], object]] = []
 
+    @property
+    def lossy(self) -> bool:
+        """Whether the text can differ from the full model's: by the mode, or by how experts are stored."""
+        return self.ahead.lossy or self.index.expert_dtype != NATIVE
+
     def close(self) -> None:
         """Stop the threads and finish the trace; the model cannot run afterwards. Safe to call twice."""
         self.runtime.closed = True
@@ -89,16 +95,23 @@ class Binding:
             self.finishers.pop()()
 
 
-def layer_needs(index: ExpertIndex, model: PreTrainedModel) -> list[LayerNeed]:
-    """Return what each MoE layer asks of the budget; layers with equal part shapes share a bank."""
+def layer_needs(index: ExpertIndex, model: PreTrainedModel, codec: ExpertCodec | None = None) -> list[LayerNeed]:
+    """Return what each MoE layer asks of the budget; layers with equal part shapes share a bank.
+
+    `codec` is what the experts of a checkpoint's own `index` are to be stored with; None: as they are.
+
+    Raises:
+        UnsupportedModelError: a size that the codec cannot take.
+    """
     groups: dict[tuple[Any, ...], int] = {}
     config = model.config.get_text_config(decoder=True)
     needs = []
     for entry in index.layers:
-        group = groups.setdefault(entry.parts, len(groups))
+        parts = coded_parts(codec, entry.parts, entry.transposed)
+        group = groups.setdefault(parts, len(groups))
         block = model.get_submodule(entry.module.rpartition(".")[0])
         top_k = min(top_k_of(block, config, entry.layer), entry.num_experts)
-        needs.append(LayerNeed(entry.layer, entry.num_experts, top_k, slot_nbytes(entry.parts), group))
+        needs.append(LayerNeed(entry.layer, entry.num_experts, top_k, slot_nbytes(parts), group))
     return needs
 
 
@@ -106,6 +119,8 @@ def load(
     model_id: str | Path | None = None,
     *,
     expert_memory: str | int | ExpertMemory | None = None,
+    expert_dtype: str = NATIVE,
+    expert_cache: str | Path | None = None,
     mode: Mode = "exact",
     reader: str = "auto",
     eviction: str = "least-stale",
@@ -129,6 +144,10 @@ def load(
     Args:
         model_id: a checkpoint's folder or a hub id; None is the embedded emoe-nano.
         expert_memory: "8GiB", "40%", "12/layer" or bytes; None keeps every expert resident.
+        expert_dtype: "native", or "int8" or "int4" (lossy): experts are quantised once, kept in a cache, and read, held
+            and computed in that form; a share of `expert_memory` is a share of the quantised experts.
+        expert_cache: the folder that keeps quantised experts; None: `.emoe` in the checkpoint's folder, or the user's
+            cache directory where that cannot be written.
         mode: "exact" loads and waits for a missing expert; "resident" (the paper, section 2.5; lossy) sends the token
             to the best-scored expert that is resident, and nothing waits; "balanced" (lossy) does the first in layers
             where the running task is sensitive to wrong routing and the second elsewhere, as the profile says.
@@ -151,7 +170,8 @@ def load(
             0.85). In mode "balanced" 0 reroutes every miss of the profile's tasks, and more than 1 none.
         trace: a file to record the routing to, written when the model is closed or collected.
         task: the label that the recorded prompts carry; `label_task` changes it between prompts.
-        progress: True for a progress bar, or a function called with (bytes done, bytes in all).
+        progress: True for a progress bar, or a function called with (bytes done, bytes in all), first while experts
+            are quantised, if they are, then while resident ones are read.
         max_read_bytes_per_s: slows the store down, to measure what a slower disk would do.
         **kwargs: go to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, token, ...).
 
@@ -160,12 +180,14 @@ def load(
 
     Raises:
         UsageError: an argument that cannot be meant.
-        CheckpointError: files missing, truncated or inconsistent.
-        UnsupportedModelError: a dense model, an unknown layout, or no routing rule for mode "resident".
+        CheckpointError: files missing, truncated or inconsistent; no room for quantised experts.
+        UnsupportedModelError: a dense model, an unknown layout, sizes that `expert_dtype` cannot take, or no routing
+            rule for mode "resident".
         BudgetError: the budget is below the floor, which the message names.
         ProfileError: the profile is missing or damaged.
     """
     _check_arguments(kwargs)
+    codec = codec_of(expert_dtype)
     profiled = profile is not None or (model_id is None and _nano_profile() is not None)
     settings = Foresight(
         mode, eviction, predictor, prefetch, replan_prompts, layer_split, sensitivity_threshold, profiled
@@ -173,27 +195,28 @@ def load(
     if profile is None and settings.wants_profile and model_id is None:
         profile = _nano_profile()
     memory = None if expert_memory is None else ExpertMemory.parse(expert_memory)
-    hub = {name: kwargs[name] for name in ("revision", "token", "local_files_only") if name in kwargs}
-    path = resolve(_nano() if model_id is None else model_id, **hub)
+    hub = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}
+    path = resolve(embedded() if model_id is None else model_id, **hub)
     config_kwargs = {name: kwargs[name] for name in ("dtype", "trust_remote_code") if name in kwargs}
     _, empty = skeleton(path, **config_kwargs)
     index = build_index(path, empty)
-    needs = layer_needs(index, empty)
+    needs = layer_needs(index, empty, codec)
     runtime = Runtime(mode, replan_prompts if isinstance(replan_prompts, int) else 1, task)
     ahead = Ahead(settings, runtime, index, needs, _profile(profile, path))
     lane = mode != "exact"
     plan = plan_slots(memory, needs, lane=lane, shared_from=settings.shared_from, popularity=ahead.popularity())
     _check_rerouting(mode, plan, needs, empty, index)
+    stored = stored_experts(index, empty, codec, expert_cache, progress)
     del empty
-    finish_trace = None if trace is None else record_trace(runtime, index, needs, Path(trace))
+    finish_trace = None if trace is None else record_trace(runtime, stored, needs, Path(trace))
     kind, reason = choose_reader(
-        index, plan.resident_bytes, reader, reserved_bytes=plan.resident_bytes + index.dense_nbytes
+        stored, plan.resident_bytes, reader, reserved_bytes=plan.resident_bytes + index.dense_nbytes
     )
     local = {name: value for name, value in kwargs.items() if name not in hub}
     model = load_dense(path, index, IMPLEMENTATION, **local)
-    opened = Reader(kind, index.files, max_bytes_per_s=max_read_bytes_per_s)
+    opened = Reader(kind, stored.files, max_bytes_per_s=max_read_bytes_per_s)
     loader = Loader(LOADER_THREADS[opened.kind])
-    binding = Binding(runtime, index, plan, opened, opened.notice or reason, loader, ahead)
+    binding = Binding(runtime, stored, plan, opened, opened.notice or reason, loader, ahead)
     tokenizer = _tokenizer(path, kwargs)
     try:
         _bind(model, binding, needs, opened)
@@ -285,8 +308,7 @@ def _bind(model: PreTrainedModel, binding: Binding, needs: list[LayerNeed], read
         weights = [math.bind(views) for views in bank.views]
         for need in members:
             module = model.get_submodule(entries[need.layer].module)
-            down = weights[0].down
-            dtype = model.dtype if isinstance(down, QuantisedMatrix) else down.dtype
+            dtype = torch_dtype(entries[need.layer].run_dtype)
             layer = LayerRuntime(need.layer, need.experts, pool, ExpertMath(module), runtime, weights, dtype)
             runtime.layers[need.layer] = layer
             module._emoe_layer = layer
@@ -355,12 +377,6 @@ def _profile(given: str | Path | Profile | None, path: Path) -> Profile | None:
         given.check(fingerprint(path), str(path))
         return given
     return Profile.read(given, fingerprint(path), str(path))
-
-
-def _nano() -> Path:
-    from emoe import nano
-
-    return nano.path()
 
 
 def _nano_profile() -> Path | None:

@@ -14,15 +14,16 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
     """Return the counters of a model made by `emoe.load`.
 
     Bytes are bytes, times seconds. A hit or a miss is one expert key that one forward pass of one layer routed to
-    (in mode `resident`: that the model's own router wanted). `lossy` says whether the mode can change the text.
+    (in mode `resident`: that the model's own router wanted). `lossy` says whether the mode or `expert_dtype` can change
+    the text.
 
     Returns:
         budget_bytes, resident_bytes (slots that hold an expert), peak_resident_bytes, total_expert_bytes, floor_bytes,
         slots, hits, misses, hit_rate (None before the first route), loads, bytes_read, load_wait_s, rerouted_tokens,
-        routed_tokens, rerouted_share, prompts, passes, mode, lossy, reader, reader_reason, eviction, layers (per
-        layer: hits, misses, loads, bytes_read, rerouted_tokens, routed_tokens, experts, slots (its quota; 0: the layers
-        share one pool), resident: the experts there now), predictor, predictions, plans, tasks, prefetch, scorer (what
-        looking ahead saved and cost in seconds, whether it is active, and why not; None where there is none).
+        routed_tokens, rerouted_share, prompts, passes, mode, lossy, expert_dtype, reader, reader_reason, eviction,
+        layers (per layer: hits, misses, loads, bytes_read, rerouted_tokens, routed_tokens, experts, slots (its quota;
+        0: the layers share one pool), resident: the experts there now), predictor, predictions, plans, tasks, prefetch,
+        scorer (what looking ahead saved and cost in seconds, whether it is active, and why not; None: there is none).
 
     Raises:
         UsageError: the model was not made by `emoe.load`.
@@ -63,7 +64,8 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
     )
     return {
         "mode": runtime.mode,
-        "lossy": binding.ahead.lossy,
+        "lossy": binding.lossy,
+        "expert_dtype": binding.index.expert_dtype,
         "budget_bytes": plan.budget_bytes,
         "resident_bytes": resident,
         "peak_resident_bytes": peak,
