@@ -1,6 +1,7 @@
 """The options of `emoe bench`, and what its commands do with them. Nothing heavy is imported until one runs.
 
-`emoe.cli` adds these to its own parser: `add_decode(parser)`, `add_checkpoint(parser)`; each sets `run`.
+`emoe.cli` adds these to its own parser: `add_decode(parser)`, `add_replay(parser)`, `add_checkpoint(parser)`; each sets
+`run`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import sys
 from pathlib import Path
 
 from emoe.bench.settings import BASELINES, DecodeSettings, parse_budget
-from emoe.config import MODES, Mode, format_bytes, parse_bytes
+from emoe.config import MODES, PREFETCHES, Mode, format_bytes, parse_bytes
 from emoe.errors import UsageError
 
 DECODE = "Decode speed at several budgets, beside plain transformers and accelerate's disk offload."
 CHECKPOINT = "Write a random-weight checkpoint of a named shape, to measure on."
+
+
+REPLAY = "Feed a planted checkpoint the tokens of its trace and measure. Sizes and routing are real, text is not."
+REPLAY_BUDGETS = "100,80,60,40,20"
 
 
 def _words(text: str) -> list[str]:
@@ -26,42 +31,62 @@ def _words(text: str) -> list[str]:
 def add_decode(parser: argparse.ArgumentParser) -> None:
     """Options of `emoe bench decode`."""
     usual = DecodeSettings()
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a checkpoint's folder or a hub id (default: emoe-nano)"
+    )
+    _add_measuring(parser, ",".join(f"{budget}" for budget in usual.budgets), ",".join(usual.baselines))
+    for name, what in (("prompt_tokens", "length of a prompt"), ("new_tokens", "tokens to generate")):
+        _add_number(parser, name, what)
+    parser.set_defaults(run=run_decode, forced=False, batch=1)
+
+
+def add_replay(parser: argparse.ArgumentParser) -> None:
+    """Options of `emoe bench replay`."""
+    parser.add_argument("model", metavar="DIR", help="a folder that emoe bench plant wrote")
+    _add_measuring(parser, REPLAY_BUDGETS, "none")
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="a checkpoint's folder or a hub id (default: emoe-nano)")
+    add("--prefill", dest="prompt_tokens", type=int, default=512, metavar="N", help="tokens of a prompt (default: 512)")
+    add("--decode", dest="steps", type=int, default=64, metavar="N", help="tokens fed one by one (default: 64)")
+    add("--batch", type=int, default=1, metavar="N", help="sequences at once (default: 1)")
+    parser.set_defaults(run=run_decode, forced=True)
+
+
+def _add_number(parser: argparse.ArgumentParser, name: str, what: str) -> None:
+    option = f"--{name.replace('_', '-')}"
+    usual = getattr(DecodeSettings(), name)
+    parser.add_argument(option, type=int, default=usual, metavar="N", help=f"{what} (default: %(default)s)")
+
+
+def _add_measuring(parser: argparse.ArgumentParser, budgets: str, baselines: str) -> None:
+    """What to compare, how often, and under which conditions."""
+    usual = DecodeSettings()
+    add = parser.add_argument
     add(
         "--budgets",
-        default=",".join(f"{budget}" for budget in usual.budgets),
+        default=budgets,
         metavar="LIST",
         help="expert memory: 100,60,40,20 are percent; also 8GiB, 12/layer (default: %(default)s)".replace("%,", "%%,"),
     )
     add("--modes", default=",".join(usual.modes), metavar="LIST", help="exact, resident (default: both)")
     add(
         "--baselines",
-        default=",".join(usual.baselines),
+        default=baselines,
         metavar="LIST",
-        help="transformers' experts implementations and accelerate-disk[:BUDGET], or none "
-        f"(default: {','.join(BASELINES)})",
+        help=f"of {','.join(BASELINES)} (accelerate-disk:BUDGET), or none (default: %(default)s)",
     )
     add("--against", metavar="NAME", help="the contender that ratios refer to (default: transformers' fastest in each)")
-    numbers = (
-        ("prompt_tokens", "length of a prompt"),
-        ("new_tokens", "tokens to generate"),
-        ("rounds", "measured generations of each contender"),
-        ("warmups", "generations before them, not measured"),
-    )
-    for name, what in numbers:
-        option = f"--{name.replace('_', '-')}"
-        add(option, type=int, default=getattr(usual, name), metavar="N", help=f"{what} (default: %(default)s)")
+    _add_number(parser, "rounds", "measured generations of each contender")
+    _add_number(parser, "warmups", "generations before them, not measured")
     add("-t", "--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     add("--memory-limit", metavar="SIZE", help="run each contender in a memory cgroup of this size")
     add("--cold", action="store_true", help="drop the checkpoint from the page cache before every generation")
     add("--one-at-a-time", action="store_true", help="never hold two contenders in memory")
     add("--reader", choices=("auto", "cached", "direct", "advised"), default="auto", help="how emoe reads experts")
     add("--eviction", metavar="NAME", help="emoe's eviction rule (default: emoe.load's)")
+    add("--prefetch", choices=PREFETCHES, help="emoe's prefetching (default: none)")
     add("--offload-folder", metavar="DIR", help="where accelerate may write weights (default: the temporary folder)")
     add("--seed", type=int, default=usual.seed, metavar="N", help="of random prompts")
     add("--json", action="store_true", help="print one JSON object (docs/benchmarks.md) instead of a table")
-    parser.set_defaults(run=run_decode)
 
 
 def decode_settings(args: argparse.Namespace) -> DecodeSettings:
@@ -78,7 +103,8 @@ def decode_settings(args: argparse.Namespace) -> DecodeSettings:
         modes=tuple(modes),
         baselines=tuple(word for word in _words(args.baselines) if word != "none"),
         prompt_tokens=args.prompt_tokens,
-        new_tokens=args.new_tokens,
+        # A replay reads one token off the prompt's logits and one off each step's.
+        new_tokens=args.steps + 1 if args.forced else args.new_tokens,
         rounds=args.rounds,
         warmups=args.warmups,
         threads=args.threads,
@@ -90,6 +116,9 @@ def decode_settings(args: argparse.Namespace) -> DecodeSettings:
         offload_folder=args.offload_folder,
         seed=args.seed,
         one_at_a_time=args.one_at_a_time,
+        prefetch=args.prefetch,
+        forced=args.forced,
+        batch=args.batch,
     )
 
 

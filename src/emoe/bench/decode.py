@@ -20,16 +20,21 @@ from typing import Any
 
 from emoe.bench.cgroup import MemoryCgroup, memory_cgroup
 from emoe.bench.client import WorkerClient, WorkerError
+from emoe.bench.limits import Limits, limits_of, machine_of
 from emoe.bench.page_cache import drop
+from emoe.bench.plant.card import is_planted, read_card
 from emoe.bench.results import DecodeReport, Outcome, decode_rate
 from emoe.bench.settings import Contender, DecodeSettings
 from emoe.checkpoint.memory_room import memory_room
 from emoe.checkpoint.source import resolve
 from emoe.config import ExpertMemory, format_bytes
 from emoe.errors import UsageError
-from emoe.planner import Plan, plan
+from emoe.planner import Plan, facts_of, plan
 
 Say = Callable[[str], None]
+
+LOADING = ("reader", "eviction", "expert_dtype", "prefetch")
+"""Settings that say how emoe loads."""
 
 FREE_SHARE = 0.9
 """Of the memory that is free, what contenders loaded together may take."""
@@ -80,6 +85,7 @@ class _Bench:
         self.settings = settings
         self.say = say
         self.folder = nano.path() if settings.model is None else resolve(settings.model)
+        self.card = read_card(self.folder) if settings.forced or is_planted(self.folder) else None
         self.files = sorted(self.folder.glob("*.safetensors"))
         self.full = self._plan(None)
         self.outcomes = [Outcome(contender, self._plan_bytes(contender)) for contender in settings.contenders]
@@ -89,8 +95,9 @@ class _Bench:
         return plan(
             self.folder,
             expert_memory=memory or ExpertMemory("share", 1.0),
-            context=self.settings.prompt_tokens + self.settings.new_tokens,
+            context=self.settings.positions,
             prompt=self.settings.prompt_tokens,
+            batch=self.settings.batch,
         )
 
     def _plan_bytes(self, contender: Contender) -> int:
@@ -101,7 +108,7 @@ class _Bench:
         from emoe.planner.from_headers import read_config
 
         longest = read_config(self.folder).get("max_position_embeddings")
-        wanted = self.settings.prompt_tokens + self.settings.new_tokens
+        wanted = self.settings.positions
         if isinstance(longest, int) and wanted > longest:
             raise UsageError(
                 f"{self.settings.prompt_tokens} prompt tokens and {self.settings.new_tokens} new ones are more than "
@@ -130,7 +137,7 @@ class _Bench:
         """What transformers' batched_mm adds while it reads a prompt: a copy of the weights for each token's choice."""
         if not any(outcome.contender.implementation == "batched_mm" for outcome in self.outcomes):
             return 0
-        return self.settings.prompt_tokens * self.full.top_k * self.full.expert_nbytes
+        return self.settings.batch * self.settings.prompt_tokens * self.full.top_k * self.full.expert_nbytes
 
     def alternate(self, rounds: Sequence[int]) -> None:
         """Load all, then measure them in turn, starting each round with another one."""
@@ -168,7 +175,7 @@ class _Bench:
             cgroup = None
             if settings.memory_limit is not None:
                 cgroup = stack.enter_context(memory_cgroup(settings.memory_limit))
-            options: dict[str, Any] = {"reader": settings.reader, "eviction": settings.eviction}
+            options: dict[str, Any] = {name: getattr(settings, name) for name in LOADING}
             if outcome.contender.engine == "accelerate":
                 offload = tempfile.mkdtemp(prefix="emoe-bench-", dir=settings.offload_folder)
                 stack.callback(shutil.rmtree, offload, ignore_errors=True)
@@ -221,6 +228,8 @@ class _Bench:
             stayed = drop([*self.files, *one.extra_files])
             one.outcome.still_cached_bytes = max(stayed, one.outcome.still_cached_bytes)
         try:
+            if self.settings.forced:
+                return self._replay(one, number)
             return one.client.ask(
                 "generate",
                 prompt=number if number >= 0 else self.settings.rounds - 1 - number,
@@ -231,6 +240,17 @@ class _Bench:
         except WorkerError as error:
             self._fail(one.outcome, error)
             return None
+
+    def _replay(self, one: _Live, number: int) -> dict[str, Any]:
+        """Warm-ups begin with the trace's first token, and every later turn where the one before ended."""
+        turn = number + self.settings.warmups if number >= 0 else -1 - number
+        return one.client.ask(
+            "replay",
+            start=turn * self.settings.positions,
+            prompt_tokens=self.settings.prompt_tokens,
+            steps=self.settings.new_tokens - 1,
+            batch=self.settings.batch,
+        )
 
     def _fail(self, outcome: Outcome, error: WorkerError) -> None:
         outcome.error = str(error)
@@ -264,7 +284,17 @@ class _Bench:
             outcomes=self.outcomes,
             versions={name: version for load in loads for name, version in load["versions"].items()},
             threads=sorted({int(load["threads"]) for load in loads}),
+            planted=None if self.card is None else self.card.as_dict(),
+            limits=self._limits(),
         )
+
+    def _limits(self) -> dict[str, Limits]:
+        """The least times of each contender's own work; nothing but those of replays is exactly counted."""
+        if not self.settings.forced:
+            return {}
+        rates = machine_of(self.folder, self.say)
+        _, facts = facts_of(self.folder)
+        return {o.name: limits_of(o, self.settings, facts, rates) for o in self.outcomes if o.samples}
 
 
 def machine() -> dict[str, Any]:

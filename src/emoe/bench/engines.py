@@ -24,6 +24,9 @@ from emoe.errors import UnsupportedModelError
 Counters = dict[str, float]
 """hits, misses, loads, bytes_read, load_wait_s, rerouted_tokens, routed_tokens since loading; empty without emoe."""
 
+CHOICES = ("eviction", "expert_dtype", "prefetch")
+"""Options that go to `emoe.load` where they are given."""
+
 COUNTED = ("hits", "misses", "loads", "bytes_read", "load_wait_s", "rerouted_tokens", "routed_tokens")
 
 
@@ -35,6 +38,7 @@ class Running:
     counters: Callable[[], Counters] = dict
     extra_files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    reader: str | None = None
     close: Callable[[], None] = lambda: None
 
 
@@ -44,6 +48,7 @@ class Sample:
 
     The `_cpu_s` are processor time of all threads.
 
+    `tokens` are those of the first of `batch` sequences; `checksum`, where given, is of all logits' bits.
     `decode` and `prefill` hold what emoe counted in each phase, `storage_bytes` what the kernel fetched from disk.
     """
 
@@ -57,6 +62,8 @@ class Sample:
     prefill: Counters
     decode: Counters
     step_s: list[float]
+    batch: int = 1
+    checksum: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -84,7 +91,7 @@ def rehearse(contender: Contender, folder: Path, options: dict[str, Any]) -> Non
 
 
 def load(contender: Contender, folder: Path, options: dict[str, Any]) -> Running:
-    """Load `contender`. `options`: reader, eviction (emoe); an empty offload_folder, cpu_bytes (accelerate)."""
+    """Load `contender`. `options`: reader, and `CHOICES` (emoe); an empty offload_folder, cpu_bytes (accelerate)."""
     if contender.engine == "emoe":
         return _emoe(contender, folder, options)
     if contender.engine == "accelerate":
@@ -94,7 +101,7 @@ def load(contender: Contender, folder: Path, options: dict[str, Any]) -> Running
 
 
 def _emoe(contender: Contender, folder: Path, options: dict[str, Any]) -> Running:
-    chosen = {"eviction": options["eviction"]} if options["eviction"] else {}
+    chosen = {name: options[name] for name in CHOICES if options.get(name)}
     loaded, _ = emoe_model.load(
         folder,
         expert_memory=contender.expert_memory,
@@ -111,6 +118,7 @@ def _emoe(contender: Contender, folder: Path, options: dict[str, Any]) -> Runnin
         loaded,
         counters,
         notes=[emoe_model.stats(loaded)["reader_reason"]],
+        reader=emoe_model.stats(loaded)["reader"],
         close=lambda: emoe_model.close(loaded),
     )
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
+
+from emoe.bench.engines import Running, Sample
+from emoe.bench.process import memory, reset_peak, storage_bytes_read
 
 
 def forced(model: Any, ids: torch.Tensor, prompt: int) -> Iterator[torch.Tensor]:
@@ -20,3 +26,42 @@ def forced(model: Any, ids: torch.Tensor, prompt: int) -> Iterator[torch.Tensor]
             out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             yield out.logits[:, -1]
+
+
+def replay(running: Running, ids: list[list[int]], prompt: int, base_bytes: int) -> Sample:
+    """Feed `ids` [batch][tokens], a prompt of `prompt` first, and measure it."""
+    fed = torch.tensor(ids)
+    kept: list[torch.Tensor] = []
+    tokens: list[int] = []
+    counts = [running.counters()]
+    read = storage_bytes_read()
+    reset_peak()
+    times, cpu = [time.perf_counter()], [time.process_time()]
+    for logits in forced(running.model, fed, prompt):
+        # Choosing the next token is part of a step, although another one is fed.
+        tokens.append(int(logits.argmax(dim=-1)[0]))
+        kept.append(logits)
+        times.append(time.perf_counter())
+        if len(kept) == 1:
+            cpu.append(time.process_time())
+            counts.append(running.counters())
+    cpu.append(time.process_time())
+    counts.append(running.counters())
+    before, first, after = counts
+    bits = hashlib.sha256()
+    for logits in kept:
+        bits.update(logits.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return Sample(
+        tokens=tokens,
+        first_token_s=times[1] - times[0],
+        decode_s=times[-1] - times[1],
+        first_token_cpu_s=cpu[1] - cpu[0],
+        decode_cpu_s=cpu[2] - cpu[1],
+        peak_bytes=memory().peak_bytes - base_bytes,
+        storage_bytes=storage_bytes_read() - read,
+        prefill={name: first[name] - before[name] for name in before},
+        decode={name: after[name] - first[name] for name in before},
+        step_s=[round(b - a, 6) for a, b in pairwise(times[1:])],
+        batch=len(ids),
+        checksum=bits.hexdigest()[:16],
+    )

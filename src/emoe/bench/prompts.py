@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 from emoe import nano
+from emoe.bench.plant.card import is_planted, read_card
 from emoe.bench.shapes import card_of
 from emoe.errors import UsageError
 
@@ -15,11 +16,14 @@ def prompt_ids(folder: Path, number: int, tokens: int, seed: int = 0) -> list[in
     """Token ids of prompt `number` for the checkpoint in `folder`.
 
     A model with a tokenizer reads real text: the held-out prompts of emoe-nano, one task after the other. A model of
-    random weights reads random tokens; one that `shapes.make_checkpoint` made, tokens of one topic.
+    random weights reads random tokens; one that `shapes.make_checkpoint` made, tokens of one topic. A planted one reads
+    the tokens of its trace, each prompt where the one before ended.
 
     Raises:
         UsageError: the vocabulary is too small.
     """
+    if is_planted(folder):
+        return planted_ids(folder, number * tokens, tokens)[0]
     if (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists():
         return _text(folder, number, tokens)
     config = json.loads((folder / "config.json").read_text())
@@ -30,6 +34,17 @@ def prompt_ids(folder: Path, number: int, tokens: int, seed: int = 0) -> list[in
         raise UsageError(f"{folder / 'config.json'} says vocab_size {vocabulary}: no random prompt can be made of it")
     rng = random.Random(f"{seed}:{number}")
     return [rng.randrange(vocabulary // topics) * topics + number % topics for _ in range(tokens)]
+
+
+def planted_ids(folder: Path, start: int, tokens: int, batch: int = 1) -> list[list[int]]:
+    """`tokens` of a planted checkpoint's trace from position `start` on, beginning anew after the last; with `batch`,
+    so many sequences that begin equally far apart.
+
+    Raises:
+        UsageError: `folder` is no planted checkpoint.
+    """
+    there = read_card(folder).tokens
+    return [[(start + there * row // batch + i) % there for i in range(tokens)] for row in range(batch)]
 
 
 def _text(folder: Path, number: int, tokens: int) -> list[int]:

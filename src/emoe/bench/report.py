@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from emoe.bench.results import DecodeReport, Outcome, Spread, decode_rate
+from emoe.bench.plant.card import LABEL
+from emoe.bench.results import DecodeReport, Outcome, Spread, decode_rate, decoded_tokens
 from emoe.config import format_bytes
 
 _NUMBER = re.compile(r"\d+(\.\d+)?( [KMG]iB)?")
@@ -22,6 +23,8 @@ HEAD = (
     "plan",
     "text",
 )
+LIMITS = ("of limit: decode", "prefill")
+"""Two more columns of a replay."""
 
 
 def report_text(report: DecodeReport) -> str:
@@ -34,20 +37,52 @@ def report_text(report: DecodeReport) -> str:
         f"{report.model['name']}: {report.model['description']}",
         f"{machine['cpu']}, {machine['cpus']} CPUs, {format_bytes(machine['memory_bytes'])}; {threads} threads; "
         f"{versions}",
-        f"{settings.prompt_tokens} prompt tokens, {settings.new_tokens} new, {settings.rounds} rounds ({how}); "
-        f"{_conditions(report)}",
+        f"{_fed(report)}, {settings.rounds} rounds ({how}); {_conditions(report)}",
+        *_planted(report),
         "",
-        *_table([HEAD, *(_row(report, outcome) for outcome in report.outcomes)]),
+        *_table(
+            [
+                HEAD + (LIMITS if report.limits else ()),
+                *(_row(report, outcome) + _limits(report, outcome) for outcome in report.outcomes),
+            ]
+        ),
         "",
         *_legend(report),
     ]
     lines += [f"FAILED  {outcome.error}" for outcome in report.failed]
     if report.inexact:
+        what = "the logits differ from those" if settings.forced else "the text differs from that"
         lines.append(
-            f"DEFECT  {', '.join(report.inexact)}: the text differs from that of "
+            f"DEFECT  {', '.join(report.inexact)}: {what} of "
             f"{report.reference.name if report.reference else '?'}, and must not. Please report it."
         )
     return "\n".join(lines)
+
+
+def _fed(report: DecodeReport) -> str:
+    settings = report.settings
+    if not settings.forced:
+        return f"{settings.prompt_tokens} prompt tokens, {settings.new_tokens} new"
+    many = f"{settings.batch} sequences: " if settings.batch > 1 else ""
+    return f"{many}{settings.prompt_tokens} prompt tokens, then {settings.new_tokens - 1} fed one by one"
+
+
+def _planted(report: DecodeReport) -> list[str]:
+    if report.planted is None:
+        return []
+    card = report.planted
+    return [f"{LABEL} ({card['shape']}, {card['layers']} layers; routes of {card['trace']}: {card['kept']})"]
+
+
+def _limits(report: DecodeReport, outcome: Outcome) -> tuple[str, ...]:
+    """The shares of the least time, with what bounds it."""
+    if not report.limits:
+        return ()
+    found = report.limits.get(outcome.name, {})
+    return tuple(
+        f"{found[phase].share:.0%} ({found[phase].floor.bound_by})" if phase in found else ""
+        for phase in ("decode", "prefill")
+    )
 
 
 def _conditions(report: DecodeReport) -> str:
@@ -71,7 +106,16 @@ def _legend(report: DecodeReport) -> list[str]:
         "`emoe plan` expects there"
     )
     if reference is not None:
-        lines.append(f"text: rounds whose tokens are those of {reference.name}")
+        bits = ", and in exact mode every bit of the logits" if report.settings.forced else ""
+        lines.append(f"text: rounds whose tokens are those of {reference.name}{bits}")
+        sums = [str(sample.get("checksum")) for _, sample in sorted(reference.samples.items())]
+        if report.settings.forced:
+            lines.append(f"checksums of {reference.name}'s logits: {' '.join(sums)}")
+    if report.limits:
+        lines.append(
+            "of limit: the least time for the contender's own bytes and operations on this machine over the time taken "
+            "(what bounds it)"
+        )
     lines += _notes(report)
     for outcome in report.outcomes:
         if outcome.still_cached_bytes:
@@ -92,7 +136,7 @@ def _notes(report: DecodeReport) -> list[str]:
 
 def _row(report: DecodeReport, outcome: Outcome) -> tuple[str, ...]:
     hits = outcome.hit_rate("decode")
-    decoded = sum(len(sample["tokens"]) - 1 for sample in outcome.samples.values())
+    decoded = sum(decoded_tokens(sample) for sample in outcome.samples.values())
     read = sum(_read(sample) for sample in outcome.samples.values())
     peaks = (outcome.load_peak_bytes, outcome.peak_bytes)
     identical = report.identical_rounds(outcome)

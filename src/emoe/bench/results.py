@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from emoe.bench.limits import Limits
 from emoe.bench.settings import Contender, DecodeSettings
 
 SCHEMA = "emoe-bench-decode/1"
+REPLAY_SCHEMA = "emoe-bench-replay/1"
 
 Measure = Callable[[dict[str, Any]], float]
 """A number of one sample."""
@@ -81,7 +83,12 @@ class Outcome:
 
 def decode_rate(sample: dict[str, Any]) -> float:
     """Tokens/s after the first token."""
-    return float((len(sample["tokens"]) - 1) / sample["decode_s"])
+    return float(decoded_tokens(sample) / sample["decode_s"])
+
+
+def decoded_tokens(sample: dict[str, Any]) -> int:
+    """Tokens after the first, of all sequences."""
+    return (len(sample["tokens"]) - 1) * int(sample.get("batch", 1))
 
 
 @dataclass(slots=True)
@@ -95,6 +102,8 @@ class DecodeReport:
     outcomes: list[Outcome]
     versions: dict[str, str]
     threads: list[int]
+    planted: dict[str, Any] | None = None
+    limits: dict[str, Limits] = field(default_factory=dict)
 
     def outcome(self, name: str) -> Outcome | None:
         """The contender called `name`."""
@@ -118,12 +127,14 @@ class DecodeReport:
         return next((o for o in self.outcomes if o.contender.mode == "exact" and o.samples), None)
 
     def identical_rounds(self, outcome: Outcome) -> int | None:
-        """Rounds whose tokens are those of the reference; None where there is nothing to compare."""
+        """Rounds whose tokens are those of the reference, and in exact mode all bits of all logits where there is a
+        checksum of them; None where there is nothing to compare."""
         reference = self.reference
         if reference is None or not outcome.samples:
             return None
         shared = outcome.samples.keys() & reference.samples.keys()
-        return sum(bool(outcome.samples[r]["tokens"] == reference.samples[r]["tokens"]) for r in shared)
+        exact = outcome.contender.mode == "exact"
+        return sum(_same(outcome.samples[r], reference.samples[r], exact) for r in shared)
 
     @property
     def inexact(self) -> list[str]:
@@ -151,13 +162,14 @@ class DecodeReport:
 
     def prefill_rate(self, sample: dict[str, Any]) -> float:
         """Prompt tokens/s until the first new token."""
-        return float(self.settings.prompt_tokens / sample["first_token_s"])
+        return float(self.settings.prompt_tokens * self.settings.batch / sample["first_token_s"])
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; docs/benchmarks.md explains every field."""
         decode, prefill = self.baseline(decode_rate), self.baseline(self.prefill_rate)
         return {
-            "schema": SCHEMA,
+            "schema": REPLAY_SCHEMA if self.settings.forced else SCHEMA,
+            "planted": self.planted,
             "model": self.model,
             "machine": self.machine,
             "versions": self.versions,
@@ -173,7 +185,7 @@ class DecodeReport:
 
     def _contender(self, outcome: Outcome) -> dict[str, Any]:
         decode = [sample["decode"] for sample in outcome.samples.values()]
-        decoded = sum(len(sample["tokens"]) - 1 for sample in outcome.samples.values())
+        decoded = sum(decoded_tokens(sample) for sample in outcome.samples.values())
 
         def spread(of: Measure) -> dict[str, float] | None:
             found = outcome.values(of)
@@ -192,15 +204,18 @@ class DecodeReport:
             **outcome.contender.as_dict(),
             "decode_tokens_per_s": spread(decode_rate),
             "decode_ratio": ratio(decode_rate),
-            "decode_cpu_s_per_token": spread(lambda s: float(s["decode_cpu_s"]) / (len(s["tokens"]) - 1)),
+            "decode_cpu_s_per_token": spread(lambda s: float(s["decode_cpu_s"]) / decoded_tokens(s)),
             "first_token_cpu_s": spread(lambda sample: float(sample["first_token_cpu_s"])),
             "first_token_s": spread(lambda sample: float(sample["first_token_s"])),
             "prefill_tokens_per_s": spread(self.prefill_rate),
             "prefill_ratio": ratio(self.prefill_rate),
             "prefill_hit_rate": outcome.hit_rate("prefill"),
             "decode_hit_rate": outcome.hit_rate("decode"),
+            "decode_misses_per_token": per_token("misses"),
             "decode_bytes_read_per_token": per_token("bytes_read"),
             "decode_load_wait_s_per_token": per_token("load_wait_s"),
+            "roofline": {phase: limit.as_dict() for phase, limit in self.limits.get(outcome.name, {}).items()},
+            "checksums": [sample.get("checksum") for _, sample in sorted(outcome.samples.items())],
             "plan_bytes": outcome.plan_bytes,
             "load_peak_bytes": outcome.load_peak_bytes,
             "peak_bytes": outcome.peak_bytes,
@@ -212,3 +227,9 @@ class DecodeReport:
             "samples": [{"round": r, **sample} for r, sample in sorted(outcome.samples.items())],
             "error": outcome.error,
         }
+
+
+def _same(sample: dict[str, Any], other: dict[str, Any], bits: bool) -> bool:
+    """The same tokens, and with `bits` the same logits as far as both have a checksum of them."""
+    sums = (sample.get("checksum"), other.get("checksum"))
+    return bool(sample["tokens"] == other["tokens"]) and not (bits and None not in sums and sums[0] != sums[1])

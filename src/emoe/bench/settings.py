@@ -58,8 +58,10 @@ class DecodeSettings:
 
     `model` None is emoe-nano. `threads` None leaves torch's own number. `memory_limit` bytes: each process runs in a
     memory cgroup of that size. `cold`: the checkpoint's pages are dropped from the page cache before each measured
-    generation. `baseline` names the contender that ratios refer to; None takes the fastest of transformers'
-    implementations at what is compared, or emoe with every expert where none of those ran.
+    generation. `forced`: the checkpoint is a planted one, and the tokens of its trace are fed whatever the logits say,
+    `batch` sequences at once; `new_tokens` counts the logits read, one more than the steps after the prompt.
+    `expert_dtype`, `prefetch` as `emoe.load` has them. `baseline` names the contender that ratios refer to; None takes
+    the fastest of transformers' implementations at what is compared, or emoe with every expert where none of those ran.
     """
 
     model: str | None = None
@@ -79,15 +81,21 @@ class DecodeSettings:
     offload_folder: str | None = None
     seed: int = 0
     one_at_a_time: bool = False
+    forced: bool = False
+    batch: int = 1
+    expert_dtype: str | None = None
+    prefetch: str | None = None
     contenders: tuple[Contender, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         """Check the numbers and derive the contenders. Raises UsageError."""
-        for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("rounds", 1), ("warmups", 0)):
+        for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("rounds", 1), ("warmups", 0), ("batch", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name.replace('_', ' ')} must be at least {least}, not {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads must be at least 1, not {self.threads}")
+        if self.batch > 1 and not self.forced:
+            raise UsageError(f"a batch of {self.batch} can be replayed (emoe bench replay), not generated")
         made = tuple(_contenders(self.budgets, self.modes, self.baselines))
         if not made:
             raise UsageError("nothing to measure: give at least one budget and mode, or a baseline")
@@ -95,6 +103,11 @@ class DecodeSettings:
         if self.baseline is not None and self.baseline not in names:
             raise UsageError(f"no contender is called {self.baseline!r}; there are {', '.join(names)}")
         object.__setattr__(self, "contenders", made)
+
+    @property
+    def positions(self) -> int:
+        """Tokens of one sequence that pass through the model: the last new one is read off and not fed."""
+        return self.prompt_tokens + self.new_tokens - self.forced
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -3,6 +3,7 @@ line, and answers each with one line. See `emoe.bench.client` for the other end.
 
     {"op": "load", "contender": ..., "folder": ..., "threads": ..., "options": ...}
     {"op": "generate", "prompt": 3, "prompt_tokens": 128, "new_tokens": 32, "seed": 0}
+    {"op": "replay", "start": 576, "prompt_tokens": 512, "steps": 64, "batch": 1}
     {"op": "stop"}
 """
 
@@ -64,6 +65,7 @@ class Worker:
             "threads": torch.get_num_threads(),
             "extra_files": [str(path) for path in self._running.extra_files],
             "notes": self._running.notes,
+            "reader": self._running.reader,
             "versions": versions
             | {
                 "torch": torch.__version__,
@@ -80,6 +82,15 @@ class Worker:
         prompt = prompt_ids(self._folder, request["prompt"], request["prompt_tokens"], request["seed"])
         return engines.generate(self._running, prompt, request["new_tokens"], self._base_bytes).as_dict()
 
+    def replay(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Tokens of a planted checkpoint's trace, teacher-forced, measured."""
+        from emoe.bench import forced
+        from emoe.bench.prompts import planted_ids
+
+        tokens = request["prompt_tokens"] + request["steps"]
+        ids = planted_ids(self._folder, request["start"], tokens, request["batch"])
+        return forced.replay(self._running, ids, request["prompt_tokens"], self._base_bytes).as_dict()
+
     def stop(self, _: dict[str, Any]) -> dict[str, Any]:
         """Remove what was written."""
         if self._running is not None:
@@ -94,6 +105,7 @@ def answer(worker: Worker, line: str) -> dict[str, Any]:
     operations: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "load": worker.load,
         "generate": worker.generate,
+        "replay": worker.replay,
         "stop": worker.stop,
     }
     try:

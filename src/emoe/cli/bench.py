@@ -15,6 +15,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("bench", help="Measure.", description="Measure.")
     below = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     benchmarks.add_decode(add_command(below, "decode", benchmarks.run_decode, benchmarks.DECODE))
+    benchmarks.add_replay(add_command(below, "replay", benchmarks.run_decode, benchmarks.REPLAY))
     benchmarks.add_checkpoint(add_command(below, "checkpoint", benchmarks.run_checkpoint, benchmarks.CHECKPOINT))
     serving.add_serve(add_command(below, "serve", serving.run_serve, serving.SERVE))
     bench_plant.add_parser(below)
