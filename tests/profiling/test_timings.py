@@ -43,7 +43,7 @@ def test_the_scratch_slots_get_the_experts_own_weights(loaded: Any) -> None:
     assert nbytes == binding.index.stored_nbytes(0, 3)
     resident = pool.table.find((0, 3))
     assert resident is not None
-    scratch = next(iter(slots._banks.values()))
+    scratch = slots._scratch[0][0]
     for name, view in pool.bank.views[resident].items():
         assert scratch.views[1][name].equal(view)
     assert pool.table.counters[0].loads == loads

@@ -19,16 +19,18 @@ from emoe.checkpoint.readers import Reader
 from emoe.checkpoint.skeleton import skeleton
 from emoe.checkpoint.source import resolve
 from emoe.config import ExpertMemory, LayerSplit, Mode, Prefetch, format_bytes
-from emoe.errors import BudgetError, UnsupportedModelError, UsageError
+from emoe.errors import BudgetError, UsageError
 from emoe.kernels.experts import ExpertMath
 from emoe.model.foresight import Ahead
-from emoe.model.loading import device_of, load_dense
+from emoe.model.loading import load_dense
+from emoe.model.placement import Placement, host_plan, make_pool, place, preload, refuse_host_memory
 from emoe.model.quantising import HUB_SETTINGS, embedded, stored_experts
 from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Runtime
 from emoe.model.tracing import record_trace
 from emoe.policies.foresight import Foresight
 from emoe.residency.bank import Bank, slot_nbytes, torch_dtype
 from emoe.residency.budget import LayerNeed, SlotPlan, plan_slots
+from emoe.residency.host import HostPlan, parse_host_memory
 from emoe.residency.loader import Loader
 from emoe.residency.pool import ExpertPool, Progress
 from emoe.residency.table import ResidencyTable
@@ -70,6 +72,7 @@ class Binding:
         self.reader_reason = reason
         self.loader = loader
         self.ahead = ahead
+        self.host: HostPlan | None = None
         self.pools: list[ExpertPool] = []
         self.handles: list[Any] = []
         self.finishers: list[Callable[[], object]] = []
@@ -89,6 +92,8 @@ class Binding:
         self.loader.close()
         self.ahead.close()
         self.reader.close()
+        for pool in self.pools:
+            pool.close()
         for handle in self.handles:
             handle.remove()
         while self.finishers:
@@ -121,6 +126,7 @@ def load(
     expert_memory: str | int | ExpertMemory | None = None,
     expert_dtype: str = NATIVE,
     expert_cache: str | Path | None = None,
+    host_memory: str | int | None = None,
     mode: Mode = "exact",
     reader: str = "auto",
     eviction: str = "least-stale",
@@ -148,6 +154,8 @@ def load(
             and computed in that form; a share of `expert_memory` is a share of the quantised experts.
         expert_cache: the folder that keeps quantised experts; None: `.emoe` in the checkpoint's folder, or the user's
             cache directory where that cannot be written.
+        host_memory: where experts run on a GPU, pinned RAM for others: "16GiB", "50%" (of all experts), 0 (only
+            what reading needs), bytes, or "auto" (also None): what the machine has free.
         mode: "exact" loads and waits for a missing expert; "resident" (the paper, section 2.5; lossy) sends the token
             to the best-scored expert that is resident, and nothing waits; "balanced" (lossy) does the first in layers
             where the running task is sensitive to wrong routing and the second elsewhere, as the profile says.
@@ -195,6 +203,9 @@ def load(
     if profile is None and settings.wants_profile and model_id is None:
         profile = _nano_profile()
     memory = None if expert_memory is None else ExpertMemory.parse(expert_memory)
+    host = parse_host_memory(host_memory)
+    if not kwargs.get("device_map"):
+        refuse_host_memory(host)
     hub = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}
     path = resolve(embedded() if model_id is None else model_id, **hub)
     config_kwargs = {name: kwargs[name] for name in ("dtype", "trust_remote_code") if name in kwargs}
@@ -214,15 +225,24 @@ def load(
     )
     local = {name: value for name, value in kwargs.items() if name not in hub}
     model = load_dense(path, index, IMPLEMENTATION, **local)
+    placement = place(model, stored, needs)
+    if placement.spread:
+        plan = plan_slots(
+            memory, placement.needs, lane=lane, shared_from=settings.shared_from, popularity=ahead.popularity()
+        )
+    beside = host_plan(host, placement, plan)
+    if beside is not None:  # what streams is what the host has no room for, and only its slots are in the machine's RAM
+        kind, reason = choose_reader(stored, beside.nbytes, reader, reserved_bytes=beside.nbytes)
     opened = Reader(kind, stored.files, max_bytes_per_s=max_read_bytes_per_s)
     loader = Loader(LOADER_THREADS[opened.kind])
     binding = Binding(runtime, stored, plan, opened, opened.notice or reason, loader, ahead)
     tokenizer = _tokenizer(path, kwargs)
     try:
-        _bind(model, binding, needs, opened)
+        binding.host = beside
+        _bind(model, binding, placement, opened)
         binding.handles += ahead.attach(model, binding.pools, tokenizer)
         if plan.all_resident:
-            _preload(binding, progress)
+            preload(binding.pools, progress)
         if finish_trace is not None:
             binding.finishers.append(finish_trace)
     except BaseException:
@@ -291,18 +311,18 @@ def _check_rerouting(
         )
 
 
-def _bind(model: PreTrainedModel, binding: Binding, needs: list[LayerNeed], reader: Reader) -> None:
+def _bind(model: PreTrainedModel, binding: Binding, placement: Placement, reader: Reader) -> None:
     """Make the banks and attach each experts module to its layer."""
     runtime, index = binding.runtime, binding.index
     entries = {entry.layer: entry for entry in index.layers}
     for pool_plan in binding.plan.pools:
-        members = [need for need in needs if need.group == pool_plan.group]
+        members = [need for need in placement.needs if need.group == pool_plan.group]
         first = entries[members[0].layer]
-        device = _device_of_all(model, [entries[need.layer] for need in members])
+        device = placement.devices[pool_plan.group]
         experts = {need.layer: need.experts for need in members}
         table = ResidencyTable(pool_plan, experts, binding.ahead.rule(experts, pool_plan.quotas))
         bank = Bank(first.parts, pool_plan.slots, device)
-        pool = ExpertPool(table, bank, index, reader, binding.loader)
+        pool = make_pool(table, bank, device, binding.host, index, reader, binding.loader)
         binding.pools.append(pool)
         math = ExpertMath(model.get_submodule(first.module))
         weights = [math.bind(views) for views in bank.views]
@@ -319,16 +339,6 @@ def _bind(model: PreTrainedModel, binding: Binding, needs: list[LayerNeed], read
     runtime.watch(model)
 
 
-def _device_of_all(model: PreTrainedModel, entries: list[LayerIndex]) -> torch.device:
-    devices = {device_of(model.get_submodule(entry.module.rpartition(".")[0])) for entry in entries}
-    if len(devices) > 1:
-        raise UnsupportedModelError(
-            f"device_map spreads the MoE layers over {', '.join(sorted(map(str, devices)))}; emoe runs them on one "
-            "device. Put the dense weights on one, e.g. device_map={'': 0}: the experts need only their budget."
-        )
-    return devices.pop()
-
-
 def _attach_rule(model: PreTrainedModel, entry: LayerIndex, layer: LayerRuntime) -> Any:
     block: nn.Module = model.get_submodule(entry.module.rpartition(".")[0])
     rule = rule_for(block, model.get_submodule(entry.module))
@@ -337,29 +347,6 @@ def _attach_rule(model: PreTrainedModel, entry: LayerIndex, layer: LayerRuntime)
         layer.owner.note_route(layer, ids, weights)
 
     return rule.attach(layer.allowed, observe)
-
-
-def _preload(binding: Binding, progress: bool | Progress) -> None:
-    """Everything fits: read every expert now, with progress, so that no request waits."""
-    total = binding.plan.resident_bytes
-    before = 0
-    for pool in binding.pools:
-        keys = [(layer, e) for layer, n in sorted(pool.table.experts.items()) for e in range(n)]
-        if callable(progress):
-            report: Progress | None = lambda done, _, base=before, call=progress: call(base + done, total)  # noqa: E731
-            pool.preload(keys, report)
-        elif progress:
-            _preload_with_bar(pool, keys)
-        else:
-            pool.preload(keys)
-        before += pool.bank.nbytes
-
-
-def _preload_with_bar(pool: ExpertPool, keys: list[tuple[int, int]]) -> None:
-    from tqdm.auto import tqdm
-
-    with tqdm(total=pool.bank.nbytes, unit="B", unit_scale=True, unit_divisor=1024, desc="Loading experts") as bar:
-        pool.preload(keys, lambda done, _: cast(None, bar.update(done - bar.n)))
 
 
 def _refuse_to_save(*args: object, **kwargs: object) -> None:

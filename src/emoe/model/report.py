@@ -19,7 +19,10 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns:
         budget_bytes, resident_bytes (slots that hold an expert), peak_resident_bytes, total_expert_bytes, floor_bytes,
-        slots, hits, misses, hit_rate (None before the first route), loads, bytes_read, load_wait_s, rerouted_tokens,
+        slots, hits, misses, hit_rate (None before the first route), loads, bytes_read (from disk), bytes_copied (to a
+        device reached by copies), host (None without such a device: budget_bytes, floor_bytes, slots, resident_bytes,
+        held_bytes (taken so far), pinned, notice (why not), hits, misses), devices, synchronisations (how often the
+        program stood still for a copy), load_wait_s, rerouted_tokens,
         routed_tokens, rerouted_share, prompts, passes, mode, lossy, expert_dtype, reader, reader_reason, eviction,
         layers (per layer: hits, misses, loads, bytes_read, rerouted_tokens, routed_tokens, experts, slots (its quota;
         0: the layers share one pool), resident: the experts there now), predictor, predictions, plans, tasks, prefetch,
@@ -39,6 +42,8 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
                     "misses": c.misses,
                     "loads": c.loads,
                     "bytes_read": c.bytes_read,
+                    "host_hits": c.host_hits,
+                    "bytes_copied": c.bytes_copied,
                     "rerouted_tokens": c.rerouted,
                     "routed_tokens": c.tokens,
                     "experts": pool.table.experts[layer],
@@ -50,6 +55,9 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         wait = sum(pool.load_wait_s for pool in binding.pools)
         passes = max(pool.table.pass_no for pool in binding.pools)
         eviction = binding.pools[0].table.eviction.name
+        homes = {id(pool.bank.home): pool.bank.home for pool in binding.pools}
+        devices = sorted({str(pool.bank.device) for pool in binding.pools})
+        host = _host(binding)
         prefetching = _prefetching(binding)
         scoring = _scoring(binding)
 
@@ -77,6 +85,10 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         "hit_rate": hits / (hits + misses) if hits + misses else None,
         "loads": total("loads"),
         "bytes_read": total("bytes_read"),
+        "bytes_copied": total("bytes_copied"),
+        "host": host,
+        "devices": devices,
+        "synchronisations": sum(device.synchronisations for device in homes.values()),
         "load_wait_s": wait,
         "rerouted_tokens": rerouted,
         "routed_tokens": tokens,
@@ -93,6 +105,26 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         "prefetch": prefetching,
         "scorer": scoring,
         "layers": dict(sorted(layers.items())),
+    }
+
+
+def _host(binding: Binding) -> dict[str, Any] | None:
+    """The host tier: what it may hold, holds, and was asked for."""
+    tiers = [pool.transfers.host for pool in binding.pools if pool.transfers is not None]
+    if not tiers or binding.host is None:
+        return None
+    counters = [c for pool in binding.pools for c in pool.table.counters.values()]
+    hits = sum(c.host_hits for c in counters)
+    return {
+        "budget_bytes": binding.host.budget_bytes,
+        "floor_bytes": binding.host.floor_bytes,
+        "slots": sum(len(tier.table.slots) for tier in tiers),
+        "resident_bytes": sum(tier.table.occupied * tier.slot_nbytes for tier in tiers),
+        "held_bytes": sum(tier.held_bytes for tier in tiers),
+        "pinned": all(tier.pinned for tier in tiers),
+        "notice": next((tier.notice for tier in tiers if tier.notice), ""),
+        "hits": hits,
+        "misses": sum(c.loads for c in counters) - hits,
     }
 
 

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from emoe.checkpoint.index import PartSpec
 from emoe.model.bind import Binding, binding_of
 from emoe.profiling.running import Answer
 from emoe.residency.bank import Bank, carve
+from emoe.residency.devices import Device
 from emoe.residency.loader import Load
 from emoe.tasks.profile import Timings
 
@@ -85,36 +87,39 @@ def _bandwidth(binding: Binding, slots: _Slots, keys: Sequence[tuple[int, int]])
 
 
 class _Slots:
-    """Scratch memory for DEPTH experts of any layer, on the experts' device."""
+    """Scratch memory for DEPTH experts of any layer, on the experts' devices."""
 
     def __init__(self, binding: Binding) -> None:
         self._binding = binding
+        self._scratch: dict[int, tuple[Bank, Device]] = {}
+        banks: dict[tuple[int, tuple[PartSpec, ...]], tuple[Bank, Device]] = {}
+        for pool in binding.pools:
+            device = pool.bank.home
+            key = (id(device), pool.bank.parts)  # layers whose parts have other shapes lie in other banks
+            if key not in banks:
+                banks[key] = (Bank(pool.bank.parts, DEPTH, device), device)
+            self._scratch |= dict.fromkeys(pool.table.experts, banks[key])
         self.device = binding.pools[0].bank.device
-        # Layers whose parts have other shapes lie in other banks.
-        self._banks = {pool.bank.parts: Bank(pool.bank.parts, DEPTH, self.device) for pool in binding.pools}
         self._local = threading.local()
-        self._parts = {entry.layer: entry.parts for entry in binding.index.layers}
 
     def start(self, key: tuple[int, int], slot: int) -> Load:
         """Queue a load of one expert into a slot."""
-        layer, expert = key
-        bank = self._banks[self._parts[layer]]
-        return self._binding.loader.submit(lambda: self._read(key, bank, slot), f"expert {expert} of layer {layer}")
+        bank, device = self._scratch[key[0]]
+        what = f"expert {key[1]} of layer {key[0]}"
+        return self._binding.loader.submit(lambda: self._read(key, bank, device, slot), what)
 
-    def _read(self, key: tuple[int, int], bank: Bank, slot: int) -> int:
+    def _read(self, key: tuple[int, int], bank: Bank, device: Device, slot: int) -> int:
         pieces = self._binding.index.pieces(*key)
-        if self.device.type != "cuda":
+        if not device.copies:
             return self._binding.reader.read_into(pieces, bank.views[slot])
-        staging = self._staging(bank)
-        nbytes = self._binding.reader.read_into(pieces, staging)
-        for name, view in bank.views[slot].items():
-            view.copy_(staging[name], non_blocking=True)
-        torch.cuda.current_stream(self.device).synchronize()
+        staging = self._staging(bank, device)
+        nbytes = self._binding.reader.read_into(pieces, carve(staging, bank.parts))
+        device.finish(device.copy(staging, bank.memories[slot], (), ahead=False))
         return nbytes
 
-    def _staging(self, bank: Bank) -> dict[str, torch.Tensor]:
-        """Pinned host memory of this thread's own: pinning anew would take longer than the load."""
-        kept: dict[int, dict[str, torch.Tensor]] = self._local.__dict__.setdefault("staging", {})
+    def _staging(self, bank: Bank, device: Device) -> torch.Tensor:
+        """Host memory of this thread's own: pinning anew would take longer than the load."""
+        kept: dict[int, torch.Tensor] = self._local.__dict__.setdefault("staging", {})
         if id(bank) not in kept:
-            kept[id(bank)] = carve(torch.empty(bank.slot_nbytes, dtype=torch.uint8, pin_memory=True), bank.parts)
+            kept[id(bank)] = device.host(bank.slot_nbytes).memory
         return kept[id(bank)]

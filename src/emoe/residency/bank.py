@@ -8,7 +8,8 @@ import torch
 
 from emoe.checkpoint.index import PartSpec
 from emoe.errors import BudgetError
-from emoe.residency.budget import SLOT_ALIGN_BYTES, align_up
+from emoe.residency.budget import align_up
+from emoe.residency.devices import Device
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -35,28 +36,23 @@ def slot_nbytes(parts: Sequence[PartSpec]) -> int:
 class Bank:
     """`slots` equal slots of the given parts on one device.
 
-    `views[slot][part name]` is that part's tensor; it never moves, so kernels and readers may keep it.
+    `memories[slot]` is a slot's bytes and `views[slot][part name]` that part's tensor; they never move, so kernels,
+    readers and captured graphs may keep them.
     """
 
-    def __init__(self, parts: Sequence[PartSpec], slots: int, device: torch.device) -> None:
+    def __init__(self, parts: Sequence[PartSpec], slots: int, device: Device) -> None:
         """Allocate the bank.
 
         Raises:
             BudgetError: the device has not that much memory.
         """
         self.parts = tuple(parts)
-        self.device = device
+        self.home = device
+        self.device = device.place
         self.slot_nbytes = slot_nbytes(parts)
-        try:
-            raw = torch.empty(slots * self.slot_nbytes + SLOT_ALIGN_BYTES, dtype=torch.uint8, device=device)
-        except (RuntimeError, MemoryError) as error:
-            raise BudgetError(
-                f"{slots * self.slot_nbytes} bytes of expert memory could not be allocated on {device}: {error}. "
-                "Give a smaller expert memory."
-            ) from error
-        start = -raw.data_ptr() % SLOT_ALIGN_BYTES
-        self._memory = raw[start : start + slots * self.slot_nbytes]
-        self.views = [carve(self._memory[s * self.slot_nbytes :], self.parts) for s in range(slots)]
+        self.memory = device.bank(slots * self.slot_nbytes)
+        self.memories = list(self.memory.view(slots, self.slot_nbytes))
+        self.views = [carve(memory, self.parts) for memory in self.memories]
 
     @property
     def nbytes(self) -> int:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 
 from emoe.checkpoint.index import ExpertIndex
-from emoe.checkpoint.pieces import Piece
 from emoe.checkpoint.readers import Reader
 from emoe.errors import BudgetError
-from emoe.residency.bank import Bank, carve
+from emoe.residency.bank import Bank
 from emoe.residency.loader import DEMAND, Load, Loader
 from emoe.residency.prefetches import Flight, Prefetches
 from emoe.residency.table import Key, ResidencyTable, SlotState
+from emoe.residency.transfers import Transfers
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -38,7 +37,10 @@ class ExpertPool:
         loader: Loader,
         depth: int = 4,
     ) -> None:
-        """Bind the parts; `depth` loads are in flight at most."""
+        """Bind the parts; `depth` loads are in flight at most.
+
+        `transfers`, where set, bring experts to a device that is reached by copies; else readers fill the slots.
+        """
         self.table = table
         self.bank = bank
         self.load_wait_s = 0.0
@@ -47,10 +49,8 @@ class ExpertPool:
         self._reader = reader
         self._loader = loader
         self._depth = depth
-        self._local = threading.local()
-        self._cuda = bank.device.type == "cuda"
-        self._last_use: dict[int, torch.cuda.Event] = {}
-        self.prefetches = Prefetches(table, loader, self._submit)
+        self.transfers: Transfers | None = None
+        self.prefetches = Prefetches(table, loader, self._submit, self._commit, self._abort, self._room)
 
     # -- what a layer asks for ------------------------------------------------------------------------------
 
@@ -82,6 +82,8 @@ class ExpertPool:
             else:
                 if table.slots[slot].state is SlotState.READY:  # a duplicate is pinned already
                     table.pin(slot)
+                if self.transfers is not None:
+                    self.transfers.use(slot)
                 counters.hits += count
                 slots.append(slot)
         if missing:
@@ -94,8 +96,7 @@ class ExpertPool:
 
     def release(self, slots: Iterable[int]) -> None:
         """Unpin the slots that `take` returned."""
-        for slot in set(slots):
-            self._unpin(slot)
+        self._unpin(set(slots))
 
     def _load_missing(self, layer: int, experts: Sequence[int], missing: list[int], held: list[int]) -> None:
         protect = frozenset((layer, expert) for expert in experts)
@@ -110,6 +111,8 @@ class ExpertPool:
                 key = (layer, expert)
                 if key in begun:
                     continue
+                if not self._room(key, False):
+                    self.prefetches.cancel()
                 slot = self.table.reserve(key, protect=protect)
                 if slot is None and self.prefetches.flying:
                     self.prefetches.cancel()
@@ -129,8 +132,7 @@ class ExpertPool:
             self.prefetches.demanded(demanded, self.load_wait_s - before, beside=beside, prefill=False)
         except BaseException:
             self._drain(flights)
-            for slot in {*held, *taken}:
-                self._unpin(slot)
+            self._unpin({*held, *taken})
             raise
 
     def stream(
@@ -183,6 +185,8 @@ class ExpertPool:
         def fill() -> None:
             while missing and len(flights) < self._depth:
                 expert = missing[0]
+                if not self._room((layer, expert), False):
+                    return
                 passing = expert not in wanted if wanted is not None else prefill and not table.below_quota(layer)
                 slot = table.reserve((layer, expert), transient=passing, protect=protect)
                 if slot is None:
@@ -193,13 +197,15 @@ class ExpertPool:
 
         def done(slot: int) -> None:
             pinned.discard(slot)
-            self._unpin(slot)
+            self._unpin((slot,))
 
         try:
             for expert in hits:
                 slot = self._slot_of(layer, expert)
                 table.pin(slot)
                 pinned.add(slot)
+                if self.transfers is not None:
+                    self.transfers.use(slot)
                 if wanted is not None and expert in wanted:
                     table.adopt((layer, expert), protect)
             fill()
@@ -227,8 +233,7 @@ class ExpertPool:
             self.prefetches.demanded(demanded, self.load_wait_s - before, beside=beside, prefill=prefill)
         finally:
             self._drain(flights)
-            for slot in pinned:
-                self._unpin(slot)
+            self._unpin(pinned)
 
     def preload(self, keys: Iterable[tuple[int, int]], progress: Progress | None = None) -> None:
         """Load `keys` into empty slots, reporting progress in bytes of slots.
@@ -244,6 +249,8 @@ class ExpertPool:
         try:
             while todo or flights:
                 while todo and len(flights) < self._depth:
+                    if not self._room(todo[0], False) and flights:
+                        break
                     layer, expert = todo.popleft()
                     slot = self.table.reserve((layer, expert))
                     if slot is None:
@@ -251,7 +258,7 @@ class ExpertPool:
                     flights.append(self._start(layer, expert, slot))
                 flight = flights.popleft()
                 self._finish(flight)
-                self._unpin(flight.slot)
+                self._unpin((flight.slot,))
                 finished += 1
                 if progress is not None:
                     progress(finished * self.bank.slot_nbytes, total)
@@ -277,10 +284,30 @@ class ExpertPool:
 
     def _submit(self, key: Key, slot: int, priority: int) -> Load:
         layer, expert = key
-        self.peak_occupied = max(self.peak_occupied, self.table.occupied)
-        return self._loader.submit(
-            lambda: self._read(layer, expert, slot), f"expert {expert} of layer {layer} of {self._index.path}", priority
-        )
+        table = self.table
+        self.peak_occupied = max(self.peak_occupied, table.occupied)
+        what = f"expert {expert} of layer {layer} of {self._index.path}"
+        if self.transfers is not None:
+            passing = table.slots[slot].transient
+            return self.transfers.start(key, slot, priority, what, passing=passing, evicted=table.evicted)
+        return self._loader.submit(lambda: self.read(key, self.bank.views[slot]), what, priority)
+
+    def _room(self, key: Key, ahead: bool) -> bool:
+        """Whether a load could begin now: on the way to a device it passes through host memory."""
+        return self.transfers is None or self.transfers.room(key, ahead=ahead)
+
+    def _commit(self, slot: int, nbytes: int) -> None:
+        """Note that a load ended well."""
+        self.table.commit(slot, nbytes)
+        key = self.table.slots[slot].key
+        if self.transfers is not None and key is not None:
+            self.transfers.landed(slot, nbytes, self.table.counters[key[0]])
+
+    def _abort(self, slot: int) -> None:
+        """Note that a load failed or was cancelled."""
+        self.table.abort(slot)
+        if self.transfers is not None:
+            self.transfers.lost(slot)
 
     def _start(self, layer: int, expert: int, slot: int) -> Flight:
         key = (layer, expert)
@@ -293,12 +320,14 @@ class ExpertPool:
             nbytes = self._loader.wait(flight.load)
         except BaseException:
             flight.load.done.wait()  # interrupted here, the slot must not be reused while a thread still fills it
-            self.table.abort(flight.slot)
+            self._abort(flight.slot)
             raise
         finally:
             waited_s = time.perf_counter() - start
             self.load_wait_s += waited_s
-        self.table.commit(flight.slot, nbytes)
+        self._commit(flight.slot, nbytes)
+        if self.transfers is not None:
+            self.transfers.use(flight.slot)
         if flight.ahead:
             self.prefetches.landed(flight, waited_s)
         self.table.pin(flight.slot)
@@ -307,33 +336,19 @@ class ExpertPool:
         """Give back the slots of loads that nobody will wait for."""
         for flight in flights:
             self._loader.cancel(flight.load)
-            self.table.abort(flight.slot)
+            self._abort(flight.slot)
 
-    def _unpin(self, slot: int) -> None:
-        if self._cuda:
-            event = self._last_use.get(slot) or torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(self.bank.device))
-            self._last_use[slot] = event
-        self.table.unpin(slot)
+    def _unpin(self, slots: Collection[int]) -> None:
+        if self.transfers is not None and slots:
+            self.transfers.release(slots)
+        for slot in slots:
+            self.table.unpin(slot)
 
-    def _read(self, layer: int, expert: int, slot: int) -> int:
-        pieces = self._index.pieces(layer, expert)
-        if not self._cuda:
-            return self._reader.read_into(pieces, self.bank.views[slot])
-        return self._read_cuda(pieces, slot)
+    def read(self, key: Key, parts: dict[str, torch.Tensor]) -> int:
+        """Read an expert from disk into memory laid out as a slot; return the bytes read. For any thread."""
+        return self._reader.read_into(self._index.pieces(*key), parts)
 
-    def _read_cuda(self, pieces: Sequence[Piece], slot: int) -> int:
-        """Read into pinned host memory, then copy on this thread's stream once the slot's last use has ended."""
-        local = self._local
-        if not hasattr(local, "stream"):
-            local.stream = torch.cuda.Stream(self.bank.device)  # type: ignore[no-untyped-call]
-            pinned = torch.empty(self.bank.slot_nbytes, dtype=torch.uint8, pin_memory=True)
-            local.staging = carve(pinned, self.bank.parts)
-        nbytes = self._reader.read_into(pieces, local.staging)
-        with torch.cuda.stream(local.stream):
-            if (event := self._last_use.get(slot)) is not None:
-                local.stream.wait_event(event)
-            for name, view in self.bank.views[slot].items():
-                view.copy_(local.staging[name], non_blocking=True)
-        local.stream.synchronize()
-        return nbytes
+    def close(self) -> None:
+        """Give the host tier's memory back; nothing can be loaded afterwards. Safe to call twice."""
+        if self.transfers is not None:
+            self.transfers.host.close()

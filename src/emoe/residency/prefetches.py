@@ -48,14 +48,29 @@ class _Alone:
 class Prefetches:
     """The prefetches of one bank. Only the thread that runs layers may call its methods."""
 
-    def __init__(self, table: ResidencyTable, loader: Loader, start: Start) -> None:
-        """Start with none; `start` submits a load."""
+    def __init__(
+        self,
+        table: ResidencyTable,
+        loader: Loader,
+        start: Start,
+        commit: Callable[[int, int], None] | None = None,
+        abort: Callable[[int], None] | None = None,
+        room: Callable[[Key, bool], bool] = lambda key, ahead: True,
+    ) -> None:
+        """Start with none.
+
+        `start` submits a load, `commit` (slot, bytes read) and `abort` note its end (None: the table alone does), and
+        `room` says whether one of a key could begin now, ahead of need.
+        """
         self.worth = Worth()
         self.failed = 0
         self.last_error = ""
         self._table = table
         self._loader = loader
         self._start = start
+        self._commit = commit or table.commit
+        self._abort = abort or table.abort
+        self._room = room
         self._flying: dict[Key, Flight] = {}
         self._queue: deque[Key] = deque()
         self._planned: frozenset[Key] = frozenset()
@@ -103,11 +118,11 @@ class Prefetches:
             for flight in [flight for flight in self._flying.values() if flight.load.done.is_set()]:
                 del self._flying[flight.key]
                 if flight.load.error is None:
-                    self._table.commit(flight.slot, flight.load.nbytes)
+                    self._commit(flight.slot, flight.load.nbytes)
                     self._seconds[flight.key] = flight.load.seconds
                     self._adopt(flight.key)
                 else:  # no request needed it: the layer that does will read it again, and raise
-                    self._table.abort(flight.slot)
+                    self._abort(flight.slot)
                     self.failed += 1
                     self.last_error = str(flight.load.error)
         while self._queue and len(self._flying) < PLAN_DEPTH:
@@ -120,6 +135,8 @@ class Prefetches:
             self._queue.popleft()
 
     def _issue(self, key: Key, protect: frozenset[Key], priority: int) -> bool:
+        if not self._room(key, True):
+            return False
         # With a lane, residents stay until what replaces them is there: no layer runs short of experts meanwhile.
         slot = self._table.reserve(key, transient=bool(self._table.plan.lane), protect=protect, prefetch=True)
         if slot is None:
@@ -180,7 +197,7 @@ class Prefetches:
             flight = self._flying.get(key)
             if flight is not None and self._loader.drop(flight.load):
                 del self._flying[key]
-                self._table.abort(flight.slot)
+                self._abort(flight.slot)
 
     def stop(self) -> None:
         """Forget the plan and cancel what has not started; what has will end by itself."""

@@ -51,6 +51,8 @@ class LayerCounters:
 
     `loads` counts demand loads and prefetches alike. Every prefetch that was issued ends as used (run before it was
     evicted), unused (evicted before it was run) or cancelled (its load did not end well); until then it waits.
+    `bytes_read` came from disk; where the device is reached by copies, `bytes_copied` went over the link, and
+    `host_hits` of the loads needed no read.
     """
 
     hits: int = 0
@@ -63,6 +65,8 @@ class LayerCounters:
     prefetches_used: int = 0
     prefetches_unused: int = 0
     prefetches_cancelled: int = 0
+    host_hits: int = 0
+    bytes_copied: int = 0
 
     @property
     def prefetches_waiting(self) -> int:

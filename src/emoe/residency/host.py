@@ -1,0 +1,244 @@
+"""The host tier: experts in host memory, between the disk and a device that is reached by copies.
+
+It is a residency table like the device's, over slots of the same layout, so that one contiguous copy moves an expert.
+Its memory is taken (and pinned) block by block, when slots are first filled.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from emoe.checkpoint.index import PartSpec
+from emoe.config import ExpertMemory
+from emoe.errors import UsageError
+from emoe.residency.bank import carve
+from emoe.residency.budget import LayerNeed, PoolPlan, SlotPlan, total_bytes
+from emoe.residency.devices import Device, HostMemory, Mark
+from emoe.residency.eviction import Counts, Now, Uses
+from emoe.residency.table import Key, ResidencyTable
+
+AUTO = "auto"
+"""Host memory that the machine's free memory decides."""
+
+AUTO_SHARE = 0.8
+"""Of the free memory: the rest is for what else the process and the page cache need."""
+
+BLOCK_BYTES = 256 << 20
+"""Host memory is taken and pinned in blocks of about this size: pinning touches every page, so it takes its time."""
+
+SPARE_SLOTS = 2
+"""Slots beyond one token's experts: reads ahead may fill them, so that demand never waits for a place to read into."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """Slots of the host tier by bank. `budget_bytes` is what was asked for, `floor_bytes` what reading needs."""
+
+    budget_bytes: int
+    floor_bytes: int
+    pools: dict[int, PoolPlan]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(pool.nbytes for pool in self.pools.values())
+
+
+def parse_host_memory(value: str | int | ExpertMemory | None) -> ExpertMemory | str | None:
+    """Read "16GiB", "50%" (of all experts), "auto", 0 (none), bytes, or None (not said).
+
+    Raises:
+        UsageError: anything else.
+    """
+    if value is None or value in (AUTO, 0, "0"):
+        return AUTO if value == AUTO else None if value is None else "0"
+    try:
+        memory = ExpertMemory.parse(value)
+    except UsageError as error:
+        raise UsageError(
+            f"cannot read {value!r} as host memory; write e.g. '16GiB', '50%' (of all experts), 'auto' or 0"
+        ) from error
+    if memory.kind == "per_layer":
+        raise UsageError(f"host memory is a size or a share, not {value!r}: it is one pool over all layers")
+    return memory
+
+
+def plan_host(
+    asked: ExpertMemory | str | None, plan: SlotPlan, needs: Sequence[LayerNeed], available_bytes: int
+) -> HostPlan:
+    """Turn host memory into slots for each bank of `plan`.
+
+    Args:
+        asked: what `parse_host_memory` made of it; None is "auto".
+        plan: the device's slots.
+        needs: what each layer asks, grouped as in `plan`.
+        available_bytes: free memory of the machine, for "auto".
+
+    Every bank gets the floor, through which experts are read; what is left is shared by the bytes of all experts. Where
+    the device holds every expert, nothing is ever asked of the host a second time: the floor is all.
+    """
+    groups: dict[int, list[LayerNeed]] = {}
+    for need in needs:
+        groups.setdefault(need.group, []).append(need)
+    totals = {group: sum(need.experts for need in own) for group, own in groups.items()}
+    floors = {g: min(totals[g], max(need.top_k for need in own) + SPARE_SLOTS) for g, own in groups.items()}
+    total = total_bytes(needs)
+    sizes = {group: own[0].slot_nbytes for group, own in groups.items()}
+    floor = sum(floors[group] * sizes[group] for group in groups)
+    if isinstance(asked, ExpertMemory):
+        budget = int(total * float(asked.value)) if asked.kind == "share" else int(asked.value)
+    elif asked == "0" or plan.all_resident:
+        budget = 0
+    else:
+        budget = int(AUTO_SHARE * available_bytes)
+    left = max(0, min(budget, total) - floor)
+    wants = {group: (totals[group] - floors[group]) * sizes[group] for group in groups}
+    want_all = sum(wants.values())
+    pools = {}
+    for group, own in groups.items():
+        share = left * wants[group] // want_all if want_all else 0
+        slots = min(totals[group], floors[group] + share // sizes[group])
+        pools[group] = PoolPlan(group, slots, sizes[group], {need.layer: 0 for need in own})
+    return HostPlan(budget, floor, pools)
+
+
+class BeneathDevice:
+    """What the device holds goes first, ties by recency: the two tiers then hold as many experts as they can."""
+
+    name = "beneath-device"
+    steady = False
+    shared_from = 0.0
+
+    def __init__(self, keys: int) -> None:
+        """Start with nothing on the device, of `keys` expert keys."""
+        self.on_device: npt.NDArray[np.bool_] = np.zeros(keys, dtype=np.bool_)
+
+    def score(self, past: Uses, now: Now) -> Counts:
+        """Score by the last fetch, what the device holds below everything else."""
+        score: Counts = past.last_tick - (self.on_device[past.number].astype(np.int64) << 40)
+        return score
+
+
+class HostTier:
+    """The host slots of one bank. Only the thread that runs layers may call what changes the table."""
+
+    def __init__(self, device: Device, parts: Sequence[PartSpec], plan: PoolPlan, experts: Mapping[int, int]) -> None:
+        """Allocate nothing yet."""
+        self.slot_nbytes = plan.slot_nbytes
+        self._rule = BeneathDevice(sum(experts.values()))
+        self.table = ResidencyTable(plan, dict(experts), self._rule)
+        self._first = dict(
+            zip(sorted(experts), np.cumsum([0, *(experts[e] for e in sorted(experts))]).tolist(), strict=False)
+        )
+        self._device = device
+        self._parts = tuple(parts)
+        self._per_block = max(1, BLOCK_BYTES // plan.slot_nbytes)
+        self._blocks: dict[int, HostMemory] = {}
+        self._views: dict[int, dict[str, torch.Tensor]] = {}
+        self._lock = threading.Lock()
+        self._copying: dict[int, dict[bool, Mark]] = {}
+        self.reading = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes taken from the machine so far."""
+        return sum(block.memory.numel() for block in self._blocks.values())
+
+    @property
+    def pinned(self) -> bool:
+        """Whether everything taken so far is pinned."""
+        return all(block.pinned for block in self._blocks.values())
+
+    @property
+    def notice(self) -> str:
+        """Why something is not pinned; else empty."""
+        return next((block.notice for block in self._blocks.values() if block.notice), "")
+
+    # -- the running thread's ---------------------------------------------------------------------------------
+
+    def room(self, spare: int = 0) -> bool:
+        """Whether a read could begin and leave `spare` slots for others."""
+        return self.reading + spare < len(self.table.slots)
+
+    def seek(self, key: Key) -> int | None:
+        """Note that the device asks for `key`; the slot that holds it, or None."""
+        self.table.visit(key[0])
+        self.table.use(key, keep=True)
+        return self.table.find(key) if self.table.is_resident(key) else None
+
+    def reserve(self, key: Key, *, passing: bool) -> int:
+        """Take a slot to read `key` into. One that only passes through takes the place of another such, where it can.
+
+        Raises:
+            RuntimeError: there is no room (`room` says so beforehand): a defect in emoe.
+        """
+        slot = None
+        if passing and self.table.occupied == len(self.table.slots):
+            slot = self.table.reserve(key, transient=True)
+        if slot is None:
+            slot = self.table.reserve(key)
+        if slot is None:
+            raise RuntimeError("no host slot is free for a read: a defect in emoe, please report it.")
+        self.reading += 1
+        return slot
+
+    def commit(self, slot: int, nbytes: int) -> None:
+        """Note that the read into `slot` ended."""
+        self.reading -= 1
+        self.table.commit(slot, nbytes)
+
+    def abort(self, slot: int) -> None:
+        """Note that the read into `slot` failed or was cancelled."""
+        self.reading -= 1
+        self.table.abort(slot)
+
+    def on_device(self, key: Key, present: bool) -> None:
+        """Note that the device has `key` now, or has not any more."""
+        self._rule.on_device[self._first[key[0]] + key[1]] = present
+
+    def close(self) -> None:
+        """Give the memory back; nothing can be read or copied afterwards. Safe to call twice."""
+        with self._lock:
+            blocks, self._blocks = self._blocks, {}
+            self._views.clear()
+        for block in blocks.values():
+            self._device.free_host(block)
+
+    # -- any thread's ------------------------------------------------------------------------------------------
+
+    def memory(self, slot: int) -> torch.Tensor:
+        """The bytes of a slot, taken from the machine at its first use.
+
+        Raises:
+            BudgetError: the machine has not that much.
+        """
+        number, place = divmod(slot, self._per_block)
+        with self._lock:
+            if number not in self._blocks:
+                slots = min(self._per_block, len(self.table.slots) - number * self._per_block)
+                self._blocks[number] = self._device.host(slots * self.slot_nbytes)
+            block = self._blocks[number].memory
+        return block[place * self.slot_nbytes : (place + 1) * self.slot_nbytes]
+
+    def views(self, slot: int) -> dict[str, torch.Tensor]:
+        """The parts of the expert in a slot."""
+        views = self._views.get(slot)
+        if views is None:
+            views = self._views[slot] = carve(self.memory(slot), self._parts)
+        return views
+
+    def for_reading(self, slot: int) -> dict[str, torch.Tensor]:
+        """The parts to read into, once the copy out of the slot has ended."""
+        for copy in self._copying.pop(slot, {}).values():
+            self._device.finish(copy)
+        return self.views(slot)
+
+    def copied(self, slot: int, arrival: Mark, *, ahead: bool) -> None:
+        """Note the latest copy out of a slot, of those ahead of need or of the others: each kind goes in turn."""
+        self._copying.setdefault(slot, {})[ahead] = arrival

@@ -1,0 +1,130 @@
+"""How experts reach a device that is not the machine's memory: from the host tier, by copies that nothing waits for.
+
+A load is a read from disk into a host slot (where the host has not the expert already), then a copy into the device
+slot, issued as soon as the bytes are there. The running thread waits for reads, never for copies: what computes waits,
+on the device, for the arrival of the slots it uses; a copy waits, on the device, for the last use of the slot it fills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from emoe.residency.bank import Bank
+from emoe.residency.devices import Device, Mark
+from emoe.residency.host import SPARE_SLOTS, HostTier
+from emoe.residency.loader import DEMAND, Load, Loader
+from emoe.residency.table import Key, LayerCounters
+
+Read = Callable[[Key, dict[str, torch.Tensor]], int]
+"""Reads an expert from disk into host memory; returns the bytes read."""
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """One expert on its way to a device slot."""
+
+    key: Key
+    host_slot: int
+    hit: bool
+    arrival: Mark | None = None
+
+
+class Transfers:
+    """The copies into one bank. Only the thread that runs layers may call its methods."""
+
+    def __init__(self, device: Device, bank: Bank, host: HostTier, loader: Loader, read: Read, link_s: float) -> None:
+        """Wire the parts; `link_s` is what one copy takes, for the account of prefetches."""
+        self.device = device
+        self.host = host
+        self.link_s = link_s
+        self._bank = bank
+        self._loader = loader
+        self._read = read
+        self._fetches: dict[int, _Fetch] = {}
+        self._arriving: dict[int, Mark] = {}
+        self._last: dict[int, Mark] = {}
+
+    def room(self, key: Key, *, ahead: bool = False) -> bool:
+        """Whether a load of `key` could begin now; what is ahead of need leaves room for a token's experts."""
+        if self.host.table.is_resident(key):
+            return True
+        return self.host.room(len(self.host.table.slots) - SPARE_SLOTS if ahead else 0)
+
+    def start(self, key: Key, slot: int, priority: int, what: str, *, passing: bool, evicted: Key | None) -> Load:
+        """Begin to load `key` into `slot`, which the device's table has set to loading.
+
+        `passing` says that it only passes through, `evicted` what had to go for it.
+        """
+        host = self.host
+        if evicted is not None:
+            host.on_device(evicted, False)
+        host.on_device(key, True)
+        held = host.seek(key)
+        ahead = priority != DEMAND
+        if held is not None:
+            fetch = self._fetches[slot] = _Fetch(key, held, hit=True)
+            self._copy(fetch, slot, ahead)
+            return Load.ended(what, self.link_s)
+        fetch = self._fetches[slot] = _Fetch(key, host.reserve(key, passing=passing), hit=False)
+        return self._loader.submit(partial(self._bring, fetch, slot, ahead), what, priority)
+
+    def landed(self, slot: int, nbytes: int, counters: LayerCounters) -> None:
+        """Note that a load ended: what uses the slot will wait for its copy."""
+        fetch = self._fetches.pop(slot)
+        if not fetch.hit:
+            self.host.commit(fetch.host_slot, nbytes)
+        if fetch.arrival is not None:
+            self._arriving[slot] = self._last[slot] = fetch.arrival
+        counters.host_hits += fetch.hit
+        counters.bytes_copied += self._bank.slot_nbytes
+
+    def lost(self, slot: int) -> None:
+        """Note that a load failed or was cancelled; if its copy is under way the next one comes after it."""
+        fetch = self._fetches.pop(slot)
+        if not fetch.hit:
+            self.host.abort(fetch.host_slot)
+        if fetch.arrival is not None:
+            self._last[slot] = fetch.arrival
+        self.host.on_device(fetch.key, False)
+
+    def use(self, slot: int) -> None:
+        """Make what is computed from now on wait until `slot` is filled."""
+        arrival = self._arriving.pop(slot, None)
+        if arrival is not None:
+            self.device.wait(arrival)
+
+    def release(self, slots: Collection[int]) -> None:
+        """Note the last use of some slots for now."""
+        self._last.update(dict.fromkeys(slots, self.device.used([self._bank.memories[slot] for slot in slots])))
+
+    def _bring(self, fetch: _Fetch, slot: int, ahead: bool) -> int:
+        """Read, then begin the copy: a loader thread's work, or that of who waits for the load."""
+        nbytes = self._read(fetch.key, self.host.for_reading(fetch.host_slot))
+        self._copy(fetch, slot, ahead)
+        return nbytes
+
+    def _copy(self, fetch: _Fetch, slot: int, ahead: bool) -> None:
+        last = self._last.get(slot)
+        after = () if last is None else (last,)
+        source, target = self.host.memory(fetch.host_slot), self._bank.memories[slot]
+        fetch.arrival = self.device.copy(source, target, after, ahead=ahead)
+        self.host.copied(fetch.host_slot, fetch.arrival, ahead=ahead)
+
+
+def copy_seconds(device: Device, source: torch.Tensor, target: torch.Tensor, times: int = 3) -> float:
+    """Seconds that one copy takes when nothing else is under way: the fastest of some, after one that warms up.
+
+    The target's content is undefined afterwards.
+    """
+    found = []
+    last: Mark | None = None
+    for _ in range(times + 1):
+        start = device.clock()
+        last = device.copy(source, target, () if last is None else (last,), ahead=False)
+        device.finish(last)
+        found.append(device.clock() - start)
+    return min(found[1:])

@@ -1,0 +1,187 @@
+"""A device with a virtual clock: for tests of what a real one would need luck to show, and for dry runs.
+
+Its banks are CPU memory, so that models run on it bit for bit as on the CPU. A copy lands when the virtual clock has
+reached its end and something waited for it; until then its slot holds NaN. Computing takes the time it is told to take
+(`compute`), copies take bytes over bandwidth, issuing takes none. Orders that a real device would forgive now and then
+raise `OrderError` every time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from emoe.residency.devices import HostMemory, Mark, aligned
+
+POISON = 0xFF
+"""Bytes of all ones are NaN in every floating-point dtype that weights have."""
+
+
+class OrderError(RuntimeError):
+    """Work was issued in an order that a real device may run wrongly: a defect in emoe, never a user's error."""
+
+
+@dataclass(slots=True, eq=False)
+class VirtualMark:
+    """A moment of virtual time. `copy` is the one that ends there, if any."""
+
+    device: VirtualDevice
+    time: float
+    copy: _Copy | None = None
+
+    def query(self) -> bool:
+        """Whether the program's clock has passed it."""
+        return self.device.program_s >= self.time
+
+    def synchronize(self) -> None:
+        """Let the program's clock pass it."""
+        self.device.arrive(self)
+        self.device.program_s = max(self.device.program_s, self.time)
+
+
+@dataclass(slots=True, eq=False)
+class _Copy:
+    source: torch.Tensor
+    target: torch.Tensor
+    expected: torch.Tensor
+    begin: float
+    end: float
+    landed: bool = False
+
+
+@dataclass(slots=True)
+class _Region:
+    """What is known of one slot: the copy into it, whether compute may read it, and when its last use ends."""
+
+    copy: _Copy | None = None
+    waited: bool = False
+    used_until: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class VirtualDevice:
+    """A device whose clock stands still unless work is given to it.
+
+    Attributes:
+        bytes_per_s: the link's bandwidth; copies share it, in the order they are issued.
+        latency_s: what a copy takes beside its bytes.
+        pinning: whether host memory can be pinned.
+        place: what its banks' memory says it lies on.
+        compute_s: when what has been given to compute will be done.
+        program_s: the program's own clock: it moves only when the program waits.
+        link_s: when the link will be free; `busy_s`: how long it has worked.
+        copied_bytes: bytes of all copies.
+    """
+
+    bytes_per_s: float = 1e9
+    latency_s: float = 0.0
+    pinning: bool = True
+    place: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    copies: bool = True
+    synchronisations: int = 0
+    compute_s: float = 0.0
+    program_s: float = 0.0
+    link_s: float = 0.0
+    busy_s: float = 0.0
+    copied_bytes: int = 0
+    _regions: dict[int, _Region] = field(default_factory=dict)
+    _flying: deque[_Copy] = field(default_factory=deque)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def bank(self, nbytes: int) -> torch.Tensor:
+        """CPU memory, poisoned."""
+        return aligned(nbytes, self.place, "expert memory").fill_(POISON)
+
+    def host(self, nbytes: int) -> HostMemory:
+        """CPU memory, poisoned; pinned if this device can pin."""
+        memory = aligned(nbytes, self.place, "host memory").fill_(POISON)
+        return HostMemory(memory, self.pinning, "" if self.pinning else "this virtual device cannot pin memory")
+
+    def free_host(self, held: HostMemory) -> None:
+        """Poison it: nothing may be copied from it any more."""
+        held.memory.fill_(POISON)
+
+    def compute(self, seconds: float) -> None:
+        """Give the device work that takes `seconds`."""
+        self.compute_s = max(self.compute_s, self.program_s) + seconds
+
+    def synchronise(self) -> None:
+        """Let the program wait for everything that was given to compute, as reading a result does."""
+        self.synchronisations += 1
+        self.program_s = max(self.program_s, self.compute_s)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, after: Sequence[Mark], *, ahead: bool) -> Mark:
+        """Begin a copy. Its target holds NaN until it lands.
+
+        Raises:
+            OrderError: it could run before the last use of its target, or beside another copy into it.
+        """
+        with self._lock:
+            region = self._regions.setdefault(target.data_ptr(), _Region())
+            ready = max((mark.time for mark in after if isinstance(mark, VirtualMark)), default=0.0)
+            if ready < region.used_until:
+                raise OrderError(f"a slot used until {region.used_until} s is overwritten from {ready} s on")
+            before = region.copy
+            if before is not None and not before.landed and ready < before.end:
+                raise OrderError(f"a slot that a copy fills until {before.end} s is overwritten from {ready} s on")
+            begin = max(self.link_s, ready, self.program_s)
+            end = begin + self.latency_s + source.numel() / self.bytes_per_s
+            self.busy_s += end - begin
+            self.link_s = end
+            self.copied_bytes += source.numel()
+            while before is not None and not before.landed:
+                self._land(self._flying.popleft())
+            target.fill_(POISON)
+            region.copy = _Copy(source, target, source.clone(), begin, end)
+            self._flying.append(region.copy)
+            region.waited = False
+            return VirtualMark(self, end, region.copy)
+
+    def wait(self, arrival: Mark) -> None:
+        """Compute waits for the copy; the program does not."""
+        if isinstance(arrival, VirtualMark):
+            self.arrive(arrival)
+            self.compute_s = max(self.compute_s, arrival.time)
+            if arrival.copy is not None:
+                self._regions[arrival.copy.target.data_ptr()].waited = True
+
+    def used(self, memories: Sequence[torch.Tensor]) -> Mark:
+        """Note the last use of some slots.
+
+        Raises:
+            OrderError: nothing waited for the copy that fills it.
+        """
+        self.compute_s = max(self.compute_s, self.program_s)
+        with self._lock:
+            for memory in memories:
+                region = self._regions.get(memory.data_ptr())
+                if region is None or not region.waited:
+                    raise OrderError("a slot was used and nothing had waited for the copy that fills it")
+                region.used_until = self.compute_s
+            return VirtualMark(self, self.compute_s)
+
+    def finish(self, mark: Mark) -> None:
+        """The program waits, unless it has passed."""
+        if not mark.query():
+            self.synchronisations += 1
+        mark.synchronize()
+
+    def clock(self) -> float:
+        """The program's clock."""
+        return self.program_s
+
+    def arrive(self, mark: VirtualMark) -> None:
+        """Land the copy that ends at `mark`, and those before it: the link takes them in turn."""
+        with self._lock:
+            while mark.copy is not None and not mark.copy.landed:
+                self._land(self._flying.popleft())
+
+    def _land(self, copy: _Copy) -> None:
+        if not torch.equal(copy.source, copy.expected):
+            raise OrderError(f"the source of a copy was overwritten before the copy ended at {copy.end} s")
+        copy.landed = True
+        copy.target.copy_(copy.source)

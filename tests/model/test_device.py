@@ -1,0 +1,217 @@
+"""Models on a device that is reached by copies: the same bits as on the CPU, for any budget, host tier and delay."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import emoe
+from emoe.config import ExpertMemory
+from emoe.errors import ReadError, UsageError
+from emoe.model import placement
+from emoe.model.bind import binding_of
+from emoe.residency.virtual import VirtualDevice
+from tests.families import make_checkpoint
+from tests.model.test_exact import batch_of, logits_of
+
+LINK = 1e9
+
+
+class Virtual:
+    """Puts models on virtual devices, listed as they are made; `layers` names each layer's place, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.devices: list[VirtualDevice] = []
+        self._monkeypatch = monkeypatch
+
+    def load(self, path: Path, *, pinning: bool = True, places: int = 1, **options: Any) -> PreTrainedModel:
+        """A model whose layers lie on `places` devices by turns."""
+        turns = itertools.count()
+
+        def make(place: torch.device) -> VirtualDevice:
+            self.devices.append(VirtualDevice(LINK, latency_s=1e-5, pinning=pinning))
+            return self.devices[-1]
+
+        with self._monkeypatch.context() as patch:
+            patch.setattr(placement, "device_at", make)
+            patch.setattr(placement, "device_of", lambda module: torch.device("cpu", next(turns) % places))
+            return emoe.load(path, device_map="cpu", **options)[0]
+
+
+@pytest.fixture
+def virtual(monkeypatch: pytest.MonkeyPatch) -> Virtual:
+    return Virtual(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("mixtral", tmp_path_factory.mktemp("mixtral"), seed=2, dtype=torch.bfloat16)
+
+
+def sound(model: PreTrainedModel) -> dict[str, Any]:
+    """Invariants 2 and 3 on a device: what was read, and what went over the link, is the sum of the loads."""
+    stats = emoe.stats(model)
+    binding = binding_of(model)
+    for layer, entry in stats["layers"].items():
+        reads = entry["loads"] - entry["host_hits"]
+        assert entry["bytes_read"] == reads * binding.index.stored_nbytes(layer, 0)
+        pool = next(pool for pool in binding.pools if layer in pool.table.experts)
+        assert entry["bytes_copied"] == entry["loads"] * pool.bank.slot_nbytes
+    assert stats["peak_resident_bytes"] <= stats["budget_bytes"]
+    for pool in binding.pools:
+        assert pool.transfers is not None
+        assert pool.transfers.host.reading == sum(
+            slot.state.value == "loading" for slot in pool.transfers.host.table.slots
+        )
+    return stats
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "jamba"])
+def test_exact_is_bit_identical_on_a_device(name: str, tmp_path: Path, virtual: Virtual) -> None:
+    path = make_checkpoint(name, tmp_path, seed=3, dtype=torch.bfloat16)
+    whole, _ = emoe.load(path)
+    floor, total = emoe.stats(whole)["floor_bytes"], emoe.stats(whole)["total_expert_bytes"]
+
+    @settings(max_examples=8)
+    @given(
+        at=st.one_of(st.just(0.0), st.floats(0, 1)),
+        host=st.sampled_from([0, "auto", "20%", "60%"]),
+        prefetch=st.sampled_from([None, "next-gate"]),
+        batch=st.integers(1, 3),
+        length=st.integers(1, 12),
+        seed=st.integers(0, 10**6),
+        slow=st.booleans(),
+    )
+    def check(at: float, host: Any, prefetch: Any, batch: int, length: int, seed: int, slow: bool) -> None:
+        model = virtual.load(
+            path,
+            expert_memory=ExpertMemory("bytes", int(floor + at * (total - floor))),
+            host_memory=host,
+            prefetch=prefetch,
+            max_read_bytes_per_s=2e7 if slow else None,
+        )
+        for number in range(2):
+            inputs = batch_of(seed + number, batch, length)
+            for ours, theirs in zip(logits_of(model, inputs, 4), logits_of(whole, inputs, 4), strict=True):
+                assert torch.equal(ours, theirs)
+        sound(model)
+        emoe.close(model)
+
+    check()
+    emoe.close(whole)
+
+
+def test_the_whole_on_the_host_is_read_once(path: Path, virtual: Virtual) -> None:
+    model = virtual.load(path, expert_memory="30%", host_memory="100%")
+    with torch.no_grad():
+        for seed in range(12):
+            model(batch_of(seed, 1, 12)["input_ids"])
+    stats = sound(model)
+    index, keys = binding_of(model).index, binding_of(model).index.keys()
+    assert stats["bytes_read"] == sum(index.stored_nbytes(*key) for key in keys)
+    assert stats["host"]["hits"] > 0 and stats["host"]["misses"] == len(keys)
+    assert stats["host"]["resident_bytes"] == stats["total_expert_bytes"]
+    emoe.close(model)
+    assert emoe.stats(model)["host"]["held_bytes"] == 0
+
+
+def test_where_the_host_has_everything_nothing_waits_for_a_copy(path: Path, virtual: Virtual) -> None:
+    model = virtual.load(path, expert_memory="30%", host_memory="100%")
+    with torch.no_grad():
+        for seed in range(12):
+            model(batch_of(seed, 1, 12)["input_ids"])
+        before = virtual.devices[0].synchronisations
+        for seed in range(12):
+            model(batch_of(seed, 1, 12)["input_ids"])
+            model(batch_of(seed, 1, 1)["input_ids"])
+    assert virtual.devices[0].synchronisations == before
+    assert virtual.devices[0].copied_bytes > 0
+    emoe.close(model)
+
+
+def test_banks_never_move(path: Path, virtual: Virtual) -> None:
+    """So that a captured graph may keep their addresses."""
+    model = virtual.load(path, expert_memory="30%")
+    bank = binding_of(model).pools[0].bank
+    before = [view.data_ptr() for views in bank.views for view in views.values()]
+    with torch.no_grad():
+        for seed in range(5):
+            model(batch_of(seed, 2, 9)["input_ids"])
+    assert before == [view.data_ptr() for views in bank.views for view in views.values()]
+    emoe.close(model)
+
+
+def test_memory_that_cannot_be_pinned_is_said(path: Path, virtual: Virtual) -> None:
+    model = virtual.load(path, expert_memory="30%", pinning=False)
+    with torch.no_grad():
+        model(batch_of(0, 1, 4)["input_ids"])
+    host = emoe.stats(model)["host"]
+    assert not host["pinned"] and "cannot pin" in host["notice"]
+    emoe.close(model)
+
+
+def test_a_read_error_ends_the_request_and_the_next_one_works(path: Path, virtual: Virtual) -> None:
+    model = virtual.load(path, expert_memory="30%", host_memory=0)
+    whole, _ = emoe.load(path)
+    reader: Any = binding_of(model).reader
+    working = reader._pread
+    dice = random.Random(0)
+
+    def faulty(descriptor: int, buffers: Any, offset: int) -> int:
+        if dice.random() < 0.05:
+            raise OSError(5, "Input/output error")
+        return int(working(descriptor, buffers, offset))
+
+    failures = 0
+    with torch.no_grad():
+        for seed in range(20):
+            reader._pread = faulty
+            try:
+                model(batch_of(seed, 1, 1 + seed % 9)["input_ids"])
+            except ReadError:
+                failures += 1
+            reader._pread = working
+            ids = batch_of(seed, 1, 5)["input_ids"]
+            assert torch.equal(model(ids).logits, whole(ids).logits)
+    assert failures > 0
+    sound(model)
+    emoe.close(model)
+    emoe.close(whole)
+
+
+def test_host_memory_is_refused_on_the_cpu(path: Path) -> None:
+    with pytest.raises(UsageError, match="run on the CPU"):
+        emoe.load(path, host_memory="1GiB")
+    with pytest.raises(UsageError, match="run on the CPU"):
+        emoe.load(path, host_memory="auto", device_map="cpu")
+    with pytest.raises(UsageError, match="as host memory"):
+        emoe.load(path, host_memory="much")
+    model, _ = emoe.load(path, host_memory=0)
+    assert emoe.stats(model)["host"] is None
+    emoe.close(model)
+
+
+def test_layers_spread_over_devices(path: Path, virtual: Virtual) -> None:
+    """Each layer's experts live where the layer does; the budget is split, and nothing changes in the result."""
+    model = virtual.load(path, expert_memory="60%", host_memory="50%", places=2)
+    whole, _ = emoe.load(path)
+    pools = binding_of(model).pools
+    assert len(pools) == len(virtual.devices) == 2
+    assert [sorted(pool.table.experts) for pool in pools] == [[0, 2], [1]]
+    assert sum(pool.bank.nbytes for pool in pools) <= emoe.stats(model)["budget_bytes"]
+    for seed in range(3):
+        inputs = batch_of(seed, 2, 9)
+        for ours, theirs in zip(logits_of(model, inputs, 4), logits_of(whole, inputs, 4), strict=True):
+            assert torch.equal(ours, theirs)
+    sound(model)
+    assert all(device.copied_bytes > 0 for device in virtual.devices)
+    emoe.close(model)
+    emoe.close(whole)
