@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +20,7 @@ from emoe.errors import EmoeError
 
 STOP_S = 20.0
 LOG_TAIL = 1500  # characters
+TORCH_WORKER = (sys.executable, "-m", "emoe.bench.worker")
 
 
 class WorkerError(EmoeError):
@@ -25,30 +28,62 @@ class WorkerError(EmoeError):
 
 
 class WorkerClient:
-    """One worker process, inside `cgroup` from its first instruction if one is given."""
+    """One worker process, inside `cgroup` from its first instruction if one is given.
 
-    def __init__(self, what: str, cgroup: MemoryCgroup | None = None, threads: int | None = None) -> None:
+    `command` serves requests as `emoe.bench.worker.serve` does; `environment` is added to this process's.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        cgroup: MemoryCgroup | None = None,
+        threads: int | None = None,
+        command: Sequence[str] = TORCH_WORKER,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.what = what
         self._cgroup = cgroup
+        self._late = False
         # Closed by close(), with the process that writes to it.
         self._log = tempfile.TemporaryFile(mode="w+", prefix="emoe-bench-", errors="replace")  # noqa: SIM115
-        command = [sys.executable, "-m", "emoe.bench.worker"]
+        command = list(command)
         if cgroup is not None:
             # The shell enters the cgroup and becomes Python, so all memory of the process is charged to it.
             command = ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(cgroup.entry), *command]
-        environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        variables = os.environ | quiet | dict(environment or {})
         if threads is not None:
-            environment["OMP_NUM_THREADS"] = str(threads)
+            variables["OMP_NUM_THREADS"] = str(threads)
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=variables
         )
 
-    def ask(self, operation: str, **values: Any) -> dict[str, Any]:
-        """Send one request and return its answer.
+    def ask(self, operation: str, /, within_s: float | None = None, **values: Any) -> dict[str, Any]:
+        """Send one request and return its answer; a worker that has not answered `within_s` seconds is ended.
 
         Raises:
-            WorkerError: the worker answered with an error, or died.
+            WorkerError: the worker answered with an error, died, or took too long.
         """
+        watch = threading.Timer(within_s, self._end_late) if within_s is not None else None
+        if watch is not None:
+            watch.start()
+        try:
+            return self._ask(operation, values)
+        except WorkerError as error:
+            if self._late:
+                raise WorkerError(
+                    f"{self.what} took more than {within_s:.0f} s to {operation} and was ended"
+                ) from error
+            raise
+        finally:
+            if watch is not None:
+                watch.cancel()
+
+    def _end_late(self) -> None:
+        self._late = True
+        self._process.kill()
+
+    def _ask(self, operation: str, values: dict[str, Any]) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
             raise WorkerError(f"{self.what}: its pipes are closed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,19 +16,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emoe import model as emoe_model
+from emoe.bench.feeding import Counters
 from emoe.bench.process import memory, reset_peak, storage_bytes_read
 from emoe.bench.settings import Contender
 from emoe.bench.shapes import make_checkpoint
 from emoe.config import ExpertMemory
 from emoe.errors import UnsupportedModelError
 
-Counters = dict[str, float]
-"""hits, misses, loads, bytes_read, load_wait_s, rerouted_tokens, routed_tokens since loading; empty without emoe."""
-
 CHOICES = ("eviction", "expert_dtype", "prefetch")
 """Options that go to `emoe.load` where they are given."""
 
 COUNTED = ("hits", "misses", "loads", "bytes_read", "load_wait_s", "rerouted_tokens", "routed_tokens")
+"""Since loading, in the counters of emoe; other engines count nothing."""
 
 
 @dataclass(slots=True)
@@ -78,6 +78,8 @@ def rehearse(contender: Contender, folder: Path, options: dict[str, Any]) -> Non
     """
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    if contender.engine == "airllm":
+        return  # it may run the model's family and not the tiny model's
     with tempfile.TemporaryDirectory(prefix="emoe-bench-") as scratch:
         tiny = make_checkpoint("tiny", Path(scratch) / "tiny")
         small = {**options, "offload_folder": f"{scratch}/offload", "cpu_bytes": 2**19}
@@ -91,11 +93,17 @@ def rehearse(contender: Contender, folder: Path, options: dict[str, Any]) -> Non
 
 
 def load(contender: Contender, folder: Path, options: dict[str, Any]) -> Running:
-    """Load `contender`. `options`: reader, and `CHOICES` (emoe); an empty offload_folder, cpu_bytes (accelerate)."""
+    """Load `contender`.
+
+    `options`: reader, and `CHOICES` (emoe); an empty offload_folder, cpu_bytes (accelerate); offload_folder, empty or
+    AirLLM's from before (airllm).
+    """
     if contender.engine == "emoe":
         return _emoe(contender, folder, options)
     if contender.engine == "accelerate":
         return _accelerate(folder, options)
+    if contender.engine == "airllm":
+        return _airllm(folder, options)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", experts_implementation=contender.implementation)
     return Running(loaded.eval())
 
@@ -138,6 +146,21 @@ def _accelerate(folder: Path, options: dict[str, Any]) -> Running:
         extra_files=sorted(path for path in offload.rglob("*") if path.is_file()),
         notes=[f"accelerate put {on_disk} of {len(places)} modules on disk"],
     )
+
+
+def _airllm(folder: Path, options: dict[str, Any]) -> Running:
+    """What AirLLM's readme says, on the CPU. It copies the checkpoint, cut into layers, to `offload_folder` first."""
+    # Optional, and without annotations.
+    base: Any = importlib.import_module("airllm").AirLLMBaseModel
+
+    class WithoutTokenizer(base):  # type: ignore[misc]
+        """Fed with token ids: a checkpoint without a tokenizer is none of its faults."""
+
+        def get_tokenizer(self, hf_token: str | None = None) -> None:
+            return None
+
+    loaded = WithoutTokenizer(str(folder), device="cpu", layer_shards_saving_path=options["offload_folder"])
+    return Running(loaded, extra_files=sorted(Path(options["offload_folder"]).rglob("*.safetensors")))
 
 
 class _Clock:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from emoe.bench import feeding
 from emoe.bench.engines import Running, Sample
+from emoe.bench.feeding import Fed
 from emoe.bench.process import memory, reset_peak, storage_bytes_read
 
 
@@ -64,4 +66,16 @@ def replay(running: Running, ids: list[list[int]], prompt: int, base_bytes: int)
         step_s=[round(b - a, 6) for a, b in pairwise(times[1:])],
         batch=len(ids),
         checksum=bits.hexdigest()[:16],
+    )
+
+
+def feed(running: Running, prompt: list[int], given: list[int], seconds: float, base_bytes: int) -> Fed:
+    """Feed `prompt`, then the `given` tokens one by one for as long as `seconds` allow, and measure it."""
+    return feeding.feed(
+        (logits[0] for logits in forced(running.model, torch.tensor([prompt + given]), len(prompt))),
+        given,
+        lambda logits, token: float(logits.double().log_softmax(-1)[token]),
+        seconds=seconds,
+        counters=running.counters,
+        base_bytes=base_bytes,
     )

@@ -40,7 +40,7 @@ def report_text(report: DecodeReport) -> str:
         f"{_fed(report)}, {settings.rounds} rounds ({how}); {_conditions(report)}",
         *_planted(report),
         "",
-        *_table(
+        *table(
             [
                 HEAD + (LIMITS if report.limits else ()),
                 *(_row(report, outcome) + _limits(report, outcome) for outcome in report.outcomes),
@@ -175,7 +175,8 @@ def _times(spread: Spread | None) -> str:
     return "" if spread is None else f"{spread.median:.2f}"
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
+def table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of equal columns: the first left-aligned, the others right. Every row has as many cells as the first."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for first, *others in rows:

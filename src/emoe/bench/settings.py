@@ -9,7 +9,7 @@ from typing import Any, Literal
 from emoe.config import ExpertMemory, Mode
 from emoe.errors import UsageError
 
-Engine = Literal["emoe", "transformers", "accelerate"]
+Engine = Literal["emoe", "transformers", "accelerate", "airllm"]
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 """transformers' experts implementations that run on every device."""
@@ -32,6 +32,8 @@ class Contender:
         """What tables call it: "emoe exact 40%", "transformers grouped_mm", "accelerate disk 40%"."""
         if self.engine == "transformers":
             return f"transformers {self.implementation}"
+        if self.engine == "airllm":
+            return "airllm"
         how = "disk" if self.engine == "accelerate" else self.mode
         return f"{self.engine} {how} {'100%' if self.expert_memory is None else self.expert_memory}"
 

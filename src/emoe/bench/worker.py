@@ -4,7 +4,10 @@ line, and answers each with one line. See `emoe.bench.client` for the other end.
     {"op": "load", "contender": ..., "folder": ..., "threads": ..., "options": ...}
     {"op": "generate", "prompt": 3, "prompt_tokens": 128, "new_tokens": 32, "seed": 0}
     {"op": "replay", "start": 576, "prompt_tokens": 512, "steps": 64, "batch": 1}
+    {"op": "feed", "prompt": [0, 1, 2], "forced": [3, 4], "seconds": 60}
     {"op": "stop"}
+
+Processes that run something else than torch serve their own operations the same way, with `serve`.
 """
 
 from __future__ import annotations
@@ -15,9 +18,13 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
+
+Operations = Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]
+"""What answers a request, by its "op". "stop" must be among them, and harmless when it is called twice."""
 
 
 class Worker:
@@ -43,12 +50,8 @@ class Worker:
         self._folder = Path(request["folder"])
         contender = Contender.from_dict(request["contender"])
         engines.rehearse(contender, self._folder, request["options"])
-        if contender.engine == "accelerate":
-            import accelerate
-
-            versions = {"accelerate": accelerate.__version__}
-        else:
-            versions = {}
+        # The others' versions are noted in any case.
+        versions = {name: version(name) for name in (contender.engine,) if name in ("accelerate", "airllm")}
         reset_peak()
         base, read = memory(), storage_bytes_read()
         self._base_bytes = base.now_bytes
@@ -91,6 +94,13 @@ class Worker:
         ids = planted_ids(self._folder, request["start"], tokens, request["batch"])
         return forced.replay(self._running, ids, request["prompt_tokens"], self._base_bytes).as_dict()
 
+    def feed(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Given tokens, measured for as long as a time allows."""
+        from emoe.bench import forced
+
+        prompt, given = request["prompt"], request["forced"]
+        return forced.feed(self._running, prompt, given, request["seconds"], self._base_bytes).as_dict()
+
     def stop(self, _: dict[str, Any]) -> dict[str, Any]:
         """Remove what was written."""
         if self._running is not None:
@@ -98,16 +108,20 @@ class Worker:
             self._running = None
         return {}
 
+    @property
+    def operations(self) -> Operations:
+        """What it answers."""
+        return {
+            "load": self.load,
+            "generate": self.generate,
+            "replay": self.replay,
+            "feed": self.feed,
+            "stop": self.stop,
+        }
 
-def answer(worker: Worker, line: str) -> dict[str, Any]:
+
+def answer(operations: Operations, request: dict[str, Any]) -> dict[str, Any]:
     """Answer one request; an error becomes an answer too, since the other end must always get one."""
-    request = json.loads(line)
-    operations: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-        "load": worker.load,
-        "generate": worker.generate,
-        "replay": worker.replay,
-        "stop": worker.stop,
-    }
     try:
         return operations[request["op"]](request)
     except Exception as error:  # whatever it was, the other end is told, with its type
@@ -117,22 +131,27 @@ def answer(worker: Worker, line: str) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def main(requests: TextIO, answers: TextIO) -> None:
-    """Serve until stdin ends or "stop" is asked."""
-    worker = Worker()
+def main(operations: Operations, requests: TextIO, answers: TextIO) -> None:
+    """Answer until `requests` end or "stop" is asked."""
     try:
         for line in requests:
-            print(json.dumps(answer(worker, line)), file=answers, flush=True)
-            if json.loads(line)["op"] == "stop":
+            request = json.loads(line)
+            print(json.dumps(answer(operations, request)), file=answers, flush=True)
+            if request["op"] == "stop":
                 return
     finally:
-        worker.stop({})
+        operations["stop"]({})
 
 
-if __name__ == "__main__":
+def serve(operations: Operations) -> None:
+    """Answer what comes on stdin."""
     # Ctrl-C goes to the whole terminal; the other end ends this process in order, by closing stdin.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What libraries print must not end up between the answers.
     with os.fdopen(os.dup(1), "w") as channel:
         os.dup2(2, 1)
-        main(sys.stdin, channel)
+        main(operations, sys.stdin, channel)
+
+
+if __name__ == "__main__":
+    serve(Worker().operations)

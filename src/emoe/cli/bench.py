@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from emoe.bench import commands as benchmarks
+from emoe.bench.peers import commands as peers
 from emoe.bench.serve import commands as serving
 from emoe.cli import bench_plant
 from emoe.cli.options import add_command
@@ -19,3 +20,4 @@ def add_parser(commands: Any) -> None:
     benchmarks.add_checkpoint(add_command(below, "checkpoint", benchmarks.run_checkpoint, benchmarks.CHECKPOINT))
     serving.add_serve(add_command(below, "serve", serving.run_serve, serving.SERVE))
     bench_plant.add_parser(below)
+    peers.add_peers(add_command(below, "peers", peers.run_peers, peers.PEERS_HELP))

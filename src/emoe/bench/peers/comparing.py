@@ -1,0 +1,245 @@
+"""Measuring peers side by side: one process at a time, each in its own memory cgroup, all in turn in every round."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import emoe
+from emoe.bench.cgroup import memory_cgroup
+from emoe.bench.client import TORCH_WORKER, WorkerClient, WorkerError
+from emoe.bench.decode import machine
+from emoe.bench.page_cache import drop
+from emoe.bench.peers.build import llama_python
+from emoe.bench.peers.entries import LLAMA_PRECISIONS, Entry, PeersSettings, context, entries
+from emoe.bench.peers.gguf_file import cached_gguf
+from emoe.bench.peers.results import PeersReport, Row
+from emoe.bench.plant.card import LABEL, is_planted
+from emoe.bench.prompts import prompt_ids
+from emoe.checkpoint.fingerprint import fingerprint
+from emoe.config import ExpertMemory, format_bytes
+from emoe.errors import BudgetError, UnsupportedModelError, UsageError
+from emoe.planner import Plan, plan
+
+Say = Callable[[str], None]
+
+_LLAMA_WORKER = "emoe.bench.peers.llama_worker"
+LLAMA_ROOM_BYTES = 256 * 2**20
+"""Beside the file's bytes: Python, numpy, llama.cpp's own buffers and the context of a short prompt."""
+
+
+def compare(settings: PeersSettings, say: Say = lambda _: None) -> PeersReport:
+    """Measure every row in every round. `say` is told what happens, one line at a time.
+
+    A row that fails says why and is not tried again; so does one whose engine is not installed.
+
+    Raises:
+        UsageError: settings that do not suit the checkpoint.
+        CgroupError: a memory limit is asked for and no cgroup can be made here.
+        BudgetError: a budget of emoe's is below the floor, or none fits into the limit.
+        CheckpointError, UnsupportedModelError: the checkpoint is damaged, or no MoE.
+    """
+    run = _Comparison(settings, say)
+    for number in range(settings.rounds):
+        turn = number % len(run.rows)
+        for row in [*run.rows[turn:], *run.rows[:turn]]:
+            if row.error is None:
+                run.measure(row, number)
+    return run.report()
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    prompt: list[int]
+    forced: list[int]
+
+
+class _Comparison:
+    def __init__(self, settings: PeersSettings, say: Say) -> None:
+        self.settings, self.say = settings, say
+        self.files = sorted(settings.folder.glob("*.safetensors"))
+        self.full = self._plan()
+        self.limit = settings.limit_bytes(self.full.checkpoint_bytes)
+        if self.limit is not None:
+            with memory_cgroup(self.limit):
+                pass  # refused here, before anything long
+        self.tokens = [self._tokens(number) for number in range(settings.rounds)]
+        self.rows = [Row(entry, error=entry.missing) for entry in self._entries()]
+
+    def _plan(self, memory: int | None = None, budget: ExpertMemory | None = None, dtype: str = "native") -> Plan:
+        asked: dict[str, Any] = {} if dtype == "native" else {"expert_dtype": dtype}
+        return plan(
+            self.settings.folder,
+            memory=2**62 if memory is None else memory,
+            expert_memory=budget,
+            context=context(self.settings),
+            prompt=self.settings.prefill,
+            **asked,
+        )
+
+    def _tokens(self, number: int) -> _Tokens:
+        """Of one round. A planted checkpoint's are positions of its trace, in order."""
+        settings = self.settings
+        ids = prompt_ids(settings.folder, number, context(settings))
+        return _Tokens(ids[: settings.prefill], ids[settings.prefill :])
+
+    # -- what there is to measure -------------------------------------------------------------------------
+
+    def _entries(self) -> list[Entry]:
+        settings = self.settings
+        python = llama_python(settings.cache) if "llama.cpp" in settings.peers else None
+        ggufs = {dtype: self._gguf(dtype, python) for dtype in settings.expert_dtypes}
+        return entries(
+            settings,
+            budgets={dtype: self._budgets(dtype) for dtype in settings.expert_dtypes if "emoe" in settings.peers},
+            cpu_bytes=self._cpu_bytes(),
+            llama_python=python,
+            ggufs=ggufs,
+            airllm=importlib.util.find_spec("airllm") is not None,
+            accelerate=importlib.util.find_spec("accelerate") is not None,
+            llama_resident={dtype: self._fits(gguf) for dtype, gguf in ggufs.items()},
+        )
+
+    def _budgets(self, dtype: str) -> tuple[ExpertMemory, ...]:
+        """Those asked for, else the largest that fits the limit."""
+        if self.settings.budgets:
+            for budget in self.settings.budgets:
+                self._plan(budget=budget, dtype=dtype)  # refused here if below the floor
+            return self.settings.budgets
+        found = self._plan(self.limit, dtype=dtype)
+        if found.fit == "none":
+            raise BudgetError(
+                f"emoe needs {format_bytes(found.smallest_bytes)} for {self.settings.folder}, more than the memory "
+                f"limit of {format_bytes(self.limit or 0)}; raise --memory-limit"
+            )
+        if found.fit == "all":
+            return (ExpertMemory("share", 1.0),)
+        return (ExpertMemory("bytes", found.budget_bytes // 2**20 * 2**20),)
+
+    def _cpu_bytes(self) -> int:
+        """What accelerate may keep in memory: the dense weights, and as many bytes of experts as emoe has."""
+        return self.full.dense_bytes + self._plan(self.limit).budget_bytes
+
+    def _gguf(self, dtype: str, python: Path | None) -> Path | str:
+        """The file for llama.cpp, or why there is none. Nothing is written where llama.cpp is not there."""
+        if python is None:
+            return "GGUF"
+        precision = LLAMA_PRECISIONS[dtype]
+        shown = -1
+
+        def progress(done: int, total: int) -> None:
+            nonlocal shown
+            if done * 10 // total > shown:
+                shown = done * 10 // total
+                self.say(f"writing the {precision} GGUF: {done / total:.0%} of {format_bytes(total)}")
+
+        try:
+            return cached_gguf(self.settings.folder, precision, self.settings.cache, progress)
+        except (UsageError, UnsupportedModelError) as error:
+            return f"no GGUF: {error}"
+
+    def _fits(self, gguf: Path | str) -> bool:
+        if isinstance(gguf, str) or self.limit is None:
+            return not isinstance(gguf, str)
+        return gguf.stat().st_size + LLAMA_ROOM_BYTES <= self.limit
+
+    # -- measuring ----------------------------------------------------------------------------------------
+
+    def measure(self, row: Row, number: int) -> None:
+        """One process: load, read the prompt, decode; what it found, or why not, goes into `row`."""
+        settings, tokens = self.settings, self.tokens[number]
+        try:
+            with self._started(row) as (client, load):
+                row.loads.append(client.ask("load", within_s=settings.timeout_s, **load))
+                found = client.ask(
+                    "feed",
+                    within_s=settings.timeout_s + settings.decode_s,
+                    prompt=tokens.prompt,
+                    forced=tokens.forced,
+                    seconds=settings.decode_s,
+                )
+        except WorkerError as error:
+            row.error = str(error)
+            self.say(row.error)
+            return
+        row.samples[number] = found
+        decoded = len(found["step_s"])
+        self.say(
+            f"round {number + 1}/{settings.rounds}  {row.name}: first token after {found['first_token_s']:.2f} s, "
+            f"{decoded} tokens at {decoded / sum(found['step_s']):.2f} a second"
+        )
+
+    @contextmanager
+    def _started(self, row: Row) -> Iterator[tuple[WorkerClient, dict[str, Any]]]:
+        """A worker for `row` and what to ask it to load. Its files are not in the page cache: pages that another
+        process brought there would not count for its memory limit."""
+        settings, entry = self.settings, row.entry
+        with ExitStack() as stack:
+            cgroup = stack.enter_context(memory_cgroup(self.limit)) if self.limit is not None else None
+            command, environment = TORCH_WORKER, {}
+            files = list(self.files)
+            if entry.llama is not None:
+                python = llama_python(settings.cache)
+                command = (str(python), "-m", _LLAMA_WORKER)
+                environment = {"PYTHONPATH": str(Path(emoe.__file__).parent.parent)}
+                load = dict(entry.llama)
+                files = [Path(load["gguf"])]
+            else:
+                options: dict[str, Any] = {"reader": "auto", "eviction": None} | entry.options
+                if entry.peer in ("accelerate", "airllm"):
+                    options["offload_folder"] = str(self._offload(entry.peer, stack))
+                    files += sorted(Path(options["offload_folder"]).rglob("*.safetensors"))
+                contender = entry.contender.as_dict() if entry.contender is not None else None
+                load = {
+                    "contender": contender,
+                    "folder": str(settings.folder),
+                    "threads": entry.threads,
+                    "options": options,
+                }
+            if self.limit is not None or settings.cold:
+                row.still_cached_bytes = max(row.still_cached_bytes, drop(files))
+            client = stack.enter_context(WorkerClient(row.name, cgroup, entry.threads, command, environment))
+            yield client, load
+            row.cgroup_peak_bytes = max(row.cgroup_peak_bytes or 0, (cgroup and cgroup.peak_bytes) or 0) or None
+
+    def _offload(self, peer: str, stack: ExitStack) -> Path:
+        """Where accelerate may write what it likes, once; AirLLM's copy of the checkpoint stays for other rounds."""
+        if peer == "airllm":
+            name = f"{self.settings.folder.resolve().name}-{fingerprint(self.settings.folder)[:12]}-airllm"
+            folder = self.settings.cache / name
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+        self.settings.cache.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(prefix="offload-", dir=self.settings.cache)
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        return Path(scratch)
+
+    def report(self) -> PeersReport:
+        """What was found."""
+        full = self.full
+        return PeersReport(
+            settings=self.settings,
+            limit_bytes=self.limit,
+            machine=machine(),
+            model={
+                "name": self.settings.folder.resolve().name,
+                "model_type": full.model_type,
+                "dtype": full.dtype,
+                "checkpoint_bytes": full.checkpoint_bytes,
+                "expert_bytes": full.expert_bytes,
+                "layers": full.layers,
+                "experts_per_layer": full.experts_per_layer,
+                "top_k": full.top_k,
+                "label": LABEL if is_planted(self.settings.folder) else "",
+            },
+            rows=self.rows,
+            versions={
+                name: version for row in self.rows for load in row.loads for name, version in load["versions"].items()
+            },
+        )
