@@ -136,7 +136,7 @@ def test_scratch_memory_is_bounded(checkpoints: Checkpoints, monkeypatch: pytest
         parts = read(reader, index, 0, 1)
     assert wanted == [4096, 4096, 4096]
     assert staging_nbytes("cached", index.pieces(0, 1)) == 4096
-    assert staging_nbytes("direct", index.pieces(0, 1)) == 4096 + readers.CHUNK_BYTES
+    assert staging_nbytes("direct", index.pieces(0, 1)) == 4096 + readers.STAGING_BYTES
     for name, part in expected(index, 0, 1).items():
         assert torch.equal(parts[name], part.float())
 
@@ -144,12 +144,4 @@ def test_scratch_memory_is_bounded(checkpoints: Checkpoints, monkeypatch: pytest
 def test_direct_pieces_need_no_scratch(qwen: ExpertIndex) -> None:
     pieces: tuple[Piece, ...] = qwen.pieces(0, 1)
     assert staging_nbytes("cached", pieces) == 0
-    assert staging_nbytes("direct", pieces) == readers.CHUNK_BYTES
-
-
-def test_long_reads_go_in_chunks(qwen: ExpertIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 4096)
-    calls: list[int] = []
-    with Reader("direct", qwen.files, pread=counting(calls)) as reader:
-        assert_parts_equal(read(reader, qwen, 1, 6), expected(qwen, 1, 6))
-    assert len(calls) >= 3
+    assert staging_nbytes("direct", pieces) == readers.STAGING_BYTES

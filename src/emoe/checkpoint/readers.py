@@ -1,10 +1,11 @@
 """Reading experts: positional reads of their pieces into a slot's memory.
 
 Three ways. "cached" reads through the page cache, which then serves the next read at memory speed. "direct"
-bypasses it (O_DIRECT) by way of a small aligned buffer, so that streamed experts neither push out dense
-weights nor lie in memory twice. "advised" reads through the cache and asks the kernel to forget the pages at
-once; it stands in where the file system has no O_DIRECT. None of them maps files: a page fault that fails
-inside a kernel cannot be reported, only die.
+bypasses it (O_DIRECT), so that streamed experts neither push out dense weights nor lie in memory twice; an
+expert is cut into chunks that several threads read at once, straight into the slot where file and memory are
+aligned alike and by way of a small buffer elsewhere. "advised" reads through the cache and asks the kernel to
+forget the pages at once; it stands in where the file system has no O_DIRECT. None of them maps files: a page
+fault that fails inside a kernel cannot be reported, only die.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -23,6 +25,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from emoe.checkpoint.crew import Crew
 from emoe.checkpoint.headers import FileStamp
 from emoe.checkpoint.memory_room import READER_KINDS, MemoryRoom, ReaderKind, choose_reader, memory_room
 from emoe.checkpoint.pieces import Piece
@@ -32,9 +35,9 @@ from emoe.checkpoint.segments import (
     Segment,
     align_down,
     align_up,
+    batches,
     finish,
     gather_nbytes,
-    runs,
     segments_of,
 )
 from emoe.errors import ReadError, UsageError
@@ -46,9 +49,14 @@ _log = logging.getLogger(__name__)
 Preadv = Callable[[int, Sequence[Bytes], int], int]
 """`os.preadv`: (file descriptor, buffers, file offset) to bytes read. Tests inject faults here."""
 
-# One O_DIRECT read. 1 MiB read as fast as 4 or 16 (0.8 to 1.5 GB/s by 1 to 4 threads), and each reading thread
-# holds one such buffer.
+# One O_DIRECT read at most. 1 MiB read as fast as 4 or 16.
 CHUNK_BYTES = 1 << 20
+# What a reading thread holds: a chunk, and the rest of the blocks at its ends.
+STAGING_BYTES = CHUNK_BYTES + 2 * ALIGNMENT
+# O_DIRECT reads under way at once. One leaves half of a disk's bandwidth unused (bench/disk.py).
+DIRECT_DEPTH = 8
+# Files and memory of O_DIRECT reads are divided into blocks of this size where the device allows it, else of ALIGNMENT.
+SMALL_BLOCK = 512
 # Linux's limit of buffers in one preadv.
 _IOV_MAX = 1024
 
@@ -85,6 +93,8 @@ class Reader:
         self._pread: Preadv = cast("Preadv", os.preadv) if pread is None else pread
         self._throttle = None if max_bytes_per_s is None else _Throttle(max_bytes_per_s)
         self._local = threading.local()
+        self._crew = Crew(DIRECT_DEPTH, "emoe-read")
+        self._block = ALIGNMENT
         self._idle = threading.Condition()
         self._reading = 0
         self._closed = False
@@ -95,10 +105,11 @@ class Reader:
             self.close()
             raise
 
-    def read_into(self, pieces: Sequence[Piece], parts: Mapping[str, torch.Tensor]) -> int:
+    def read_into(self, pieces: Sequence[Piece], parts: Mapping[str, torch.Tensor], priority: int = 0) -> int:
         """Read `pieces` (of one expert) into `parts`, one contiguous CPU tensor per part of a slot.
 
-        Returns the bytes of the checkpoint that were read. On an error the parts' content is undefined.
+        Returns the bytes of the checkpoint that were read. On an error the parts' content is undefined. Of several
+        calls at once, those of a lower `priority` get the disk first (where reads are direct).
 
         Raises:
             ReadError: the read failed, the file ended early, or the reader is closed.
@@ -110,13 +121,18 @@ class Reader:
             self._reading += 1
         try:
             total = 0
-            for run in runs(segments_of(pieces, parts), self._scratch):
-                nbytes = sum(segment.nbytes for segment in run)
+            for batch in batches(segments_of(pieces, parts), self._scratch):
+                nbytes = sum(segment.nbytes for run in batch for segment in run)
                 if self._throttle is not None:
                     self._throttle.take(nbytes)
-                self._read(run)
-                for segment in run:
-                    finish(segment, parts)
+                if self.kind == "direct":
+                    self._crew.run([chunk for run in batch for chunk in self._chunks(run)], priority)
+                else:
+                    for run in batch:
+                        self._read(run)
+                for run in batch:
+                    for segment in run:
+                        finish(segment, parts)
                 total += nbytes
             return total
         finally:
@@ -130,6 +146,7 @@ class Reader:
             self._closed = True
             self._idle.wait_for(lambda: self._reading == 0)
             files, self._files = self._files, {}
+        self._crew.close()
         for descriptor in files.values():
             os.close(descriptor)
 
@@ -146,9 +163,8 @@ class Reader:
 
     def _open(self, files: Mapping[Path, FileStamp]) -> None:
         """Open every file, in the way `kind` needs; `kind` may become "advised"."""
-        tried: set[int] = set()
-        for file in files if self.kind == "direct" else ():
-            refusal = _direct_refusal(file, tried)
+        for file in _one_each(files) if self.kind == "direct" else ():
+            refusal = _direct_refusal(file)
             if refusal is not None:
                 self.kind = "advised"
                 self.notice = (
@@ -157,6 +173,8 @@ class Reader:
                 )
                 _log.warning("%s", self.notice)
                 break
+        if self.kind == "direct" and all(_reads_blocks_of(file, SMALL_BLOCK) for file in _one_each(files)):
+            self._block = SMALL_BLOCK
         flags = os.O_RDONLY | (os.O_DIRECT if self.kind == "direct" else 0)
         for file, stamp in files.items():
             try:
@@ -189,20 +207,21 @@ class Reader:
         buffer: Bytes | None = getattr(self._local, "staging", None)
         if buffer is None:
             # Anonymous maps start at a page.
-            buffer = self._local.staging = np.frombuffer(mmap.mmap(-1, CHUNK_BYTES), dtype=np.uint8)
+            buffer = self._local.staging = np.frombuffer(mmap.mmap(-1, STAGING_BYTES), dtype=np.uint8)
         return buffer
 
-    def _read(self, run: Sequence[Segment]) -> None:
-        """Read adjoining segments of one file."""
+    def _descriptor(self, run: Sequence[Segment]) -> int:
         descriptor = self._files.get(run[0].file)
         if descriptor is None:
             raise ReadError(
                 f"{run[0].file} is not among the files this reader was opened on, so {_tensors(run)} cannot be "
                 "read; load the model again."
             )
-        if self.kind == "direct":
-            self._read_direct(run, descriptor)
-            return
+        return descriptor
+
+    def _read(self, run: Sequence[Segment]) -> None:
+        """Read adjoining segments of one file through the page cache."""
+        descriptor = self._descriptor(run)
         self._read_buffered(run, descriptor)
         if self.kind == "advised":
             first, last = align_down(run[0].offset), align_up(run[-1].offset + run[-1].nbytes)
@@ -216,16 +235,35 @@ class Reader:
             if got == 0:
                 raise _ended(run, descriptor, offset)
             offset += got
-            while buffers and got >= buffers[0].size:
-                got -= buffers.pop(0).size
-            if got:
-                buffers[0] = buffers[0][got:]
+            _drop(buffers, got)
 
-    def _read_direct(self, run: Sequence[Segment], descriptor: int) -> None:
-        """Fill the run's memory in aligned chunks by way of the staging buffer."""
-        staging = self._staging()
-        offset, end, buffers = run[0].offset, run[-1].offset + run[-1].nbytes, _buffers(run)
+    def _chunks(self, run: Sequence[Segment]) -> Iterator[Callable[[], None]]:
+        """The run's O_DIRECT reads, of about the same size, which start at a block but for the first."""
+        descriptor, buffers = self._descriptor(run), _buffers(run)
+        start, end = run[0].offset, run[-1].offset + run[-1].nbytes
+        step = align_up(-(-(end - start) // -(-(end - start) // CHUNK_BYTES)))
+        while start < end:
+            stop = min(align_down(start) + step, end)
+            if end - stop < ALIGNMENT:  # no read of its own for a few bytes
+                stop = end
+            yield partial(self._read_direct, run, descriptor, start, stop, _first(buffers, stop - start))
+            _drop(buffers, stop - start)
+            start = stop
+
+    def _read_direct(
+        self, run: Sequence[Segment], descriptor: int, offset: int, end: int, buffers: list[Bytes]
+    ) -> None:
+        """Fill `buffers` with the file's bytes from `offset` to `end`."""
         while offset < end:
+            straight = self._straight(offset, buffers)
+            if straight:
+                got = self._once(run, descriptor, straight, offset)
+                if got == 0:
+                    raise _ended(run, descriptor, offset)
+                _drop(buffers, got)
+                offset += got
+                continue
+            staging = self._staging()
             base = align_down(offset)
             length = min(align_up(end) - base, staging.size)
             # A short read may end anywhere; the next one must start at a block again, so take what is there.
@@ -233,13 +271,27 @@ class Reader:
             if base + got <= offset:
                 raise _ended(run, descriptor, offset)
             fresh = staging[offset - base : min(got, end - base)]
-            offset += fresh.size
-            while fresh.size:
-                size = min(buffers[0].size, fresh.size)
-                np.copyto(buffers[0][:size], fresh[:size])  # releases the interpreter lock, unlike memoryview
-                fresh, buffers[0] = fresh[size:], buffers[0][size:]
-                if not buffers[0].size:
-                    buffers.pop(0)
+            taken = 0
+            for part in _first(buffers, fresh.size):
+                # Releases the interpreter lock, unlike memoryview.
+                np.copyto(part, fresh[taken : taken + part.size])
+                taken += part.size
+            _drop(buffers, taken)
+            offset += taken
+
+    def _straight(self, offset: int, buffers: Sequence[Bytes]) -> list[Bytes]:
+        """Those buffers, from the first on, that O_DIRECT can fill itself from `offset` on; the last may be cut."""
+        found: list[Bytes] = []
+        if offset % self._block:
+            return found
+        for buffer in buffers:
+            size = buffer.size - buffer.size % self._block
+            if not size or buffer.ctypes.data % self._block:
+                break
+            found.append(buffer if size == buffer.size else buffer[:size])
+            if size < buffer.size:
+                break
+        return found
 
     def _once(self, run: Sequence[Segment], descriptor: int, buffers: Sequence[Bytes], offset: int) -> int:
         """One preadv, again where a signal interrupted it."""
@@ -258,6 +310,25 @@ class Reader:
 
 def _buffers(run: Sequence[Segment]) -> list[Bytes]:
     return [segment.memory for segment in run if segment.memory is not None]
+
+
+def _first(buffers: Sequence[Bytes], nbytes: int) -> list[Bytes]:
+    """The first `nbytes` of the buffers."""
+    found: list[Bytes] = []
+    for buffer in buffers:
+        if nbytes <= 0:
+            break
+        found.append(buffer[:nbytes])
+        nbytes -= buffer.size
+    return found
+
+
+def _drop(buffers: list[Bytes], nbytes: int) -> None:
+    """Take the first `nbytes` away."""
+    while buffers and nbytes >= buffers[0].size:
+        nbytes -= buffers.pop(0).size
+    if nbytes:
+        buffers[0] = buffers[0][nbytes:]
 
 
 def _tensors(run: Sequence[Segment]) -> str:
@@ -279,31 +350,48 @@ def _ended(run: Sequence[Segment], descriptor: int, offset: int) -> ReadError:
 
 def staging_nbytes(kind: ReaderKind, pieces: Sequence[Piece]) -> int:
     """Bytes that each reading thread needs beside the slots to read such an expert."""
-    return gather_nbytes(pieces) + (CHUNK_BYTES if kind == "direct" else 0)
+    return gather_nbytes(pieces) + (STAGING_BYTES if kind == "direct" else 0)
 
 
-def _direct_refusal(file: Path, tried: set[int]) -> str | None:
-    """Why the file system of `file` refuses O_DIRECT; None where it does not, or was asked before.
+def _one_each(files: Iterable[Path]) -> list[Path]:
+    """A file of each file system. What is missing is reported where it is opened."""
+    found: dict[int, Path] = {}
+    for file in files:
+        try:
+            found.setdefault(file.stat().st_dev, file)
+        except OSError:
+            continue
+    return list(found.values())
+
+
+def _direct_refusal(file: Path) -> str | None:
+    """Why the file system of `file` refuses O_DIRECT; None where it does not.
 
     Any other fault is reported where the file is opened or read.
     """
     try:
-        device = file.stat().st_dev
-        if device in tried:
-            return None
-        tried.add(device)
-        descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-            return error.strerror
-        return None
-    try:
-        os.preadv(descriptor, [mmap.mmap(-1, ALIGNMENT)], 0)
+        _read_block(file, ALIGNMENT)
     except OSError as error:
         return error.strerror if error.errno in (errno.EINVAL, errno.EOPNOTSUPP) else None
+    return None
+
+
+def _reads_blocks_of(file: Path, block: int) -> bool:
+    """Whether O_DIRECT reads blocks of this size, at such places of the file into such places of memory."""
+    try:
+        _read_block(file, block)
+    except OSError:
+        return False
+    return True
+
+
+def _read_block(file: Path, block: int) -> None:
+    """Read the second block of a file into the second of some memory."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    try:
+        os.preadv(descriptor, [memoryview(mmap.mmap(-1, 2 * block))[block:]], block)
     finally:
         os.close(descriptor)
-    return None
 
 
 class _Throttle:

@@ -74,34 +74,39 @@ def gather_nbytes(pieces: Sequence[Piece]) -> int:
     return min(sum(sizes), max(GATHER_BYTES, *sizes, 0))
 
 
-def runs(segments: Sequence[Segment], scratch: Callable[[int], Bytes]) -> Iterator[list[Segment]]:
-    """Segments that adjoin in one file, together; those without memory of their own are given some.
+def batches(segments: Sequence[Segment], scratch: Callable[[int], Bytes]) -> Iterator[list[list[Segment]]]:
+    """Runs of segments that adjoin in one file; those without memory of their own are given some.
 
-    A run's scratch memory is reused by the next, so each run is finished before the next is asked for.
+    The runs of a batch may be read at once. Scratch memory is reused by the next batch, so each batch is finished
+    before the next is asked for.
     """
-    run: list[Segment] = []
+    batch: list[list[Segment]] = []
     gathered = 0
     for segment in segments:
         size = 0 if segment.memory is not None else align_up(segment.nbytes)
-        adjoins = run and run[-1].file == segment.file and run[-1].offset + run[-1].nbytes == segment.offset
-        if run and (not adjoins or gathered + size > GATHER_BYTES):
-            yield _with_memory(run, gathered, scratch)
-            run, gathered = [], 0
-        run.append(segment)
+        if gathered and gathered + size > GATHER_BYTES:
+            yield _with_memory(batch, gathered, scratch)
+            batch, gathered = [], 0
+        last = batch[-1][-1] if batch else None
+        if last is not None and last.file == segment.file and last.offset + last.nbytes == segment.offset:
+            batch[-1].append(segment)
+        else:
+            batch.append([segment])
         gathered += size
-    if run:
-        yield _with_memory(run, gathered, scratch)
+    if batch:
+        yield _with_memory(batch, gathered, scratch)
 
 
-def _with_memory(run: list[Segment], nbytes: int, scratch: Callable[[int], Bytes]) -> list[Segment]:
-    """The run, with scratch memory for the segments that have none, each at an aligned place."""
+def _with_memory(batch: list[list[Segment]], nbytes: int, scratch: Callable[[int], Bytes]) -> list[list[Segment]]:
+    """The batch, with scratch memory for the segments that have none, each at an aligned place."""
     memory = scratch(nbytes) if nbytes else None
     at = 0
-    for segment in run:
-        if segment.memory is None and memory is not None:
-            segment.memory = memory[at : at + segment.nbytes]
-            at += align_up(segment.nbytes)
-    return run
+    for run in batch:
+        for segment in run:
+            if segment.memory is None and memory is not None:
+                segment.memory = memory[at : at + segment.nbytes]
+                at += align_up(segment.nbytes)
+    return batch
 
 
 def finish(segment: Segment, parts: Mapping[str, torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from emoe.errors import UsageError
-from emoe.residency.budget import LayerNeed, align_up
+from emoe.residency.budget import LayerNeed, padded
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one element of the dtypes that models run in."""
@@ -113,7 +113,7 @@ def layer_needs(facts: Facts) -> list[LayerNeed]:
             layer=layer.layer,
             experts=layer.experts,
             top_k=min(facts.top_k, layer.experts),
-            slot_nbytes=sum(align_up(part) for part in layer.part_nbytes),
+            slot_nbytes=sum(padded(layer.part_nbytes)),
             group=groups.setdefault(layer.part_nbytes, len(groups)),
         )
         for layer in facts.expert_layers

@@ -18,8 +18,9 @@ IMPORT_BYTES = 334 << 20
 RUNTIME_BYTES = 40 << 20
 """What loading and the first passes add for good, whatever the model: thread pools, compiled kernels, late imports."""
 
-READ_BUFFER_BYTES = 4 * (1 << 20)
-"""A buffer of checkpoint.readers.CHUNK_BYTES for each of the loader threads of O_DIRECT (model.bind)."""
+READ_BUFFER_BYTES = (4 + 7) * ((1 << 20) + 8192)
+"""A buffer of checkpoint.readers.STAGING_BYTES for each of the loader threads of O_DIRECT (model.bind) and of those
+that help them (readers.DIRECT_DEPTH)."""
 
 COMBINE_TOKENS = 128
 """Tokens whose expert outputs are added at once (emoe.kernels.experts.COMBINE_TOKENS)."""

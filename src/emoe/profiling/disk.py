@@ -36,8 +36,8 @@ class DirectRate:
 def best_direct(files: Sequence[Path], seconds: float, seed: int = 0) -> DirectRate | None:
     """The fastest way of THREADS x BLOCKS, by the median of ROUNDS; None where a file system has no O_DIRECT.
 
-    Every read starts at a place of its own, drawn at random from all files, so that nothing below (a controller's
-    memory, a host's page cache) has just read it.
+    Blocks are read one after another, from a place of each try's own, so that nothing below (a controller's memory, a
+    host's page cache) has just read them.
 
     Raises:
         ReadError: a file cannot be opened or read.
@@ -162,7 +162,8 @@ def _rate(
 
 
 class _Places:
-    """Blocks of all files in an order drawn at random, again and again; threads share it under a lock."""
+    """Blocks of all files one after another, again and again, from a place drawn at random; threads share it under a
+    lock."""
 
     def __init__(self, opened: Sequence[tuple[int, int]], block: int, draw: random.Random) -> None:
         self._all = [
@@ -170,10 +171,8 @@ class _Places:
             for descriptor, size in opened
             for offset in range(0, max(size - size % ALIGNMENT, 1), block)
         ]
-        self._draw = draw
-        self._left: list[tuple[int, int]] = []
+        self._at = draw.randrange(len(self._all))
 
     def __next__(self) -> tuple[int, int]:
-        if not self._left:
-            self._left = self._draw.sample(self._all, len(self._all))
-        return self._left.pop()
+        self._at = (self._at + 1) % len(self._all)
+        return self._all[self._at]

@@ -8,7 +8,7 @@ import torch
 
 from emoe.checkpoint.index import PartSpec
 from emoe.errors import BudgetError
-from emoe.residency.budget import align_up
+from emoe.residency.budget import padded
 from emoe.residency.devices import Device
 
 
@@ -29,8 +29,8 @@ def part_nbytes(part: PartSpec) -> int:
 
 
 def slot_nbytes(parts: Sequence[PartSpec]) -> int:
-    """Return the bytes of one slot: every part aligned to a cache line."""
-    return sum(align_up(part_nbytes(part)) for part in parts)
+    """Return the bytes of one slot: every part aligned (`emoe.residency.budget.padded`)."""
+    return sum(padded([part_nbytes(part) for part in parts]))
 
 
 class Bank:
@@ -64,8 +64,8 @@ def carve(memory: torch.Tensor, parts: Sequence[PartSpec]) -> dict[str, torch.Te
     """Return one expert's parts as views of the start of `memory` (uint8, aligned)."""
     views = {}
     offset = 0
-    for part in parts:
-        nbytes = part_nbytes(part)
+    sizes = [part_nbytes(part) for part in parts]
+    for part, nbytes, taken in zip(parts, sizes, padded(sizes), strict=True):
         views[part.name] = memory[offset : offset + nbytes].view(torch_dtype(part.dtype)).view(part.shape)
-        offset += align_up(nbytes)
+        offset += taken
     return views

@@ -13,6 +13,12 @@ from emoe.errors import BudgetError
 SLOT_ALIGN_BYTES = 64
 """Every part of a slot starts on a cache line: the kernels' vector path then never depends on which slot is used."""
 
+DIRECT_ALIGN_BYTES = 512
+"""Where O_DIRECT can write, so that an expert needs no copy (emoe.checkpoint.readers.SMALL_BLOCK)."""
+
+DIRECT_PART_BYTES = 64 << 10
+"""Experts with a part of this size are aligned for O_DIRECT: it costs them less than a hundredth."""
+
 
 MAX_LANE = 4
 """Slots kept for experts that pass through: as many as loads are in flight."""
@@ -21,6 +27,12 @@ MAX_LANE = 4
 def align_up(nbytes: int, to: int = SLOT_ALIGN_BYTES) -> int:
     """Return `nbytes` rounded up to a multiple of `to`."""
     return -(-nbytes // to) * to
+
+
+def padded(part_nbytes: Sequence[int]) -> list[int]:
+    """Return what each part of a slot takes, so that the next starts where it may."""
+    to = DIRECT_ALIGN_BYTES if max(part_nbytes, default=0) >= DIRECT_PART_BYTES else SLOT_ALIGN_BYTES
+    return [align_up(nbytes, to) for nbytes in part_nbytes]
 
 
 @dataclass(frozen=True, slots=True)

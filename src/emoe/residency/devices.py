@@ -16,7 +16,7 @@ from typing import Protocol, cast
 import torch
 
 from emoe.errors import BudgetError, UnsupportedModelError
-from emoe.residency.budget import SLOT_ALIGN_BYTES
+from emoe.residency.budget import DIRECT_ALIGN_BYTES
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Device(Protocol):
         ...
 
 
-def aligned(nbytes: int, device: torch.device, what: str, to: int = SLOT_ALIGN_BYTES) -> torch.Tensor:
+def aligned(nbytes: int, device: torch.device, what: str, to: int = DIRECT_ALIGN_BYTES) -> torch.Tensor:
     """`nbytes` of uint8 memory that starts at a multiple of `to`.
 
     Raises:

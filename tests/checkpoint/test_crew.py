@@ -1,0 +1,113 @@
+"""A crew runs everybody's tasks, some at a time, and lets none outlive its call."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from emoe.checkpoint.crew import Crew
+
+
+@pytest.fixture
+def crew() -> Iterator[Crew]:
+    made = Crew(4, "test-crew")
+    yield made
+    made.close()
+
+
+def test_every_task_runs_once_and_some_at_a_time(crew: Crew) -> None:
+    lock = threading.Lock()
+    done: list[int] = []
+    under_way = most = 0
+
+    def task(number: int) -> None:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.001)
+        with lock:
+            under_way -= 1
+            done.append(number)
+
+    def call(start: int) -> None:
+        crew.run([lambda n=n: task(n) for n in range(start, start + 20)])  # type: ignore[misc]
+
+    callers = [threading.Thread(target=call, args=(20 * i,)) for i in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert sorted(done) == list(range(60))
+    assert 1 < most <= 3 + 3  # helpers, and each caller with a task of its own
+
+
+def test_one_task_is_run_by_its_caller_and_starts_no_thread(crew: Crew) -> None:
+    ran: list[str] = []
+    crew.run([lambda: ran.append(threading.current_thread().name)])
+    crew.run([])
+    assert ran == [threading.current_thread().name]
+    assert not any(thread.name.startswith("test-crew") for thread in threading.enumerate())
+
+
+def test_the_first_failing_task_is_told_when_none_runs_any_more(crew: Crew) -> None:
+    ended: list[int] = []
+
+    def task(number: int) -> None:
+        time.sleep(0.002 * (4 - number % 4))
+        ended.append(number)
+        if number in (1, 2):
+            raise ValueError(str(number))
+
+    with pytest.raises(ValueError, match="1"):
+        crew.run([lambda n=n: task(n) for n in range(30)])  # type: ignore[misc]
+    count = len(ended)
+    time.sleep(0.02)
+    assert len(ended) == count < 30
+    crew.run([lambda: ended.append(99)] * 2)
+    assert ended[-1] == 99
+
+
+def test_what_is_urgent_goes_first() -> None:
+    crew = Crew(2, "urgent")  # one helper
+    gate, begun = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def first() -> None:
+        begun.set()
+        assert gate.wait(5)
+
+    callers = [threading.Thread(target=crew.run, args=([first, first],))]
+    callers[0].start()
+    assert begun.wait(5)
+
+    def queued(name: str, priority: int) -> threading.Thread:
+        stuck = threading.Event()
+
+        def own() -> None:  # keeps the caller from the rest of its tasks
+            stuck.set()
+            assert gate.wait(5)
+            time.sleep(0.05)
+
+        caller = threading.Thread(target=crew.run, args=([own, lambda: order.append(name)], priority))
+        caller.start()
+        assert stuck.wait(5)
+        return caller
+
+    callers += [queued("later", 2), queued("now", 0)]
+    gate.set()
+    for caller in callers:
+        caller.join()
+    crew.close()
+    assert order == ["now", "later"]
+
+
+def test_closing_ends_the_threads() -> None:
+    crew = Crew(3, "closing")
+    crew.run([lambda: None] * 4)
+    crew.close()
+    crew.close()
+    assert not any(thread.name.startswith("closing") for thread in threading.enumerate())
