@@ -99,6 +99,7 @@ class ScriptedEngine:
         self.failure: EmoeError | None = None
         self.mode: Mode = "exact"
         self.lossy = False
+        self.expert_dtype = "native"
         self.scheduler_name = "fifo"
         self.layers = 6
         self.max_context = 1024

@@ -56,7 +56,7 @@ def test_what_is_read_from_the_engine() -> None:
     assert found[("emoe:rerouted_tokens_total", "task=qa")] == 2
     assert found[("emoe:rerouted_token_ratio",)] == 0.25
     info = next(name for name in found if name[0] == "emoe:info")
-    assert {"lossy=false", "mode=exact", "scheduler=fifo"} < set(info) and found[info] == 1
+    assert {"lossy=false", "mode=exact", "expert_dtype=native", "scheduler=fifo"} < set(info) and found[info] == 1
 
 
 def test_nothing_has_happened_yet() -> None:

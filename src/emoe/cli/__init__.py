@@ -7,6 +7,7 @@
     emoe demo                            the embedded model with all, and with 40 % of its experts
     emoe serve MODEL                     OpenAI's API over it
     emoe profile MODEL --prompts FILE    learn its habits, once
+    emoe quantise MODEL                  int8 or int4 experts, made once (lossy)
     emoe simulate TRACE                  what each policy would have loaded, beside the best possible
     emoe bench decode                    measure
 
@@ -23,14 +24,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import emoe
-from emoe.cli import bench, chat, demo, generate, inspect, plan, profile, serve, simulate
+from emoe.cli import bench, chat, demo, generate, inspect, plan, profile, quantise, serve, simulate
 from emoe.cli.output import note
 from emoe.errors import EmoeError, UsageError
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
-_COMMANDS = (plan, generate, chat, inspect, demo, serve, profile, simulate, bench)
+_COMMANDS = (plan, generate, chat, inspect, demo, serve, profile, quantise, simulate, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Converse until /quit, the end of input or two Ctrl-C."""
     options = sampling(args)
     refuse_settings(args)
-    refuse_early(args.model, args.expert_memory)
+    refuse_early(args.model, args.expert_memory, args.expert_dtype)
     from emoe.cli.session import announce, open_session
 
     with open_session(args) as session:

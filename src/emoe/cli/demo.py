@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.cli.options import add_command, add_json, add_model, expert_memory, positive
 from emoe.cli.output import note, print_json, table
 from emoe.config import ExpertMemory, Mode, format_bytes
@@ -180,6 +181,8 @@ def _run_prompt(
 
 # What the demo does not let one choose.
 _LOADING: dict[str, Any] = {
+    "expert_dtype": NATIVE,
+    "expert_cache": None,
     "replan_prompts": 1,
     "profile": None,
     "predictor": None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from emoe import nano
+from emoe.checkpoint.codecs.formats import NATIVE, codec_of
 from emoe.checkpoint.headers import read_headers
 from emoe.checkpoint.source import resolve
 from emoe.config import ExpertMemory
@@ -15,7 +16,7 @@ from emoe.policies.foresight import Foresight
 from emoe.residency.budget import plan_slots
 
 
-def refuse_early(model: str | None, expert_memory: ExpertMemory | None) -> None:
+def refuse_early(model: str | None, expert_memory: ExpertMemory | None, expert_dtype: str = NATIVE) -> None:
     """Raise what loading would raise for damaged files or a budget below the floor.
 
     What takes more than headers to find out, and hub models, are left to loading.
@@ -23,7 +24,7 @@ def refuse_early(model: str | None, expert_memory: ExpertMemory | None) -> None:
     Raises:
         UsageError: there is no such folder.
         CheckpointError: files missing, truncated or malformed.
-        UnsupportedModelError: pickle files only.
+        UnsupportedModelError: pickle files only, or sizes that `expert_dtype` cannot take.
         BudgetError: `expert_memory` is below the floor.
     """
     if model is not None and is_hub_id(model):
@@ -31,7 +32,7 @@ def refuse_early(model: str | None, expert_memory: ExpertMemory | None) -> None:
     path = nano.path() if model is None else resolve(model)
     config, entries = read_config(path), read_headers(path)
     try:
-        facts = facts_from_headers(path, config, entries)
+        facts = facts_from_headers(path, config, entries, codec=codec_of(expert_dtype))
     except Unsure:
         return
     plan_slots(expert_memory, layer_needs(facts))

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = _prompt(args)
     options = sampling(args)
     refuse_settings(args)
-    refuse_early(args.model, args.expert_memory)
+    refuse_early(args.model, args.expert_memory, args.expert_dtype)
     from emoe.cli.session import announce, figures, open_session, warn_if_lossy
 
     with open_session(args) as session:

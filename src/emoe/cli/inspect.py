@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emoe.checkpoint.codecs.formats import NATIVE, codec_of
 from emoe.cli.early import refuse_early
-from emoe.cli.options import READERS, add_command, add_json, add_model, expert_memory
-from emoe.cli.output import print_json, table
+from emoe.cli.options import READERS, add_command, add_expert_dtype, add_json, add_model, expert_memory
+from emoe.cli.output import lossy_experts, print_json, table
 from emoe.config import ExpertMemory, format_bytes
 from emoe.errors import UsageError
 
 if TYPE_CHECKING:
+    from emoe.checkpoint.codecs.formats import ExpertCodec
     from emoe.checkpoint.index import ExpertIndex, LayerIndex
     from emoe.residency.budget import SlotPlan
 
@@ -30,6 +33,7 @@ def add_parser(commands: Any) -> None:
         metavar="SIZE",
         help="the budget to show residency and reader for (default: 40%%)",
     )
+    add_expert_dtype(parser)
     parser.add_argument("--reader", choices=READERS, default="auto", help="ask for a way of reading")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add_json(parser)
@@ -39,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the index, or the pieces of some experts."""
     if args.expert is not None and args.layer is None:
         raise UsageError("--expert needs --layer: an expert is (layer, expert)")
-    refuse_early(args.model, args.expert_memory)
+    refuse_early(args.model, args.expert_memory, args.expert_dtype)
     from emoe import nano
     from emoe.checkpoint.index import build_index, skeleton
     from emoe.checkpoint.readers import choose_reader
@@ -50,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     path = nano.path() if args.model is None else resolve(args.model, revision=args.revision)
     config, model = skeleton(path, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     index = build_index(path, model)
+    codec = codec_of(args.expert_dtype)
+    if codec is not None:
+        index = _made(index, codec, args)
     if args.layer is not None:
         pieces = _pieces(index, args.layer, args.expert)
         if args.json:
@@ -65,6 +72,23 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(_text(facts))
     return 0
+
+
+def _made(index: ExpertIndex, codec: ExpertCodec, args: argparse.Namespace) -> ExpertIndex:
+    """The experts as the codec stores them, where that has been done: inspecting writes nothing."""
+    from emoe.checkpoint.codecs.cache import cache_name, find_cache, places
+    from emoe.checkpoint.codecs.store import open_cache
+    from emoe.checkpoint.fingerprint import fingerprint
+
+    cache = None if args.expert_cache is None else Path(args.expert_cache)
+    name = cache_name(codec.name, fingerprint(index.path))
+    found = find_cache(places(index.path, cache, beside=True), name)
+    if found is None:
+        raise UsageError(
+            f"{index.path} has no {codec.name} experts yet: make them with `emoe quantise {args.model or ''} "
+            f"--expert-dtype {codec.name}`, or ask `emoe plan` for their sizes"
+        )
+    return open_cache(found, index, codec)
 
 
 def _layer(index: ExpertIndex, number: int) -> LayerIndex:
@@ -151,6 +175,7 @@ def _facts(
         "model_type": model_type,
         "files": {path.name: stamp.nbytes for path, stamp in index.files.items()},
         "dense_bytes": index.dense_nbytes,
+        "expert_dtype": index.expert_dtype,
         "expert_bytes": index.total_expert_nbytes,
         "experts": sum(layer.num_experts for layer in index.layers),
         "expert_memory": str(memory),
@@ -191,6 +216,8 @@ def _text(facts: dict[str, Any]) -> str:
         f"  {len(facts['files'])} file(s), {size(stored)}: {size(facts['dense_bytes'])} dense and "
         f"{size(facts['expert_bytes'])} in {facts['experts']} experts when loaded",
     ]
+    if facts["expert_dtype"] != NATIVE:
+        lines.append(f"  LOSSY: {lossy_experts(facts['expert_dtype'])}")
     for (experts, nbytes, layout, direct, parts), count in alike.items():
         how = "read straight into place" if direct else "rearranged while it is read"
         lines.append(f"  {count} layers x {experts} experts of {size(nbytes)}: {layout}, {how}")

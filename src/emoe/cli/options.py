@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from emoe.checkpoint.codecs.formats import EXPERT_DTYPES, NATIVE
 from emoe.config import LAYER_SPLITS, MODES, PREFETCHES, ExpertMemory, parse_bytes
 from emoe.errors import UsageError
 
@@ -35,6 +36,23 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="what the weights run in (default: as stored)")
 
 
+def add_expert_dtype(parser: argparse.ArgumentParser, *, cache: bool = True) -> None:
+    """The form experts are kept in, and (with `cache`) where."""
+    parser.add_argument(
+        "--expert-dtype",
+        choices=EXPERT_DTYPES,
+        default=NATIVE,
+        help="what experts are stored, read and computed as; int8 and int4 are lossy, and made once "
+        "(default: native, as the model has them)",
+    )
+    if cache:
+        parser.add_argument(
+            "--expert-cache",
+            metavar="DIR",
+            help="the folder that keeps int8 and int4 experts (default: .emoe in the model's, or the user's cache)",
+        )
+
+
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """How a model is loaded."""
     parser.add_argument(
@@ -43,6 +61,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory for experts: 8GiB, 512MB, 40%% of them or 12/layer (default: all of them)",
     )
+    add_expert_dtype(parser)
     parser.add_argument(
         "--mode",
         choices=MODES,

@@ -37,6 +37,11 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), indent: s
     return "\n".join(f"{indent}{line}".rstrip() for line in lines)
 
 
+def lossy_experts(expert_dtype: str) -> str:
+    """What storing experts as `expert_dtype` means for the text."""
+    return f"experts are stored and computed as {expert_dtype}, so the text can differ from the full model's"
+
+
 class ProgressLine:
     """Bytes, rate and remaining time on stderr; call it with (bytes done, bytes in all)."""
 

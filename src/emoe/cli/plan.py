@@ -6,8 +6,8 @@ import argparse
 import time
 from typing import Any
 
-from emoe.cli.options import add_command, add_json, add_model, expert_memory, positive, size
-from emoe.cli.output import print_json, table
+from emoe.cli.options import add_command, add_expert_dtype, add_json, add_model, expert_memory, positive, size
+from emoe.cli.output import lossy_experts, print_json, table
 from emoe.config import format_bytes
 from emoe.errors import BudgetError
 from emoe.planner import Plan, plan, verdict
@@ -29,6 +29,7 @@ def add_parser(commands: Any) -> None:
         metavar="SIZE",
         help="give the experts this much instead of what is left",
     )
+    add_expert_dtype(parser, cache=False)
     parser.add_argument(
         "-c",
         "--context",
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         batch=args.batch,
         prompt=args.prompt_tokens,
         dtype=None if args.dtype == "auto" else args.dtype,
+        expert_dtype=args.expert_dtype,
         revision=args.revision,
     )
     seconds = time.perf_counter() - start
@@ -88,7 +90,7 @@ def plan_text(made: Plan) -> str:
         rows.append(("in all", size(made.total_bytes), _of_memory(made)))
     lines = [
         f"{made.model} ({made.model_type}, {made.dtype}): {size(made.checkpoint_bytes)} at rest",
-        f"  all {made.experts} experts: {size(made.expert_bytes)}  ({many}, {made.top_k} per token)",
+        f"  all {made.experts} experts: {size(made.expert_bytes)}  ({many}, {made.top_k} per token){stored_as(made)}",
         f"  smallest that works: {size(made.smallest_bytes)} "
         f"(experts: {size(made.floor_bytes)}, one token's of one layer)",
         "",
@@ -97,9 +99,21 @@ def plan_text(made: Plan) -> str:
         verdict(made),
     ]
     if made.fit == "some" and made.expert_memory is None:
-        lines.append(f"  emoe generate {made.model} --expert-memory {_argument(made.budget_bytes)} -p ...")
+        form = f" --expert-dtype {made.expert_dtype}" if made.lossy else ""
+        lines.append(f"  emoe generate {made.model} --expert-memory {_argument(made.budget_bytes)}{form} -p ...")
+    if made.lossy:
+        lines.append(f"LOSSY: {lossy_experts(made.expert_dtype)}")
     lines.extend(f"note: {text}" for text in made.assumed)
     return "\n".join(lines)
+
+
+def stored_as(made: Plan) -> str:
+    """What experts of another form than the model's own would be natively; nothing for native ones."""
+    if not made.lossy:
+        return ""
+    share = made.expert_bytes / made.native_expert_bytes
+    native = format_bytes(made.native_expert_bytes)
+    return f", as {made.expert_dtype}: {share:.0%} of the {native} in {made.dtype}; every share below is of these"
 
 
 def _argument(nbytes: int) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from emoe.cli.early import refuse_early
-from emoe.cli.options import READERS, add_command, add_json, add_model, expert_memory, positive
+from emoe.cli.options import READERS, add_command, add_expert_dtype, add_json, add_model, expert_memory, positive
 from emoe.cli.output import REDRAW_S, REPORT_S, clock, print_json, table
 from emoe.errors import UsageError
 
@@ -74,6 +74,7 @@ def add_parser(commands: Any) -> None:
         metavar="SIZE",
         help="memory for experts meanwhile (default: all of them)",
     )
+    add_expert_dtype(parser)
     parser.add_argument("--reader", choices=READERS, default="auto", help="how experts are read from disk")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument(
@@ -85,7 +86,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make the profile. What can be refused is refused before the model is loaded."""
     start = time.monotonic()
-    refuse_early(args.model, args.expert_memory)
+    refuse_early(args.model, args.expert_memory, args.expert_dtype)
     from emoe.profiling.plot import check_plot, plot_sensitivity
     from emoe.profiling.prompts import first_of_each, read_prompts
     from emoe.profiling.settings import QUICK_PROMPTS, ProfileSettings, check_out, check_settings
@@ -144,6 +145,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     bars_on_terminals_only()
     choose_threads(args.threads, args.model)
     options: dict[str, Any] = {"expert_memory": args.expert_memory, "reader": args.reader, "dtype": args.dtype}
+    options |= {"expert_dtype": args.expert_dtype, "expert_cache": args.expert_cache}
+    options["quantise_progress"] = ProgressLine("quantising experts")
     if args.revision is not None:
         options["revision"] = args.revision
     if args.trust_remote_code:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from emoe import nano
+from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.checkpoint.memory_room import memory_room
 from emoe.cli.early import refuse_early, refuse_settings
 from emoe.cli.layers import Layers
 from emoe.cli.options import add_command
-from emoe.cli.output import note, print_json, table
+from emoe.cli.output import lossy_experts, note, print_json, table
+from emoe.cli.plan import stored_as
 from emoe.cli.serve_options import add_options, in_seconds
 from emoe.config import format_bytes
 from emoe.engine.interface import EngineSettings, TaskTargets
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--json is for --dry-run")
     _default_profile(args)
     refuse_settings(args)
-    refuse_early(args.model, args.expert_memory)
+    refuse_early(args.model, args.expert_memory, args.expert_dtype)
     planned = _plan(args)
     if args.dry_run:
         if args.json:
@@ -79,7 +81,7 @@ def _default_profile(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> ServingPlan:
     dtype = None if args.dtype == "auto" else args.dtype
-    name, facts = facts_of(args.model, dtype=dtype, revision=args.revision)
+    name, facts = facts_of(args.model, dtype=dtype, expert_dtype=args.expert_dtype, revision=args.revision)
     room = None if args.memory is not None else memory_room(with_own=True)
     return plan_serving(
         facts,
@@ -104,7 +106,7 @@ def plan_text(planned: ServingPlan, name: str) -> str:
             "experts, resident",
             format_bytes(plan.resident_bytes),
             f"{plan.resident_experts} of {plan.experts} ({plan.resident_share:.0%}), all are "
-            f"{format_bytes(plan.expert_bytes)}",
+            f"{format_bytes(plan.expert_bytes)}{stored_as(plan)}",
         ),
         (
             "KV memory",
@@ -121,6 +123,8 @@ def plan_text(planned: ServingPlan, name: str) -> str:
         ("in all", format_bytes(plan.total_bytes), _of(plan.memory_bytes, plan.memory_source)),
     ]
     lines = [f"emoe serve {name} ({plan.model_type}, {plan.dtype})", table(rows, right=(1,))]
+    if plan.lossy:
+        lines.append(f"LOSSY: {lossy_experts(plan.expert_dtype)}")
     return "\n".join([*lines, *(f"note: {text}" for text in plan.assumed)])
 
 
@@ -180,6 +184,7 @@ def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
                 warn_if_lossy(stats)
                 note(
                     f"serving {_name(args)} at {address_of(bound)}/v1: mode {engine.mode}"
+                    f"{'' if engine.expert_dtype == NATIVE else f', {engine.expert_dtype} experts'}"
                     f"{' (LOSSY)' if engine.lossy else ''}, {format_bytes(stats['budget_bytes'])} for experts of "
                     f"{format_bytes(stats['total_expert_bytes'])}, KV {format_bytes(planned.kv_bytes)} for "
                     f"{planned.kv_tokens} tokens, scheduler {engine.scheduler_name}"

@@ -18,7 +18,8 @@ import transformers
 from transformers import StoppingCriteria, TextStreamer
 
 import emoe
-from emoe.cli.output import ProgressLine, note
+from emoe.checkpoint.codecs.formats import NATIVE
+from emoe.cli.output import ProgressLine, lossy_experts, note
 from emoe.config import format_bytes
 from emoe.errors import UsageError
 from emoe.model import close
@@ -202,6 +203,8 @@ def open_session(args: argparse.Namespace, **overrides: Any) -> Session:
     name = args.model or "emoe-nano"
     options: dict[str, Any] = {
         "expert_memory": args.expert_memory,
+        "expert_dtype": args.expert_dtype,
+        "expert_cache": args.expert_cache,
         "mode": args.mode,
         "replan_prompts": args.replan_prompts,
         "profile": args.profile,
@@ -215,6 +218,7 @@ def open_session(args: argparse.Namespace, **overrides: Any) -> Session:
         "task": args.task,
         "dtype": args.dtype,
         "progress": ProgressLine("reading experts"),
+        "quantise_progress": ProgressLine("quantising experts"),
     }
     if args.revision is not None:
         options["revision"] = args.revision
@@ -229,15 +233,17 @@ def announce(session: Session) -> None:
     s = session.stats
     note(
         f"{session.name}: {format_bytes(s['budget_bytes'])} for experts of "
-        f"{format_bytes(s['total_expert_bytes'])}, "
+        f"{format_bytes(s['total_expert_bytes'])}{'' if s['expert_dtype'] == NATIVE else ' as ' + s['expert_dtype']}, "
         f"{s['slots']} slots; reader {s['reader']}: {s['reader_reason']}"
     )
     warn_if_lossy(s)
 
 
 def warn_if_lossy(stats: dict[str, Any]) -> None:
-    """One line that no option silences."""
-    if stats["lossy"]:
+    """A line for each reason, that no option silences."""
+    if stats["expert_dtype"] != NATIVE:
+        note(f"LOSSY: {lossy_experts(stats['expert_dtype'])}{'' if stats['reroutes'] else '; routes are exact'}")
+    if stats["reroutes"]:
         where = " in layers where the task tolerates it" if stats["mode"] == "balanced" else ""
         note(
             f"LOSSY: in mode {stats['mode']!r} tokens go to resident experts instead of the chosen ones{where}, so the "
@@ -249,7 +255,7 @@ def figures(answer: Answer, stats: dict[str, Any]) -> str:
     """One line about an answer and the experts behind it."""
     rate = f"{answer.decode_tokens_per_s:.1f} tokens/s" if answer.decode_tokens_per_s else "one token"
     hits = "no routes" if stats["hit_rate"] is None else f"{stats['hit_rate']:.1%} hits"
-    rerouted = f", {stats['rerouted_share']:.1%} rerouted" if stats["lossy"] else ""
+    rerouted = f", {stats['rerouted_share']:.1%} rerouted" if stats["reroutes"] else ""
     if stats["prefetch"] is not None:
         ahead = stats["prefetch"]
         rerouted += f", {ahead['used']} of {ahead['issued']} prefetches used"

@@ -139,6 +139,7 @@ def load(
     trace: str | Path | None = None,
     task: str | None = None,
     progress: bool | Progress = False,
+    quantise_progress: bool | Progress | None = None,
     max_read_bytes_per_s: float | None = None,
     **kwargs: Any,
 ) -> Loaded:
@@ -178,8 +179,8 @@ def load(
             0.85). In mode "balanced" 0 reroutes every miss of the profile's tasks, and more than 1 none.
         trace: a file to record the routing to, written when the model is closed or collected.
         task: the label that the recorded prompts carry; `label_task` changes it between prompts.
-        progress: True for a progress bar, or a function called with (bytes done, bytes in all), first while experts
-            are quantised, if they are, then while resident ones are read.
+        progress: True for a progress bar, or a function called with (bytes done, bytes in all).
+        quantise_progress: the same while experts are quantised; None: as `progress`.
         max_read_bytes_per_s: slows the store down, to measure what a slower disk would do.
         **kwargs: go to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, token, ...).
 
@@ -217,7 +218,9 @@ def load(
     lane = mode != "exact"
     plan = plan_slots(memory, needs, lane=lane, shared_from=settings.shared_from, popularity=ahead.popularity())
     _check_rerouting(mode, plan, needs, empty, index)
-    stored = stored_experts(index, empty, codec, expert_cache, progress)
+    stored = stored_experts(
+        index, empty, codec, expert_cache, progress if quantise_progress is None else quantise_progress
+    )
     del empty
     finish_trace = None if trace is None else record_trace(runtime, stored, needs, Path(trace))
     kind, reason = choose_reader(

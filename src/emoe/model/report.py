@@ -22,11 +22,11 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         slots, hits, misses, hit_rate (None before the first route), loads, bytes_read (from disk), bytes_copied (to a
         device reached by copies), host (None without such a device: budget_bytes, floor_bytes, slots, resident_bytes,
         held_bytes (taken so far), pinned, notice (why not), hits, misses), devices, synchronisations (how often the
-        program stood still for a copy), load_wait_s, rerouted_tokens,
-        routed_tokens, rerouted_share, prompts, passes, mode, lossy, expert_dtype, reader, reader_reason, eviction,
-        layers (per layer: hits, misses, loads, bytes_read, rerouted_tokens, routed_tokens, experts, slots (its quota;
-        0: the layers share one pool), resident: the experts there now), predictor, predictions, plans, tasks, prefetch,
-        scorer (what looking ahead saved and cost in seconds, whether it is active, and why not; None: there is none).
+        program stood still for a copy), load_wait_s, rerouted_tokens, routed_tokens, rerouted_share, prompts, passes,
+        mode, lossy, reroutes (whether the mode can), expert_dtype, reader, reader_reason, eviction, layers (per layer:
+        hits, misses, loads, bytes_read, rerouted_tokens, routed_tokens, experts, slots (its quota; 0: the layers share
+        one pool), resident: the experts there now), predictor, predictions, plans, tasks, prefetch, scorer (what
+        looking ahead saved and cost in seconds, whether it is active, and why not; None: there is none).
 
     Raises:
         UsageError: the model was not made by `emoe.load`.
@@ -73,6 +73,7 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "mode": runtime.mode,
         "lossy": binding.lossy,
+        "reroutes": binding.ahead.lossy,
         "expert_dtype": binding.index.expert_dtype,
         "budget_bytes": plan.budget_bytes,
         "resident_bytes": resident,

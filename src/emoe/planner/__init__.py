@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from emoe.checkpoint.codecs.formats import NATIVE, ExpertCodec, codec_of
 from emoe.checkpoint.headers import TensorEntry, read_headers
 from emoe.checkpoint.memory_room import memory_room
 from emoe.checkpoint.source import resolve
@@ -32,6 +33,7 @@ def plan(
     batch: int = 1,
     prompt: int | None = None,
     dtype: str | None = None,
+    expert_dtype: str = NATIVE,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Plan:
@@ -45,6 +47,7 @@ def plan(
         batch: sequences at once.
         prompt: the longest prompt, read in one pass; None: the context.
         dtype: run in this dtype; None: the checkpoint's own.
+        expert_dtype: keep experts in this form: "native" (in that dtype), "int8" or "int4" (lossy).
         revision: branch, tag or commit of a hub model.
         token: for private hub models.
 
@@ -54,7 +57,7 @@ def plan(
         UnsupportedModelError: a model that emoe cannot run.
         BudgetError: `expert_memory` below the floor.
     """
-    name, facts = facts_of(model_id, dtype=dtype, revision=revision, token=token)
+    name, facts = facts_of(model_id, dtype=dtype, expert_dtype=expert_dtype, revision=revision, token=token)
     if memory is not None:
         allowed, source = parse_bytes(memory), "allowed"
     else:
@@ -76,34 +79,40 @@ def facts_of(
     model_id: str | Path | None = None,
     *,
     dtype: str | None = None,
+    expert_dtype: str = NATIVE,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> tuple[str, Facts]:
     """A model's name for people and its facts, from headers where they suffice, else from a dry run."""
+    codec = codec_of(expert_dtype)
     if model_id is None:
         from emoe import nano
 
-        return "emoe-nano", _local_facts(nano.path(), dtype)
+        return "emoe-nano", _local_facts(nano.path(), dtype, codec)
     if isinstance(model_id, str) and is_hub_id(model_id):
         path, config, entries = remote_checkpoint(model_id, revision=revision, token=token)
         if path is not None:
-            return model_id, _local_facts(path, dtype)
-        return model_id, _remote_facts(model_id, config, entries, dtype)
+            return model_id, _local_facts(path, dtype, codec)
+        return model_id, _remote_facts(model_id, config, entries, dtype, codec)
     path = resolve(model_id)
-    return str(model_id), _local_facts(path, dtype)
+    return str(model_id), _local_facts(path, dtype, codec)
 
 
-def _local_facts(path: Path, dtype: str | None) -> Facts:
+def _local_facts(path: Path, dtype: str | None, codec: ExpertCodec | None) -> Facts:
     try:
-        return facts_from_headers(path, read_config(path), read_headers(path), dtype)
+        return facts_from_headers(path, read_config(path), read_headers(path), dtype, codec)
     except Unsure as doubt:
         from emoe.planner.dry_run import facts_by_dry_run
 
-        return facts_by_dry_run(path, dtype, reason=str(doubt))
+        return facts_by_dry_run(path, dtype, reason=str(doubt), codec=codec)
 
 
 def _remote_facts(
-    model_id: str, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], dtype: str | None
+    model_id: str,
+    config: Mapping[str, Any],
+    entries: Mapping[str, TensorEntry],
+    dtype: str | None,
+    codec: ExpertCodec | None,
 ) -> Facts:
     quantised = config.get("quantization_config")
     if quantised:
@@ -112,7 +121,7 @@ def _remote_facts(
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise UnsupportedModelError(f"{model_id} is quantised ({method}). {QUANTISED_REMEDY}")
     try:
-        return facts_from_headers(Path(model_id), config, entries, dtype)
+        return facts_from_headers(Path(model_id), config, entries, dtype, codec)
     except Unsure as doubt:
         raise UnsupportedModelError(
             f"{model_id} cannot be planned without its files, because {doubt}. Download it (`hf download "

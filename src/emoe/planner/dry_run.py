@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from emoe.checkpoint.codecs.formats import NATIVE, ExpertCodec, coded_parts
 from emoe.checkpoint.headers import read_headers
 from emoe.checkpoint.index import ExpertIndex, build_index, skeleton
 from emoe.errors import UnsupportedModelError
@@ -25,10 +26,12 @@ from emoe.planner.live_bytes import LiveBytes
 _LENGTHS = (64, 128)  # the second twice the first
 
 
-def facts_by_dry_run(path: Path, dtype: str | None = None, reason: str = "") -> Facts:
-    """Facts about the checkpoint in `path`, run in `dtype` (None: its own).
+def facts_by_dry_run(path: Path, dtype: str | None = None, reason: str = "", codec: ExpertCodec | None = None) -> Facts:
+    """Facts about the checkpoint in `path`, run in `dtype` (None: its own), experts as `codec` has them (None: in that
+    dtype).
 
-    `reason` says why the headers did not settle it. Raises what `build_index` raises for models it refuses.
+    `reason` says why the headers did not settle it. Raises what `build_index` raises for models it refuses, and
+    UnsupportedModelError for a size that the codec cannot take.
     """
     config, model = skeleton(path, dtype=dtype or "auto")
     index = build_index(path, model)
@@ -45,13 +48,19 @@ def facts_by_dry_run(path: Path, dtype: str | None = None, reason: str = "") -> 
         checkpoint_bytes=stored,
         dense_bytes=index.dense_nbytes,
         expert_layers=tuple(
-            ExpertLayer(layer.layer, layer.num_experts, by_size(part.nbytes for part in layer.parts))
+            ExpertLayer(
+                layer.layer,
+                layer.num_experts,
+                by_size(part.nbytes for part in coded_parts(codec, layer.parts, layer.transposed)),
+            )
             for layer in index.layers
         ),
         cache_layers=cache,
         activations=activations,
         source="dry run",
         assumed=(f"measured on a dry run, because {reason}",) if reason else (),
+        expert_dtype=NATIVE if codec is None else codec.name,
+        native_expert_bytes=index.total_expert_nbytes,
         lookup_bytes=_lookup_bytes(model),
     )
 

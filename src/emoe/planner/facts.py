@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.errors import UsageError
 from emoe.residency.budget import LayerNeed, padded
 
@@ -18,7 +19,7 @@ CacheKind = Literal["full", "sliding", "latent", "state"]
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayer:
-    """One layer's experts. `part_nbytes`: bytes of each part of one expert in the run dtype, descending."""
+    """One layer's experts. `part_nbytes`: bytes of each part of one expert as it lies in a slot, descending."""
 
     layer: int
     experts: int
@@ -26,7 +27,7 @@ class ExpertLayer:
 
     @property
     def expert_nbytes(self) -> int:
-        """Bytes of one expert in the run dtype."""
+        """Bytes of one expert."""
         return sum(self.part_nbytes)
 
 
@@ -73,7 +74,8 @@ class Facts:
     """A checkpoint in numbers. `source` says how they were found, `assumed` what had to be supposed.
 
     `lookup_bytes` are those of the dense weights of which a token reads a row only: an embedding that is not the output
-    projection too.
+    projection too. `expert_layers` have their bytes as `expert_dtype` stores experts; natively, in the run dtype, all
+    of them are `native_expert_bytes`.
     """
 
     path: Path
@@ -89,10 +91,12 @@ class Facts:
     source: Literal["headers", "dry run"]
     assumed: tuple[str, ...] = ()
     lookup_bytes: int = 0
+    expert_dtype: str = NATIVE
+    native_expert_bytes: int = 0
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of all experts in the run dtype."""
+        """Bytes of all experts."""
         return sum(layer.experts * layer.expert_nbytes for layer in self.expert_layers)
 
     @property

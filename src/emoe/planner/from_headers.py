@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from emoe.checkpoint.codecs.formats import NATIVE, ExpertCodec, coded_parts
 from emoe.checkpoint.headers import TensorEntry
+from emoe.checkpoint.parts import PartSpec
 from emoe.errors import CheckpointError
 from emoe.planner.facts import (
     DTYPE_BYTES,
@@ -71,12 +73,19 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def facts_from_headers(
-    path: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], dtype: str | None = None
+    path: Path,
+    config: Mapping[str, Any],
+    entries: Mapping[str, TensorEntry],
+    dtype: str | None = None,
+    codec: ExpertCodec | None = None,
 ) -> Facts:
     """Facts about the checkpoint `entries` with its `config`, run in `dtype` (None: its own).
 
+    Experts are as `codec` has them; None: in that dtype.
+
     Raises:
         Unsure: something is not recognised beyond doubt.
+        UnsupportedModelError: a size that the codec cannot take.
     """
     for key in (*_OTHER_INPUTS, "quantization_config", "text_config"):
         if config.get(key):
@@ -87,7 +96,9 @@ def facts_from_headers(
     run_dtype = dtype or _own_dtype(config, used)
     itemsize = dtype_bytes(run_dtype)
 
-    experts, expert_names = _experts(config, used, itemsize)
+    experts, expert_names = _experts(config, used)
+    native = _expert_layers(experts, run_dtype)
+    hidden = _number(config, "hidden_size")
     dense = {name: entry for name, entry in used.items() if name not in expert_names}
     tied = _tied_copy(config, dense)
     decoder: dict[int, _Layer] = defaultdict(_Layer)
@@ -107,12 +118,14 @@ def facts_from_headers(
         # Some families keep their routers in float32: at most a thousandth more, which only the dry run
         # knows.
         dense_bytes=sum(_elements(entry) * itemsize for name, entry in dense.items() if name != tied),
-        expert_layers=experts,
+        expert_layers=native if codec is None else _expert_layers(experts, run_dtype, codec, hidden),
         cache_layers=cache,
-        activations=_activations(config, list(decoder.values()), cache, experts, itemsize),
+        activations=_activations(config, list(decoder.values()), cache, native, itemsize),
         source="headers",
         assumed=_assumptions(unused, tied),
         lookup_bytes=_lookup_bytes(config, [entry for name, entry in dense.items() if name != tied], itemsize),
+        expert_dtype=NATIVE if codec is None else codec.name,
+        native_expert_bytes=sum(layer.experts * layer.expert_nbytes for layer in native),
     )
 
 
@@ -150,50 +163,90 @@ def _elements(entry: TensorEntry) -> int:
     return count
 
 
-def _experts(
-    config: Mapping[str, Any], used: Mapping[str, TensorEntry], itemsize: int
-) -> tuple[tuple[ExpertLayer, ...], set[str]]:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One part of an expert: a matrix or a bias of the product into hidden ("down") or of the one out of it."""
+
+    elements: int
+    down: bool
+    bias: bool
+
+    def spec(self, dtype: str, hidden: int | None) -> PartSpec:
+        """Its name in experts modules, its shape (rows are outputs where `hidden` is given), its dtype."""
+        name = "down_proj" if self.down else "gate_up_proj"
+        if self.bias or hidden is None:
+            return PartSpec(f"{name}_bias" if self.bias else name, (self.elements,), dtype)
+        if self.elements % hidden:
+            raise Unsure(f"an expert's {name} of {self.elements} numbers has no side of hidden_size {hidden}")
+        other = self.elements // hidden
+        return PartSpec(name, (hidden, other) if self.down else (other, hidden), dtype)
+
+
+_Experts = tuple[int, int, tuple[_Part, ...]]
+"""A layer, its number of experts, and the parts of each."""
+
+
+def _experts(config: Mapping[str, Any], used: Mapping[str, TensorEntry]) -> tuple[list[_Experts], set[str]]:
     """The layers of experts, and the names of all tensors that are experts."""
     numbered: dict[str, dict[int, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
     for name, entry in used.items():
         if (match := _NUMBERED.match(name)) and not name.endswith("_scale_inv"):
-            numbered[match[1]][int(match[2])][match[3]] = _elements(entry) * itemsize
+            numbered[match[1]][int(match[2])][match[3]] = _elements(entry)
     if numbered:
         layers = [_numbered_layer(module, experts) for module, experts in numbered.items()]
         names = {name for name in used if _NUMBERED.match(name)}
     else:
-        layers, names = _fused_layers(_number(config, *_EXPERTS), used, itemsize)
+        layers, names = _fused_layers(_number(config, *_EXPERTS), used)
     if not layers:
         raise Unsure("no tensor looks like an expert")
-    seen = Counter(layer.layer for layer in layers)
-    if max(seen.values()) > 1:
-        raise Unsure(f"layer {seen.most_common(1)[0][0]} has several groups of experts")
-    return tuple(sorted(layers, key=lambda layer: layer.layer)), names
+    layer, times = Counter(layer for layer, _, _ in layers).most_common(1)[0]
+    if times > 1:
+        raise Unsure(f"layer {layer} has several groups of experts")
+    return sorted(layers, key=lambda layer: layer[0]), names
 
 
-def _numbered_layer(module: str, experts: Mapping[int, Mapping[str, int]]) -> ExpertLayer:
+def _expert_layers(
+    experts: Sequence[_Experts], dtype: str, codec: ExpertCodec | None = None, hidden: int | None = None
+) -> tuple[ExpertLayer, ...]:
+    """The layers in bytes; a codec asks for `hidden`, to tell outputs from inputs."""
+    made = []
+    for layer, count, parts in experts:
+        if hidden is not None and sum(part.down and not part.bias for part in parts) != 1:
+            raise Unsure(f"it is not plain which of layer {layer}'s expert tensors leads into hidden_size")
+        specs = coded_parts(codec, (part.spec(dtype, hidden) for part in parts), transposed=False)
+        made.append(ExpertLayer(layer, count, by_size(spec.nbytes for spec in specs)))
+    return tuple(made)
+
+
+def _numbered_layer(module: str, experts: Mapping[int, Mapping[str, int]]) -> _Experts:
     """One tensor per expert and projection: all experts must have the same."""
     first = experts.get(0, {})
     if set(experts) != set(range(len(experts))) or any(parts != first for parts in experts.values()):
         raise Unsure(f"the experts of {module} are not numbered 0 to {len(experts) - 1} with equal tensors")
     # gate and up become one part; so do their biases: the parts then are those of the model's own parameters.
     parts: Counter[tuple[bool, bool]] = Counter()
-    for name, nbytes in first.items():
-        parts[("down" in name or "w2" in name, name.endswith("bias"))] += nbytes
-    return ExpertLayer(_layer_number(module), len(experts), by_size(parts.values()))
+    for name, elements in first.items():
+        parts[_is_down(name), name.endswith("bias")] += elements
+    return _layer_number(module), len(experts), tuple(_Part(n, down, bias) for (down, bias), n in parts.items())
 
 
-def _fused_layers(count: int, used: Mapping[str, TensorEntry], itemsize: int) -> tuple[list[ExpertLayer], set[str]]:
+def _is_down(name: str) -> bool:
+    return any(word in name for word in ("down", "w2", "output_linear", "fc2"))
+
+
+def _fused_layers(count: int, used: Mapping[str, TensorEntry]) -> tuple[list[_Experts], set[str]]:
     """Tensors that hold all experts: three dimensions, or a bias beside such, the first their number."""
-    modules: dict[str, dict[str, int]] = defaultdict(dict)
+    modules: dict[str, dict[str, _Part]] = defaultdict(dict)
     matrices = [name for name, entry in used.items() if len(entry.shape) == 3 and entry.shape[0] == count]
     owners = {name.removesuffix(".weight").rpartition(".")[0] for name in matrices}
     for name, entry in used.items():
-        owner = name.removesuffix(".weight").rpartition(".")[0]
+        plain = name.removesuffix(".weight")
+        owner = plain.rpartition(".")[0]
         is_bias = len(entry.shape) == 2 and entry.shape[0] == count and "bias" in name
         if owner in owners and (name in matrices or is_bias):
-            modules[owner][name] = _elements(entry) * itemsize // count
-    layers = [ExpertLayer(_layer_number(owner), count, by_size(parts.values())) for owner, parts in modules.items()]
+            down = _is_down(plain.removeprefix(owner))
+            modules[owner][name] = _Part(_elements(entry) // count, down, is_bias)
+    layers = [(_layer_number(owner), count, tuple(parts.values())) for owner, parts in modules.items()]
     return layers, {name for parts in modules.values() for name in parts}
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.config import ExpertMemory, format_bytes
 from emoe.errors import UsageError
 from emoe.planner.facts import Facts, dtype_bytes, layer_needs
@@ -38,7 +39,10 @@ Fit = Literal["all", "some", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes by purpose. `memory_bytes` is what the process may use, None when nothing was asked about it."""
+    """Bytes by purpose. `memory_bytes` is what the process may use, None when nothing was asked about it.
+
+    Experts are counted as `expert_dtype` stores them; natively all of them are `native_expert_bytes`.
+    """
 
     model: str
     model_type: str
@@ -70,6 +74,13 @@ class Plan:
     fit: Fit
     source: str
     assumed: tuple[str, ...]
+    expert_dtype: str = NATIVE
+    native_expert_bytes: int = 0
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the experts are stored in a form that can change the text."""
+        return self.expert_dtype != NATIVE
 
     @property
     def rest_bytes(self) -> int:
@@ -105,6 +116,7 @@ class Plan:
             "full_bytes": self.full_bytes,
             "smallest_bytes": self.smallest_bytes,
             "resident_share": self.resident_share,
+            "lossy": self.lossy,
             "verdict": verdict(self),
         }
 
@@ -180,6 +192,8 @@ def make_plan(
         fit=_fit(slots, fits),
         source=facts.source,
         assumed=(*facts.assumed, *_beyond(context, facts.max_context)),
+        expert_dtype=facts.expert_dtype,
+        native_expert_bytes=facts.native_expert_bytes or total,
     )
 
 

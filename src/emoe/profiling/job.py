@@ -21,7 +21,9 @@ import transformers
 from transformers import PreTrainedModel
 
 import emoe
+from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.checkpoint.fingerprint import fingerprint
+from emoe.checkpoint.index import ExpertIndex
 from emoe.errors import UsageError
 from emoe.model.bind import binding_of
 from emoe.prediction.protocol import RoutingShape
@@ -72,7 +74,7 @@ def make_profile(
     ids = encode_all(prompts, tokenizer, name, context, settings.new_tokens)
     weights = fingerprint(binding.index.path)
     work = out / WORK
-    _begin(work, {"fingerprint": weights, "prompts": digest(prompts), "settings": _plain(settings)})
+    _begin(work, _job(binding.index, weights, prompts, settings))
 
     trace, answers = record(
         model, prompts, ids, settings.new_tokens, work / "routes", lambda done, total: step("prompts", done, total)
@@ -90,11 +92,17 @@ def make_profile(
         predictors=PredictorStates(states),
         timings=measure_timings(model, [len(each) for each in ids], answers, seed=settings.seed),
         tokens=_tokens(trace),
-        source=_source(name, prompts, settings),
+        source=_source(name, prompts, settings) | {"expert_dtype": binding.index.expert_dtype},
     )
     profile.write(out)
     shutil.rmtree(work)
     return profile
+
+
+def _job(index: ExpertIndex, weights: str, prompts: Sequence[Prompt], settings: ProfileSettings) -> dict[str, Any]:
+    """What a run is of. A form of the experts that changes no number needs no word."""
+    job = {"fingerprint": weights, "prompts": digest(prompts), "settings": _plain(settings)}
+    return job if index.expert_dtype == NATIVE else {**job, "expert_dtype": index.expert_dtype}
 
 
 def _begin(work: Path, job: dict[str, Any]) -> None:
@@ -105,7 +113,7 @@ def _begin(work: Path, job: dict[str, Any]) -> None:
         write_whole(file, json.dumps(job, indent=1).encode())
         return
     before = json.loads(file.read_bytes())
-    other = [key for key in job if before.get(key) != job[key]]
+    other = [key for key in {**before, **job} if before.get(key) != job.get(key)]
     if other:
         raise UsageError(
             f"{work.parent} was begun with other {' and '.join(other)}: go on with the same MODEL, --prompts and "

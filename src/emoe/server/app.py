@@ -159,6 +159,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
             "emoe": {
                 "mode": engine.mode,
                 "lossy": engine.lossy,
+                "expert_dtype": engine.expert_dtype,
                 "scheduler": engine.scheduler_name,
                 "context": service.engine_holds(),
                 "expert_budget_bytes": engine.stats().budget_bytes,

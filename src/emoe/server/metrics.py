@@ -39,6 +39,8 @@ class Watched(Protocol):
     @property
     def lossy(self) -> bool: ...
     @property
+    def expert_dtype(self) -> str: ...
+    @property
     def scheduler_name(self) -> str: ...
     @property
     def layers(self) -> int: ...
@@ -155,9 +157,15 @@ class EngineCollector(Collector):
 
     def _gauges(self, s: EngineStats) -> Iterable[Metric]:
         engine = self._engine
-        labels = (engine.mode, str(engine.lossy).lower(), engine.scheduler_name, emoe.__version__)
-        info = self._gauge("info", "1; the labels say what is served.", 1, "mode", "lossy", "scheduler", "version")
-        info.add_metric([self._model, *labels], 1)
+        labels = {
+            "mode": engine.mode,
+            "lossy": str(engine.lossy).lower(),
+            "expert_dtype": engine.expert_dtype,
+            "scheduler": engine.scheduler_name,
+            "version": emoe.__version__,
+        }
+        info = self._gauge("info", "1; the labels say what is served.", 1, *labels)
+        info.add_metric([self._model, *labels.values()], 1)
         yield info
         yield self._gauge("num_requests_running", "Requests that are being answered.", s.running)
         yield self._gauge("num_requests_waiting", "Requests that wait.", s.waiting)

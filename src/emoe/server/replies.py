@@ -125,7 +125,7 @@ class Completion(TypedDict):
 
 
 class ModelCard(TypedDict):
-    """The model that is served. `emoe`: mode, lossy, budget, context, scheduler, KV memory."""
+    """The model that is served. `emoe`: mode, lossy, expert dtype, budget, context, scheduler, KV memory."""
 
     id: str
     object: Literal["model"]
