@@ -83,6 +83,7 @@ def _add_measuring(parser: argparse.ArgumentParser, budgets: str, baselines: str
     add("--one-at-a-time", action="store_true", help="never hold two contenders in memory")
     add("--reader", choices=("auto", "cached", "direct", "advised"), default="auto", help="how emoe reads experts")
     add("--eviction", metavar="NAME", help="emoe's eviction rule (default: emoe.load's)")
+    add("--expert-dtype", metavar="NAME", help="emoe's experts in int8 or int4 (lossy; default: as stored)")
     add("--prefetch", choices=PREFETCHES, help="emoe's prefetching (default: none)")
     add("--offload-folder", metavar="DIR", help="where accelerate may write weights (default: the temporary folder)")
     add("--seed", type=int, default=usual.seed, metavar="N", help="of random prompts")
@@ -116,6 +117,7 @@ def decode_settings(args: argparse.Namespace) -> DecodeSettings:
         offload_folder=args.offload_folder,
         seed=args.seed,
         one_at_a_time=args.one_at_a_time,
+        expert_dtype=args.expert_dtype,
         prefetch=args.prefetch,
         forced=args.forced,
         batch=args.batch,

@@ -84,8 +84,9 @@ class _Bench:
 
         self.settings = settings
         self.say = say
+        card = read_card(settings.model or nano.path()) if settings.forced else None
         self.folder = nano.path() if settings.model is None else resolve(settings.model)
-        self.card = read_card(self.folder) if settings.forced or is_planted(self.folder) else None
+        self.card = read_card(self.folder) if is_planted(self.folder) else card
         self.files = sorted(self.folder.glob("*.safetensors"))
         self.full = self._plan(None)
         self.outcomes = [Outcome(contender, self._plan_bytes(contender)) for contender in settings.contenders]

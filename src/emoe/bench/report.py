@@ -90,6 +90,8 @@ def _conditions(report: DecodeReport) -> str:
     said = []
     if settings.memory_limit is not None:
         said.append(f"each in a memory cgroup of {format_bytes(settings.memory_limit)}")
+    if settings.expert_dtype is not None:
+        said.append(f"emoe's experts in {settings.expert_dtype}")
     said.append("page cache dropped before every generation" if settings.cold else "page cache as it comes")
     return ", ".join(said)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from emoe.bench.plant.routers import check_tokens
 from emoe.bench.plant.shapes import PublishedShape
 from emoe.errors import UsageError
 from emoe.routing.trace import Array, Trace, id_dtype, missing_id
@@ -69,13 +70,7 @@ def fit(trace: Trace, shape: PublishedShape, tokens: int, seed: int) -> Routes:
     Raises:
         UsageError: too few tokens or layers recorded, or too many for the shape.
     """
-    if tokens < 1:
-        raise UsageError(f"tokens must be at least 1, not {tokens}")
-    if tokens > shape.hidden:
-        raise UsageError(
-            f"{tokens} tokens need as many orthogonal embeddings, and the hidden size of {shape.name} is "
-            f"{shape.hidden}; ask for at most {shape.hidden}"
-        )
+    check_tokens(tokens, shape.hidden)
     rows, prompts = first_tokens(trace, tokens)
     experts, filled = _filled(trace.experts[rows], trace.num_experts)
     weights = None if trace.weights is None else trace.weights[rows].astype(np.float32)

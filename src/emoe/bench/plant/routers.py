@@ -40,17 +40,21 @@ DECAY = 0.75
 """From one chosen expert's weight to the next where a trace has no weights."""
 
 
+def check_tokens(tokens: int, hidden: int) -> None:
+    """Refuse more tokens than orthogonal embeddings exist. Raises UsageError."""
+    if not 1 <= tokens <= hidden:
+        raise UsageError(
+            f"{tokens} tokens cannot have as many orthogonal embeddings of size {hidden}; ask for 1 to {hidden} tokens"
+        )
+
+
 def embeddings(tokens: int, vocabulary: int, hidden: int, seed: int) -> torch.Tensor:
     """float32 [vocabulary, hidden]: orthogonal rows for the first `tokens`, noise for the rest; elements about 1.
 
     Raises:
         UsageError: more tokens than orthogonal rows exist.
     """
-    if tokens > hidden:
-        raise UsageError(
-            f"{tokens} tokens need {tokens} orthogonal embeddings, and a hidden size of {hidden} has {hidden}; "
-            f"ask for at most {hidden} tokens"
-        )
+    check_tokens(tokens, hidden)
     rng = torch.Generator().manual_seed(seed)
     rows = torch.randn(vocabulary, hidden, generator=rng)
     rows[:tokens] = torch.linalg.qr(rows[:tokens].T).Q.T * math.sqrt(hidden)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, cached_property
 
 import torch
 
-from emoe.bench.plant.routers import RESIDUAL, embeddings, next_token_head, router_weight
+from emoe.bench.plant.routers import RESIDUAL, check_tokens, embeddings, next_token_head, router_weight
 from emoe.bench.plant.shapes import PublishedShape
 from emoe.bench.writing import TensorToWrite
 
@@ -35,10 +36,10 @@ class Noise:
     """
 
     def __init__(self, seed: int, largest: int) -> None:
-        size = 2**16
-        while size < min(largest, TILE_ELEMENTS):
-            size *= 2
-        self._tile = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+        self._size = 2**16
+        while self._size < min(largest, TILE_ELEMENTS):
+            self._size *= 2
+        self._seed = seed
         self._scaled: dict[float, torch.Tensor] = {}
         self._cuts = 0
 
@@ -60,6 +61,10 @@ class Noise:
                     start = 0
 
         return TensorToWrite(name, tuple(shape), DTYPE, blocks)
+
+    @cached_property
+    def _tile(self) -> torch.Tensor:
+        return torch.randn(self._size, generator=torch.Generator().manual_seed(self._seed))
 
     def _of(self, std: float) -> torch.Tensor:
         if std not in self._scaled:
@@ -90,9 +95,14 @@ def tensors_of(
     Raises:
         UsageError: more tokens than the hidden size has orthogonal rows.
     """
-    rows = embeddings(tokens, vocabulary, shape.hidden, seed_of(seed, "embeddings"))
+    check_tokens(tokens, shape.hidden)
+
+    @cache
+    def rows() -> torch.Tensor:
+        return embeddings(tokens, vocabulary, shape.hidden, seed_of(seed, "embeddings"))
+
     write = _Layers(shape, Noise(seed_of(seed, "noise"), shape.hidden * shape.inner * 4))
-    yield given("model.embed_tokens.weight", lambda: rows, vocabulary, shape.hidden)
+    yield given("model.embed_tokens.weight", rows, vocabulary, shape.hidden)
     moe = shape.moe_layers
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}"
@@ -106,7 +116,7 @@ def tensors_of(
         router = f"{prefix}.{_ROUTERS.get(shape.layout, 'mlp.gate')}"
 
         def weight(number: int = number) -> torch.Tensor:
-            return router_weight(logits(number), rows[:tokens])
+            return router_weight(logits(number), rows()[:tokens])
 
         yield given(f"{router}.weight", weight, shape.experts, shape.hidden)
         if shape.layout == "gpt_oss":
@@ -116,7 +126,7 @@ def tensors_of(
             yield from write.experts(prefix)
     yield ones("model.norm.weight", shape.hidden)
     yield given(
-        "lm_head.weight", lambda: next_token_head(rows, tokens, seed_of(seed, "head")), vocabulary, shape.hidden
+        "lm_head.weight", lambda: next_token_head(rows(), tokens, seed_of(seed, "head")), vocabulary, shape.hidden
     )
 
 
