@@ -12,11 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import emoe
+from emoe.checkpoint.codecs.formats import CODECS, ExpertCodec, coded_parts
 from emoe.checkpoint.headers import read_headers
+from emoe.checkpoint.index import build_index
+from emoe.checkpoint.skeleton import skeleton
 from emoe.errors import CheckpointError, UnsupportedModelError, UsageError
 from emoe.planner import facts_of
 from emoe.planner.dry_run import facts_by_dry_run
-from emoe.planner.facts import Facts
+from emoe.planner.facts import ExpertLayer, Facts, by_size
 from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
 from emoe.planner.live_bytes import LiveBytes
 from emoe.planner.plan import MASK_NBYTES, activation_bytes
@@ -28,8 +31,8 @@ DRY_RUN_ONLY = {"inkling2_text", "jamba", "minimax", "nemotron_h"}
 FUSED = ("aria_text", "gpt_oss", "granitemoe", "mixtral", "qwen3_moe")
 
 
-def from_headers(path: Path, dtype: str | None = None) -> Facts:
-    return facts_from_headers(path, read_config(path), read_headers(path), dtype)
+def from_headers(path: Path, dtype: str | None = None, codec: ExpertCodec | None = None) -> Facts:
+    return facts_from_headers(path, read_config(path), read_headers(path), dtype, codec)
 
 
 def edited(path: Path, to: Path, **changes: Any) -> Path:
@@ -71,6 +74,36 @@ def test_headers_and_dry_run_agree(family: str, fused: bool, checkpoints: Checkp
     names = ("gate.weight", "gate.wg.weight", "router", "bias", "gate.e_score", "moe_statics")
     routers = sum(e.nbytes for e in read_headers(path).values() if any(name in e.name for name in names))
     assert abs(fast.dense_bytes - slow.dense_bytes) <= routers
+
+
+@pytest.mark.parametrize("codec", list(CODECS.values()), ids=list(CODECS))
+@pytest.mark.parametrize(
+    ("family", "fused"), [*((name, False) for name in FAMILIES), *((name, True) for name in FUSED)]
+)
+def test_headers_know_what_quantised_experts_take(
+    family: str, fused: bool, codec: ExpertCodec, checkpoints: Checkpoints
+) -> None:
+    known = FAMILIES[family].config().to_dict()
+    widths = {name: 64 for name in ("intermediate_size", "moe_intermediate_size") if name in known}
+    path = checkpoints(family, fused=fused, **widths)
+    try:
+        facts = from_headers(path, codec=codec)
+    except Unsure:
+        assert family in DRY_RUN_ONLY
+        return
+    _, empty = skeleton(path)
+    index = build_index(path, empty)
+    assert facts.expert_layers == tuple(
+        ExpertLayer(
+            layer.layer,
+            layer.num_experts,
+            by_size(part.nbytes for part in coded_parts(codec, layer.parts, layer.transposed)),
+        )
+        for layer in index.layers
+    )
+    assert facts.native_expert_bytes == index.total_expert_nbytes
+    assert facts.expert_dtype == codec.name
+    assert facts.activations == from_headers(path).activations
 
 
 @pytest.mark.parametrize(
