@@ -114,3 +114,26 @@ class ExpertMemory:
             if self.value and self.value % 1024**power == 0:
                 return f"{self.value // 1024**power}{_BINARY[power]}"
         return f"{self.value}B"
+
+
+AUTO = "auto"
+"""Host memory that the machine's free memory decides."""
+
+
+def parse_host_memory(value: str | int | ExpertMemory | None) -> ExpertMemory | str | None:
+    """Read "16GiB", "50%" (of all experts), "auto", 0 (none), bytes, or None (not said).
+
+    Raises:
+        UsageError: anything else.
+    """
+    if value is None or value in (AUTO, 0, "0"):
+        return AUTO if value == AUTO else None if value is None else "0"
+    try:
+        memory = ExpertMemory.parse(value)
+    except UsageError as error:
+        raise UsageError(
+            f"cannot read {value!r} as host memory; write e.g. '16GiB', '50%' (of all experts), 'auto' or 0"
+        ) from error
+    if memory.kind == "per_layer":
+        raise UsageError(f"host memory is a size or a share, not {value!r}: it is one pool over all layers")
+    return memory

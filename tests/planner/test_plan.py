@@ -137,3 +137,13 @@ def test_numbers_repeated_here_are_those_of_the_code_that_uses_them() -> None:
 
 def test_expert_memory_texts() -> None:
     assert plan(expert_memory=ExpertMemory("per_layer", 4)).resident_experts == 4 * plan().layers
+
+
+def test_host_memory_is_counted_apart() -> None:
+    from emoe.planner import plan
+
+    without, beside = plan(expert_memory="40%"), plan(expert_memory="40%", host_memory="50%")
+    assert (without.host_memory, without.host_bytes, without.host_experts) == (None, 0, 0)
+    assert beside.total_bytes == without.total_bytes
+    assert beside.host_bytes == beside.host_experts * beside.expert_nbytes
+    assert 0.49 * beside.experts <= beside.host_experts <= 0.5 * beside.experts

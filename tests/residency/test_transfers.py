@@ -13,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe.checkpoint.index import PartSpec
-from emoe.config import ExpertMemory
+from emoe.config import ExpertMemory, parse_host_memory
 from emoe.errors import ReadError, UsageError
 from emoe.model.placement import make_pool
 from emoe.residency.bank import Bank
-from emoe.residency.budget import LayerNeed, PoolPlan, plan_slots, uniform_quotas
+from emoe.residency.budget import HostPlan, LayerNeed, PoolPlan, plan_host, plan_slots, uniform_quotas
 from emoe.residency.eviction import make_eviction
-from emoe.residency.host import HostPlan, parse_host_memory, plan_host
 from emoe.residency.loader import Loader
 from emoe.residency.pool import ExpertPool
 from emoe.residency.table import Key, ResidencyTable

@@ -183,6 +183,8 @@ def _run_prompt(
 _LOADING: dict[str, Any] = {
     "expert_dtype": NATIVE,
     "expert_cache": None,
+    "host_memory": None,
+    "device": None,
     "replan_prompts": 1,
     "profile": None,
     "predictor": None,

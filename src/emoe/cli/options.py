@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from emoe.checkpoint.codecs.formats import EXPERT_DTYPES, NATIVE
-from emoe.config import LAYER_SPLITS, MODES, PREFETCHES, ExpertMemory, parse_bytes
+from emoe.config import LAYER_SPLITS, MODES, PREFETCHES, ExpertMemory, parse_bytes, parse_host_memory
 from emoe.errors import UsageError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -62,6 +62,12 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         help="memory for experts: 8GiB, 512MB, 40%% of them or 12/layer (default: all of them)",
     )
     add_expert_dtype(parser)
+    add_host_memory(parser)
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="where the model runs: cpu, cuda, cuda:1, or auto, which spreads its layers over all GPUs (default: cpu)",
+    )
     parser.add_argument(
         "--mode",
         choices=MODES,
@@ -114,6 +120,17 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trace", metavar="FILE", help="record the routing to FILE")
     parser.add_argument("--task", metavar="LABEL", help="the prompts' task, for the trace and for what looks ahead")
+
+
+def add_host_memory(parser: argparse.ArgumentParser) -> None:
+    """--host-memory."""
+    parser.add_argument(
+        "--host-memory",
+        type=host_memory,
+        metavar="SIZE",
+        help="where experts run on a GPU, pinned RAM for the others: 16GiB, 50%% of all experts, 0, or auto: what is "
+        "free (default: auto)",
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser, default_tokens: int | None = None) -> None:
@@ -172,6 +189,14 @@ def expert_memory(text: str) -> ExpertMemory:
     """argparse type for expert memory."""
     try:
         return ExpertMemory.parse(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def host_memory(text: str) -> ExpertMemory | str | None:
+    """argparse type for host memory."""
+    try:
+        return parse_host_memory(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -6,7 +6,16 @@ import argparse
 import time
 from typing import Any
 
-from emoe.cli.options import add_command, add_expert_dtype, add_json, add_model, expert_memory, positive, size
+from emoe.cli.options import (
+    add_command,
+    add_expert_dtype,
+    add_host_memory,
+    add_json,
+    add_model,
+    expert_memory,
+    positive,
+    size,
+)
 from emoe.cli.output import lossy_experts, print_json, table
 from emoe.config import format_bytes
 from emoe.errors import BudgetError
@@ -30,6 +39,7 @@ def add_parser(commands: Any) -> None:
         help="give the experts this much instead of what is left",
     )
     add_expert_dtype(parser, cache=False)
+    add_host_memory(parser)
     parser.add_argument(
         "-c",
         "--context",
@@ -54,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         memory=args.memory,
         expert_memory=args.expert_memory,
+        host_memory=args.host_memory,
         context=args.context,
         batch=args.batch,
         prompt=args.prompt_tokens,
@@ -86,6 +97,16 @@ def plan_text(made: Plan) -> str:
         ("in use", size(made.runtime_bytes), "thread pools, compiled kernels"),
         ("experts, resident", size(made.resident_bytes), _resident(made)),
     ]
+    if made.host_memory is not None:
+        share = made.host_experts / made.experts
+        rows.append(
+            (
+                "experts, on the host",
+                size(made.host_bytes),
+                f"{made.host_experts} of {made.experts} ({share:.0%}), "
+                "pinned, beside the GPU's memory and not in the sum",
+            )
+        )
     if made.fit != "none":
         rows.append(("in all", size(made.total_bytes), _of_memory(made)))
     lines = [

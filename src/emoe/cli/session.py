@@ -205,6 +205,7 @@ def open_session(args: argparse.Namespace, **overrides: Any) -> Session:
         "expert_memory": args.expert_memory,
         "expert_dtype": args.expert_dtype,
         "expert_cache": args.expert_cache,
+        "host_memory": args.host_memory,
         "mode": args.mode,
         "replan_prompts": args.replan_prompts,
         "profile": args.profile,
@@ -220,6 +221,8 @@ def open_session(args: argparse.Namespace, **overrides: Any) -> Session:
         "progress": ProgressLine("reading experts"),
         "quantise_progress": ProgressLine("quantising experts"),
     }
+    if args.device is not None:
+        options["device_map"] = args.device
     if args.revision is not None:
         options["revision"] = args.revision
     if args.trust_remote_code:
@@ -236,6 +239,12 @@ def announce(session: Session) -> None:
         f"{format_bytes(s['total_expert_bytes'])}{'' if s['expert_dtype'] == NATIVE else ' as ' + s['expert_dtype']}, "
         f"{s['slots']} slots; reader {s['reader']}: {s['reader_reason']}"
     )
+    host = s["host"]
+    if host is not None:
+        note(
+            f"on {', '.join(s['devices'])}, beside {format_bytes(host['slots_bytes'])} of host memory for experts"
+            + (f"; {host['notice']}" if host["notice"] else "")
+        )
     warn_if_lossy(s)
 
 

@@ -18,7 +18,7 @@ from emoe.checkpoint.memory_room import choose_reader
 from emoe.checkpoint.readers import Reader
 from emoe.checkpoint.skeleton import skeleton
 from emoe.checkpoint.source import resolve
-from emoe.config import ExpertMemory, LayerSplit, Mode, Prefetch, format_bytes
+from emoe.config import ExpertMemory, LayerSplit, Mode, Prefetch, format_bytes, parse_host_memory
 from emoe.errors import BudgetError, UsageError
 from emoe.kernels.experts import ExpertMath
 from emoe.model.foresight import Ahead
@@ -29,8 +29,7 @@ from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Runtime
 from emoe.model.tracing import record_trace
 from emoe.policies.foresight import Foresight
 from emoe.residency.bank import Bank, slot_nbytes, torch_dtype
-from emoe.residency.budget import LayerNeed, SlotPlan, plan_slots
-from emoe.residency.host import HostPlan, parse_host_memory
+from emoe.residency.budget import HostPlan, LayerNeed, SlotPlan, plan_slots
 from emoe.residency.loader import Loader
 from emoe.residency.pool import ExpertPool, Progress
 from emoe.residency.table import ResidencyTable

@@ -16,9 +16,9 @@ from emoe.config import ExpertMemory
 from emoe.errors import UsageError
 from emoe.model.loading import device_of
 from emoe.residency.bank import Bank
-from emoe.residency.budget import LayerNeed, SlotPlan
+from emoe.residency.budget import HostPlan, LayerNeed, SlotPlan, plan_host
 from emoe.residency.devices import Device, device_at
-from emoe.residency.host import HostPlan, HostTier, plan_host
+from emoe.residency.host import HostTier
 from emoe.residency.loader import Loader
 from emoe.residency.pool import ExpertPool, Progress
 from emoe.residency.table import ResidencyTable

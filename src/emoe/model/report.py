@@ -20,13 +20,13 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
     Returns:
         budget_bytes, resident_bytes (slots that hold an expert), peak_resident_bytes, total_expert_bytes, floor_bytes,
         slots, hits, misses, hit_rate (None before the first route), loads, bytes_read (from disk), bytes_copied (to a
-        device reached by copies), host (None without such a device: budget_bytes, floor_bytes, slots, resident_bytes,
-        held_bytes (taken so far), pinned, notice (why not), hits, misses), devices, synchronisations (how often the
-        program stood still for a copy), load_wait_s, rerouted_tokens, routed_tokens, rerouted_share, prompts, passes,
-        mode, lossy, reroutes (whether the mode can), expert_dtype, reader, reader_reason, eviction, layers (per layer:
-        hits, misses, loads, bytes_read, rerouted_tokens, routed_tokens, experts, slots (its quota; 0: the layers share
-        one pool), resident: the experts there now), predictor, predictions, plans, tasks, prefetch, scorer (what
-        looking ahead saved and cost in seconds, whether it is active, and why not; None: there is none).
+        device reached by copies), host (None without such a device: budget_bytes, floor_bytes, slots, slots_bytes,
+        resident_bytes, held_bytes (taken so far), pinned, notice (why not), hits, misses), devices, synchronisations
+        (how often the program stood still for a copy), load_wait_s, rerouted_tokens, routed_tokens, rerouted_share,
+        prompts, passes, mode, lossy, reroutes (whether the mode can), expert_dtype, reader, reader_reason, eviction,
+        layers (per layer: hits, misses, loads, bytes_read, rerouted_tokens, routed_tokens, experts, slots (its quota;
+        0: the layers share one pool), resident: the experts there now), predictor, predictions, plans, tasks, prefetch,
+        scorer (what looking ahead saved and cost in seconds, whether it is active, and why not; None: there is none).
 
     Raises:
         UsageError: the model was not made by `emoe.load`.
@@ -120,6 +120,7 @@ def _host(binding: Binding) -> dict[str, Any] | None:
         "budget_bytes": binding.host.budget_bytes,
         "floor_bytes": binding.host.floor_bytes,
         "slots": sum(len(tier.table.slots) for tier in tiers),
+        "slots_bytes": binding.host.nbytes,
         "resident_bytes": sum(tier.table.occupied * tier.slot_nbytes for tier in tiers),
         "held_bytes": sum(tier.held_bytes for tier in tiers),
         "pinned": all(tier.pinned for tier in tiers),

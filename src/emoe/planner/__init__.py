@@ -14,7 +14,7 @@ from emoe.checkpoint.codecs.formats import NATIVE, ExpertCodec, codec_of
 from emoe.checkpoint.headers import TensorEntry, read_headers
 from emoe.checkpoint.memory_room import memory_room
 from emoe.checkpoint.source import resolve
-from emoe.config import ExpertMemory, parse_bytes
+from emoe.config import ExpertMemory, parse_bytes, parse_host_memory
 from emoe.errors import UnsupportedModelError
 from emoe.planner.facts import Facts
 from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
@@ -29,6 +29,7 @@ def plan(
     *,
     memory: str | int | None = None,
     expert_memory: str | int | ExpertMemory | None = None,
+    host_memory: str | int | ExpertMemory | None = None,
     context: int | None = None,
     batch: int = 1,
     prompt: int | None = None,
@@ -42,6 +43,8 @@ def plan(
     Args:
         model_id: a checkpoint's folder or a hub id; None is the embedded emoe-nano.
         memory: what the process may use ("16GiB"); None asks the machine what is free.
+        host_memory: of a model that runs on a GPU (whose memory `memory` is then): what pinned RAM the experts get,
+            "16GiB", "50%", "auto" or 0; counted apart.
         expert_memory: give the experts this much instead of what is left.
         context: tokens that each sequence may grow to; None: 8192, or what the model was made for if less.
         batch: sequences at once.
@@ -69,6 +72,7 @@ def plan(
         memory_bytes=allowed,
         memory_source=source,
         expert_memory=None if expert_memory is None else ExpertMemory.parse(expert_memory),
+        host_memory=parse_host_memory(host_memory),
         context=context,
         batch=batch,
         prompt=prompt,

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from emoe.checkpoint.codecs.formats import NATIVE
+from emoe.checkpoint.memory_room import memory_room
 from emoe.config import ExpertMemory, format_bytes
 from emoe.errors import UsageError
 from emoe.planner.facts import Facts, dtype_bytes, layer_needs
-from emoe.residency.budget import SlotPlan, floor_bytes, plan_slots, total_bytes
+from emoe.residency.budget import SlotPlan, floor_bytes, plan_host, plan_slots, total_bytes
 
 IMPORT_BYTES = 334 << 20
 """Resident memory of a process that has imported emoe.model and one model class (torch 2.13 CPU build, transformers
@@ -68,6 +69,9 @@ class Plan:
     memory_bytes: int | None
     memory_source: str
     expert_memory: str | None
+    host_memory: str | None
+    host_bytes: int
+    host_experts: int
     budget_bytes: int
     resident_bytes: int
     resident_experts: int
@@ -128,6 +132,7 @@ def make_plan(
     memory_bytes: int | None = None,
     memory_source: str = "given",
     expert_memory: ExpertMemory | None = None,
+    host_memory: ExpertMemory | str | None = None,
     context: int | None = None,
     batch: int = 1,
     prompt: int | None = None,
@@ -136,7 +141,7 @@ def make_plan(
     less), with prompts of `prompt` tokens at most (None: the context).
 
     With `expert_memory` the experts get that much; else what `memory_bytes` leaves beside everything else;
-    else all.
+    else all. `host_memory` is pinned RAM beside a GPU; it is counted apart from what the plan adds up.
 
     Raises:
         UsageError: a number that cannot be meant.
@@ -160,6 +165,9 @@ def make_plan(
     else:
         left = total if memory_bytes is None else min(memory_bytes - rest, total)
         slots = plan_slots(ExpertMemory("bytes", max(left, floor)), needs)
+    host = None
+    if host_memory is not None:
+        host = plan_host(host_memory, slots, needs, memory_room().available_bytes)
     fits = memory_bytes is None or rest + slots.resident_bytes <= memory_bytes
     return Plan(
         model=model,
@@ -186,6 +194,9 @@ def make_plan(
         memory_bytes=memory_bytes,
         memory_source="" if memory_bytes is None else memory_source,
         expert_memory=None if expert_memory is None else str(expert_memory),
+        host_memory=None if host_memory is None else str(host_memory),
+        host_bytes=0 if host is None else host.nbytes,
+        host_experts=0 if host is None else sum(pool.slots for pool in host.pools.values()),
         budget_bytes=slots.budget_bytes,
         resident_bytes=slots.resident_bytes,
         resident_experts=slots.slots,

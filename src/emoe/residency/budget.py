@@ -20,6 +20,12 @@ DIRECT_PART_BYTES = 64 << 10
 """Experts with a part of this size are aligned for O_DIRECT: it costs them less than a hundredth."""
 
 
+AUTO_SHARE = 0.8
+"""Of the free memory: the rest is for what else the process and the page cache need."""
+
+SPARE_SLOTS = 2
+"""Slots beyond one token's experts: reads ahead may fill them, so that demand never waits for a place to read into."""
+
 MAX_LANE = 4
 """Slots kept for experts that pass through: as many as loads are in flight."""
 
@@ -267,3 +273,56 @@ def popular_quotas(
         if quotas[layer] < len(ranked[layer]):
             heapq.heappush(offers, offer(layer))
     return quotas
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """Slots of the host tier by bank. `budget_bytes` is what was asked for, `floor_bytes` what reading needs."""
+
+    budget_bytes: int
+    floor_bytes: int
+    pools: dict[int, PoolPlan]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(pool.nbytes for pool in self.pools.values())
+
+
+def plan_host(
+    asked: ExpertMemory | str | None, plan: SlotPlan, needs: Sequence[LayerNeed], available_bytes: int
+) -> HostPlan:
+    """Turn host memory into slots for each bank of `plan`.
+
+    Args:
+        asked: what `parse_host_memory` made of it; None is "auto".
+        plan: the device's slots.
+        needs: what each layer asks, grouped as in `plan`.
+        available_bytes: free memory of the machine, for "auto".
+
+    Every bank gets the floor, through which experts are read; what is left is shared by the bytes of all experts. Where
+    the device holds every expert, nothing is ever asked of the host a second time: the floor is all.
+    """
+    groups: dict[int, list[LayerNeed]] = {}
+    for need in needs:
+        groups.setdefault(need.group, []).append(need)
+    totals = {group: sum(need.experts for need in own) for group, own in groups.items()}
+    floors = {g: min(totals[g], max(need.top_k for need in own) + SPARE_SLOTS) for g, own in groups.items()}
+    total = total_bytes(needs)
+    sizes = {group: own[0].slot_nbytes for group, own in groups.items()}
+    floor = sum(floors[group] * sizes[group] for group in groups)
+    if asked == "0" or plan.all_resident:
+        budget = 0
+    elif isinstance(asked, ExpertMemory):
+        budget = int(total * float(asked.value)) if asked.kind == "share" else int(asked.value)
+    else:
+        budget = int(AUTO_SHARE * available_bytes)
+    left = max(0, min(budget, total) - floor)
+    wants = {group: (totals[group] - floors[group]) * sizes[group] for group in groups}
+    want_all = sum(wants.values())
+    pools = {}
+    for group, own in groups.items():
+        share = left * wants[group] // want_all if want_all else 0
+        slots = min(totals[group], floors[group] + share // sizes[group])
+        pools[group] = PoolPlan(group, slots, sizes[group], {need.layer: 0 for need in own})
+    return HostPlan(budget, floor, pools)

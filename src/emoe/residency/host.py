@@ -8,104 +8,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from emoe.checkpoint.index import PartSpec
-from emoe.config import ExpertMemory
-from emoe.errors import UsageError
 from emoe.residency.bank import carve
-from emoe.residency.budget import LayerNeed, PoolPlan, SlotPlan, total_bytes
+from emoe.residency.budget import PoolPlan
 from emoe.residency.devices import Device, HostMemory, Mark
 from emoe.residency.eviction import Counts, Now, Uses
 from emoe.residency.table import Key, ResidencyTable
 
-AUTO = "auto"
-"""Host memory that the machine's free memory decides."""
-
-AUTO_SHARE = 0.8
-"""Of the free memory: the rest is for what else the process and the page cache need."""
-
 BLOCK_BYTES = 256 << 20
 """Host memory is taken and pinned in blocks of about this size: pinning touches every page, so it takes its time."""
-
-SPARE_SLOTS = 2
-"""Slots beyond one token's experts: reads ahead may fill them, so that demand never waits for a place to read into."""
-
-
-@dataclass(frozen=True, slots=True)
-class HostPlan:
-    """Slots of the host tier by bank. `budget_bytes` is what was asked for, `floor_bytes` what reading needs."""
-
-    budget_bytes: int
-    floor_bytes: int
-    pools: dict[int, PoolPlan]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots."""
-        return sum(pool.nbytes for pool in self.pools.values())
-
-
-def parse_host_memory(value: str | int | ExpertMemory | None) -> ExpertMemory | str | None:
-    """Read "16GiB", "50%" (of all experts), "auto", 0 (none), bytes, or None (not said).
-
-    Raises:
-        UsageError: anything else.
-    """
-    if value is None or value in (AUTO, 0, "0"):
-        return AUTO if value == AUTO else None if value is None else "0"
-    try:
-        memory = ExpertMemory.parse(value)
-    except UsageError as error:
-        raise UsageError(
-            f"cannot read {value!r} as host memory; write e.g. '16GiB', '50%' (of all experts), 'auto' or 0"
-        ) from error
-    if memory.kind == "per_layer":
-        raise UsageError(f"host memory is a size or a share, not {value!r}: it is one pool over all layers")
-    return memory
-
-
-def plan_host(
-    asked: ExpertMemory | str | None, plan: SlotPlan, needs: Sequence[LayerNeed], available_bytes: int
-) -> HostPlan:
-    """Turn host memory into slots for each bank of `plan`.
-
-    Args:
-        asked: what `parse_host_memory` made of it; None is "auto".
-        plan: the device's slots.
-        needs: what each layer asks, grouped as in `plan`.
-        available_bytes: free memory of the machine, for "auto".
-
-    Every bank gets the floor, through which experts are read; what is left is shared by the bytes of all experts. Where
-    the device holds every expert, nothing is ever asked of the host a second time: the floor is all.
-    """
-    groups: dict[int, list[LayerNeed]] = {}
-    for need in needs:
-        groups.setdefault(need.group, []).append(need)
-    totals = {group: sum(need.experts for need in own) for group, own in groups.items()}
-    floors = {g: min(totals[g], max(need.top_k for need in own) + SPARE_SLOTS) for g, own in groups.items()}
-    total = total_bytes(needs)
-    sizes = {group: own[0].slot_nbytes for group, own in groups.items()}
-    floor = sum(floors[group] * sizes[group] for group in groups)
-    if isinstance(asked, ExpertMemory):
-        budget = int(total * float(asked.value)) if asked.kind == "share" else int(asked.value)
-    elif asked == "0" or plan.all_resident:
-        budget = 0
-    else:
-        budget = int(AUTO_SHARE * available_bytes)
-    left = max(0, min(budget, total) - floor)
-    wants = {group: (totals[group] - floors[group]) * sizes[group] for group in groups}
-    want_all = sum(wants.values())
-    pools = {}
-    for group, own in groups.items():
-        share = left * wants[group] // want_all if want_all else 0
-        slots = min(totals[group], floors[group] + share // sizes[group])
-        pools[group] = PoolPlan(group, slots, sizes[group], {need.layer: 0 for need in own})
-    return HostPlan(budget, floor, pools)
 
 
 class BeneathDevice:

@@ -14,8 +14,9 @@ from functools import partial
 import torch
 
 from emoe.residency.bank import Bank
+from emoe.residency.budget import SPARE_SLOTS
 from emoe.residency.devices import Device, Mark
-from emoe.residency.host import SPARE_SLOTS, HostTier
+from emoe.residency.host import HostTier
 from emoe.residency.loader import DEMAND, Load, Loader
 from emoe.residency.table import Key, LayerCounters
 
