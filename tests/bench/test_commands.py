@@ -11,7 +11,8 @@ import pytest
 from emoe.bench.commands import add_checkpoint, add_decode, decode_settings
 from emoe.bench.settings import DecodeSettings
 from emoe.config import ExpertMemory
-from emoe.errors import UsageError
+from emoe.errors import BudgetError, UsageError
+from emoe.planner import plan
 
 
 def settings_of(*words: str) -> DecodeSettings:
@@ -71,3 +72,17 @@ def test_a_checkpoint_is_written_and_its_folder_printed(tmp_path: Path, capsys: 
     assert args.run(args) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'x'}\n"
     assert (tmp_path / "x" / "config.json").exists()
+
+
+def test_the_budget_fit_is_what_the_memory_limit_leaves() -> None:
+    words = ("--budgets", "fit", "--modes", "exact", "--prompt-tokens", "64", "--new-tokens", "8")
+    [budget] = settings_of(*words, "--memory-limit", "415MiB").budgets
+    made = plan(memory=int(415 * 2**20 / 1.03), context=72, prompt=64)
+    assert budget == ExpertMemory("bytes", made.budget_bytes)
+    assert made.fit == "some"
+    with pytest.raises(UsageError, match="fit is what --memory-limit leaves"):
+        settings_of(*words)
+    with pytest.raises(
+        BudgetError, match=r"a memory limit of 300MiB is less than emoe-nano needs; give at least 4\d\d"
+    ):
+        settings_of(*words, "--memory-limit", "300MiB")

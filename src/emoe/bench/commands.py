@@ -13,14 +13,17 @@ import sys
 from pathlib import Path
 
 from emoe.bench.settings import BASELINES, DecodeSettings, parse_budget
-from emoe.config import MODES, PREFETCHES, Mode, format_bytes, parse_bytes
-from emoe.errors import UsageError
+from emoe.config import MODES, PREFETCHES, ExpertMemory, Mode, format_bytes, parse_bytes
+from emoe.errors import BudgetError, UsageError
 
 DECODE = "Decode speed at several budgets, beside plain transformers and accelerate's disk offload."
 CHECKPOINT = "Write a random-weight checkpoint of a named shape, to measure on."
 
 
 REPLAY = "Feed a planted checkpoint the tokens of its trace and measure. Sizes and routing are real, text is not."
+PLAN_MARGIN = 1.03
+"""How much more than planned a process may take: the planner's own error, and the page cache it cannot do without."""
+
 REPLAY_BUDGETS = "100,80,60,40,20"
 
 
@@ -65,7 +68,8 @@ def _add_measuring(parser: argparse.ArgumentParser, budgets: str, baselines: str
         "--budgets",
         default=budgets,
         metavar="LIST",
-        help="expert memory: 100,60,40,20 are percent; also 8GiB, 12/layer (default: %(default)s)".replace("%,", "%%,"),
+        help="expert memory: 100,60,40,20 are percent; also 8GiB, 12/layer, or fit: what --memory-limit leaves "
+        "(default: %(default)s)".replace("%,", "%%,"),
     )
     add("--modes", default=",".join(usual.modes), metavar="LIST", help="exact, resident (default: both)")
     add(
@@ -100,7 +104,7 @@ def decode_settings(args: argparse.Namespace) -> DecodeSettings:
         modes.append(found)
     return DecodeSettings(
         model=args.model,
-        budgets=tuple(parse_budget(word) for word in _words(args.budgets)),
+        budgets=tuple(_budget(word, args) for word in _words(args.budgets)),
         modes=tuple(modes),
         baselines=tuple(word for word in _words(args.baselines) if word != "none"),
         prompt_tokens=args.prompt_tokens,
@@ -122,6 +126,32 @@ def decode_settings(args: argparse.Namespace) -> DecodeSettings:
         forced=args.forced,
         batch=args.batch,
     )
+
+
+def _budget(word: str, args: argparse.Namespace) -> ExpertMemory:
+    """A budget, or "fit": what the plan leaves for experts in the memory limit, less the 3 % that it may be off."""
+    if word != "fit":
+        return parse_budget(word)
+    from emoe.checkpoint.codecs.formats import NATIVE
+    from emoe.planner import plan
+
+    if args.memory_limit is None:
+        raise UsageError("the budget fit is what --memory-limit leaves for experts; give that too")
+    prompt, new = args.prompt_tokens, args.steps if args.forced else args.new_tokens
+    made = plan(
+        args.model,
+        memory=int(parse_bytes(args.memory_limit) / PLAN_MARGIN),
+        context=prompt + new,
+        prompt=prompt,
+        batch=args.batch,
+        expert_dtype=args.expert_dtype or NATIVE,
+    )
+    if made.fit == "none":
+        raise BudgetError(
+            f"a memory limit of {args.memory_limit} is less than {made.model} needs; give at least "
+            f"{format_bytes(int(made.smallest_bytes * PLAN_MARGIN))}"
+        )
+    return ExpertMemory("bytes", made.budget_bytes)
 
 
 def run_decode(args: argparse.Namespace) -> int:

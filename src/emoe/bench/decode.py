@@ -25,6 +25,7 @@ from emoe.bench.page_cache import drop
 from emoe.bench.plant.card import is_planted, read_card
 from emoe.bench.results import DecodeReport, Outcome, decode_rate
 from emoe.bench.settings import Contender, DecodeSettings
+from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.checkpoint.memory_room import memory_room
 from emoe.checkpoint.source import resolve
 from emoe.config import ExpertMemory, format_bytes
@@ -99,6 +100,7 @@ class _Bench:
             context=self.settings.positions,
             prompt=self.settings.prompt_tokens,
             batch=self.settings.batch,
+            expert_dtype=self.settings.expert_dtype or NATIVE,
         )
 
     def _plan_bytes(self, contender: Contender) -> int:
@@ -294,7 +296,7 @@ class _Bench:
         if not self.settings.forced:
             return {}
         rates = machine_of(self.folder, self.say)
-        _, facts = facts_of(self.folder)
+        _, facts = facts_of(self.folder, expert_dtype=self.settings.expert_dtype or NATIVE)
         return {o.name: limits_of(o, self.settings, facts, rates) for o in self.outcomes if o.samples}
 
 

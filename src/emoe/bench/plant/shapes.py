@@ -219,7 +219,7 @@ _FULL = (
 def _tiny(shape: PublishedShape, **sizes: Any) -> PublishedShape:
     """The same layout, small enough for tests."""
     small = {
-        "hidden": 64, "layers": 3, "experts": 8, "inner": 48, "top_k": 2, "heads": 4, "kv_heads": 2, "head_dim": 16
+        "hidden": 64, "layers": 3, "experts": 8, "inner": 96, "top_k": 2, "heads": 4, "kv_heads": 2, "head_dim": 16
     }  # fmt: skip
     return replace(shape, name=f"tiny-{shape.layout.replace('_', '-')}", **(small | sizes))
 
@@ -231,7 +231,7 @@ _TINY = {
     "gpt_oss": {},
     "qwen3_moe": {},
     "mixtral": {},
-    "deepseek_v2": {"kv_heads": 4, "head_dim": 24, "dense_inner": 96},
+    "deepseek_v2": {"kv_heads": 4, "head_dim": 24, "dense_inner": 128},
 }
 
 PUBLISHED: dict[str, PublishedShape] = {
