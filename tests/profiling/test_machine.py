@@ -12,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emoe.errors import UsageError
-from emoe.profiling import disk, machine
+from emoe.profiling import disk, machine, rates
 from emoe.profiling.machine import Machine, fingerprint, keep, kept_path, known, measure, read, thread_counts
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path / "cache"))
+    for name, value in (("ARRAY_BYTES", 8 << 20), ("LEAST_ARRAY_BYTES", 8 << 20), ("SIDE", 128)):
+        monkeypatch.setattr(rates, name, value)
     yield
 
 
@@ -31,11 +33,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
-rates = st.floats(1.0, 1e13)
-by_threads = st.dictionaries(st.integers(1, 64), rates, max_size=3)
+numbers = st.floats(1.0, 1e13)
+by_threads = st.dictionaries(st.integers(1, 64), numbers, max_size=3)
 
 
-@given(by_threads, st.dictionaries(st.sampled_from(["float32", "int8"]), by_threads), st.none() | rates)
+@given(by_threads, st.dictionaries(st.sampled_from(["float32", "int8"]), by_threads), st.none() | numbers)
 def test_what_is_kept_is_what_was_measured(memory: dict[int, float], flops: dict, rate: float | None) -> None:  # type: ignore[type-arg]
     made = Machine({"cpu": "x"}, memory_bytes_per_s=memory, flops=flops, h2d_pinned_bytes_per_s=rate, notes=("a",))
     assert Machine.from_dict(json.loads(json.dumps(made.as_dict()))) == made
@@ -109,9 +111,10 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
         keep(Machine(fingerprint()))
 
 
-def test_rates_of_other_thread_counts_are_those_below() -> None:
+def test_rates_are_the_best_of_up_to_so_many_threads() -> None:
     made = Machine({}, memory_bytes_per_s={2: 20.0, 8: 50.0}, flops={"float32": {1: 7.0}})
     assert [made.memory_rate(n) for n in (1, 2, 4, 8, 16)] == [20, 20, 20, 50, 50]
+    assert Machine({}, memory_bytes_per_s={1: 30.0, 2: 20.0}).memory_rate(2) == 30
     assert made.compute_rate("bfloat16", 4) == 7.0
     with pytest.raises(UsageError, match="memory bandwidth was not measured"):
         Machine({}).memory_rate(1)

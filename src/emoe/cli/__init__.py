@@ -9,6 +9,7 @@
     emoe profile MODEL --prompts FILE    learn its habits, once
     emoe quantise MODEL                  int8 or int4 experts, made once (lossy)
     emoe simulate TRACE                  what each policy would have loaded, beside the best possible
+    emoe roofline MODEL                  how fast this machine could run it
     emoe bench decode                    measure
 
 Exit codes: 0 done; 1 a defect; 2 usage; 3 damaged checkpoint; 4 unsupported model; 5 budget too small;
@@ -24,14 +25,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import emoe
-from emoe.cli import bench, chat, demo, generate, inspect, plan, profile, quantise, serve, simulate
+from emoe.cli import bench, chat, demo, generate, inspect, plan, profile, quantise, roofline, serve, simulate
 from emoe.cli.output import note
 from emoe.errors import EmoeError, UsageError
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
-_COMMANDS = (plan, generate, chat, inspect, demo, serve, profile, quantise, simulate, bench)
+_COMMANDS = (plan, generate, chat, inspect, demo, serve, profile, quantise, simulate, roofline, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -125,11 +125,10 @@ class Machine:
 
 
 def _at(rates: Rates, threads: int, what: str) -> float:
-    """The rate of that many threads, or of the nearest number below that was measured, or the least."""
+    """The best rate of up to that many threads (fewer may be faster: a neighbour on a core), or of the fewest."""
     if not rates:
         raise UsageError(f"the {what} was not measured: run `emoe roofline MODEL --fresh`.")
-    below = [count for count in rates if count <= threads]
-    return rates[max(below) if below else min(rates)]
+    return max((rate for count, rate in rates.items() if count <= threads), default=rates[min(rates)])
 
 
 def _rates(values: Mapping[Any, Any]) -> Rates:

@@ -100,6 +100,13 @@ class ModelWork:
         """Experts of one token, all layers."""
         return sum(min(self.facts.top_k, layer.experts) for layer in self.facts.expert_layers)
 
+    @property
+    def routed_elements(self) -> float:
+        """Weights of the experts of one token, however many bytes each takes."""
+        facts = self.facts
+        native = facts.native_expert_bytes or facts.expert_bytes
+        return self.routed_bytes * native / (facts.expert_bytes * dtype_bytes(facts.dtype))
+
     def dense_read_bytes(self, tokens: int = 1) -> int:
         """Bytes of dense weights that a pass over `tokens` reads: of a lookup table only their rows."""
         facts = self.facts
@@ -118,7 +125,7 @@ class ModelWork:
             dense_bytes=dense + self.facts.cache_bytes(context, 1),
             expert_bytes=routed,
             missed_bytes=routed * miss_rate,
-            flops=2 * (dense + routed) / dtype_bytes(self.facts.dtype),
+            flops=2 * (dense / dtype_bytes(self.facts.dtype) + self.routed_elements),
             dtype=self.facts.dtype,
         )
 
@@ -146,12 +153,11 @@ class ModelWork:
         a, itemsize = facts.activations, dtype_bytes(facts.dtype)
         head = a.vocabulary * a.hidden  # the output projection: of the last token only
         body = (facts.dense_bytes - facts.lookup_bytes) / itemsize - head
-        routed = self.routed_bytes / itemsize
         return Work(
             dense_bytes=self.dense_read_bytes(tokens) + facts.cache_bytes(tokens, 1),
             expert_bytes=touched,
             missed_bytes=touched * miss_rate,
-            flops=2 * (tokens * (body + routed) + head),
+            flops=2 * (tokens * (body + self.routed_elements) + head),
             dtype=facts.dtype,
         )
 

@@ -1,0 +1,92 @@
+"""What a budget misses on a trace: by Belady's rule, which no policy beats, and by the engine's own.
+
+The numbers that the limit of a machine (`emoe.profiling.roofline`) is computed from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from emoe.errors import UsageError
+from emoe.residency.eviction import make_eviction
+from emoe.routing.trace import DECODE, Trace
+from emoe.simulation.lookups import Phases
+from emoe.simulation.replay import plan_of
+from emoe.simulation.runs import POOL, Report, Task, simulate
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Of one budget: shares of the routed experts that are missing, with Belady's rule and with the policy."""
+
+    share: float
+    belady: float
+    policy: float
+
+
+def like_model(trace: Trace, layers: int, experts: int, top_k: int) -> Trace:
+    """The trace for a model of this shape: its first layers, where the model has fewer.
+
+    Raises:
+        UsageError: it is of a model of another shape.
+    """
+    found = (len(trace.layers), trace.num_experts, trace.top_k)
+    if found[1:] != (experts, top_k) or found[0] < layers:
+        raise UsageError(
+            f"the trace is of {found[0]} layers x {found[1]} experts, top-{found[2]}, and the model has {layers} x "
+            f"{experts}, top-{top_k}: record one of this model (`emoe generate --trace`)."
+        )
+    weights = None if trace.weights is None else trace.weights[:, :layers]
+    return dataclasses.replace(trace, experts=trace.experts[:, :layers], weights=weights, layers=trace.layers[:layers])
+
+
+def first_tokens(trace: Trace, tokens: int) -> Trace:
+    """The trace's first prompts that together have as many tokens, at least one of them."""
+    enough = int(np.searchsorted(trace.offsets, tokens))
+    return trace.select(range(min(max(enough, 1), trace.num_prompts)))
+
+
+def missing(
+    trace: Trace, shares: Sequence[float], policy: str = "least-stale", report: Report | None = None
+) -> list[Missing]:
+    """The misses of decoding the trace's prompts one after another, at each share of all experts.
+
+    Slots are shared between layers as the engine would share them; Belady's rule has one pool over all layers, where it
+    misses least. Everything resident is loaded before and misses nothing. Where the trace has no decoded tokens, its
+    prompts' tokens are taken one by one.
+
+    Raises:
+        UsageError: no such policy, or a share outside 0 to 1.
+    """
+    if not all(0 < share <= 1 for share in shares):
+        raise UsageError(f"shares of experts must be above 0 and at most 1, not {list(shares)}")
+    rule = make_eviction(policy)
+    phases: Phases = "decode" if (trace.phase == DECODE).any() else "all"
+    found = []
+    for share in shares:
+        if share == 1:
+            found.append(Missing(share, 0.0, 0.0))
+            continue
+        quotas = plan_of(trace, share, rule).pools[0].quotas
+        name = policy if any(quotas.values()) else policy + POOL
+        rows = simulate([(trace, None)], Task([name, "belady" + POOL], [share], phases=phases), report)
+        found.append(Missing(share, 1 - rows[1].hit_rate, 1 - rows[0].hit_rate))
+    return found
+
+
+def distinct(trace: Trace, tokens: int) -> list[float]:
+    """How many different experts of each layer `tokens` consecutive tokens route to: the mean over the trace."""
+    starts = range(0, max(len(trace) - tokens, 0) + 1, max(tokens // 2, 1))
+    layers = trace.experts.shape[1]
+    counts = np.zeros(layers)
+    for start in starts:
+        window = trace.experts[start : start + tokens]
+        for layer in range(layers):
+            ids = np.unique(window[:, layer])
+            counts[layer] += int((ids < trace.num_experts).sum())
+    means: list[float] = (counts / len(starts)).tolist()
+    return means

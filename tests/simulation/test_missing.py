@@ -1,0 +1,58 @@
+"""What a budget misses on a trace."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emoe.errors import UsageError
+from emoe.prediction.protocol import RoutingShape
+from emoe.routing.trace import Trace
+from emoe.simulation.generate import random_trace
+from emoe.simulation.missing import distinct, first_tokens, like_model, missing
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    return random_trace(RoutingShape(3, 8, 2), 120, seed=1)
+
+
+def test_belady_misses_least_and_more_memory_misses_less(trace: Trace) -> None:
+    found = missing(trace, [0.3, 0.5, 0.75, 1.0])
+    assert [each.share for each in found] == [0.3, 0.5, 0.75, 1.0]
+    for each in found:
+        assert 0 <= each.belady <= each.policy <= 1
+    assert [each.belady for each in found] == sorted((each.belady for each in found), reverse=True)
+    assert found[-1].policy == 0
+    assert found[0].policy > 0.4  # random routes
+
+
+def test_a_trace_of_more_layers_fits_a_model_of_fewer(trace: Trace) -> None:
+    fewer = like_model(trace, 2, 8, 2)
+    assert fewer.experts.shape[1] == len(fewer.layers) == 2
+    assert (fewer.experts == trace.experts[:, :2]).all()
+    for shape in ((4, 8, 2), (3, 16, 2), (3, 8, 4)):
+        with pytest.raises(UsageError, match="record one of this model"):
+            like_model(trace, *shape)
+
+
+@given(st.integers(1, 200))
+def test_a_part_of_a_trace_has_whole_prompts(tokens: int) -> None:
+    trace = random_trace(RoutingShape(1, 4, 1), 60, seed=2)
+    part = first_tokens(trace, tokens)
+    assert len(part) == trace.offsets[part.num_prompts]
+    assert len(part) >= min(tokens, len(trace))
+
+
+def test_distinct_experts_grow_with_the_window_up_to_all(trace: Trace) -> None:
+    counts = [distinct(trace, tokens) for tokens in (1, 8, 120)]
+    assert counts[0] == [2, 2, 2]
+    assert all(a <= b for a, b in zip(counts[0], counts[1], strict=True))
+    assert counts[2] == [8, 8, 8]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_shares_that_cannot_be_are_refused(trace: Trace, share: float) -> None:
+    with pytest.raises(UsageError, match="shares of experts"):
+        missing(trace, [share])
