@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from emoe.bench.settings import BASELINES, DecodeSettings, parse_budget
+from emoe.checkpoint.codecs.formats import EXPERT_DTYPES, NATIVE
 from emoe.config import MODES, PREFETCHES, ExpertMemory, Mode, format_bytes, parse_bytes
 from emoe.errors import BudgetError, UsageError
 
@@ -87,7 +88,8 @@ def _add_measuring(parser: argparse.ArgumentParser, budgets: str, baselines: str
     add("--one-at-a-time", action="store_true", help="never hold two contenders in memory")
     add("--reader", choices=("auto", "cached", "direct", "advised"), default="auto", help="how emoe reads experts")
     add("--eviction", metavar="NAME", help="emoe's eviction rule (default: emoe.load's)")
-    add("--expert-dtype", metavar="NAME", help="emoe's experts in int8 or int4 (lossy; default: as stored)")
+    add("--expert-dtype", choices=EXPERT_DTYPES, default=NATIVE, help="emoe's experts in int8 or int4 (lossy)")
+    add("--expert-cache", metavar="DIR", help="where those are kept (default: .emoe in the model's folder)")
     add("--prefetch", choices=PREFETCHES, help="emoe's prefetching (default: none)")
     add("--offload-folder", metavar="DIR", help="where accelerate may write weights (default: the temporary folder)")
     add("--seed", type=int, default=usual.seed, metavar="N", help="of random prompts")
@@ -122,6 +124,7 @@ def decode_settings(args: argparse.Namespace) -> DecodeSettings:
         seed=args.seed,
         one_at_a_time=args.one_at_a_time,
         expert_dtype=args.expert_dtype,
+        expert_cache=args.expert_cache,
         prefetch=args.prefetch,
         forced=args.forced,
         batch=args.batch,
@@ -144,7 +147,7 @@ def _budget(word: str, args: argparse.Namespace) -> ExpertMemory:
         context=prompt + new,
         prompt=prompt,
         batch=args.batch,
-        expert_dtype=args.expert_dtype or NATIVE,
+        expert_dtype=args.expert_dtype,
     )
     if made.fit == "none":
         raise BudgetError(

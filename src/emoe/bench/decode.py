@@ -34,7 +34,7 @@ from emoe.planner import Plan, facts_of, plan
 
 Say = Callable[[str], None]
 
-LOADING = ("reader", "eviction", "expert_dtype", "prefetch")
+LOADING = ("reader", "eviction", "expert_dtype", "expert_cache", "prefetch")
 """Settings that say how emoe loads."""
 
 FREE_SHARE = 0.9
@@ -93,18 +93,21 @@ class _Bench:
         self.outcomes = [Outcome(contender, self._plan_bytes(contender)) for contender in settings.contenders]
         self._check_length()
 
-    def _plan(self, memory: ExpertMemory | None) -> Plan:
+    def _plan(self, memory: ExpertMemory | None, expert_dtype: str = NATIVE) -> Plan:
         return plan(
             self.folder,
+            expert_dtype=expert_dtype,
             expert_memory=memory or ExpertMemory("share", 1.0),
             context=self.settings.positions,
             prompt=self.settings.prompt_tokens,
             batch=self.settings.batch,
-            expert_dtype=self.settings.expert_dtype or NATIVE,
         )
 
+    def _expert_dtype(self, contender: Contender) -> str:
+        return self.settings.expert_dtype if contender.engine == "emoe" else NATIVE
+
     def _plan_bytes(self, contender: Contender) -> int:
-        made = self._plan(contender.expert_memory)
+        made = self._plan(contender.expert_memory, self._expert_dtype(contender))
         return made.total_bytes - made.import_bytes
 
     def _check_length(self) -> None:
@@ -296,8 +299,10 @@ class _Bench:
         if not self.settings.forced:
             return {}
         rates = machine_of(self.folder, self.say)
-        _, facts = facts_of(self.folder, expert_dtype=self.settings.expert_dtype or NATIVE)
-        return {o.name: limits_of(o, self.settings, facts, rates) for o in self.outcomes if o.samples}
+        measured = [outcome for outcome in self.outcomes if outcome.samples]
+        dtypes = {self._expert_dtype(outcome.contender) for outcome in measured}
+        facts = {dtype: facts_of(self.folder, expert_dtype=dtype)[1] for dtype in dtypes}
+        return {o.name: limits_of(o, self.settings, facts[self._expert_dtype(o.contender)], rates) for o in measured}
 
 
 def machine() -> dict[str, Any]:

@@ -20,10 +20,12 @@ from emoe.bench.feeding import Counters
 from emoe.bench.process import memory, reset_peak, storage_bytes_read
 from emoe.bench.settings import Contender
 from emoe.bench.shapes import make_checkpoint
+from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.config import ExpertMemory
 from emoe.errors import UnsupportedModelError
+from emoe.model.bind import binding_of
 
-CHOICES = ("eviction", "expert_dtype", "prefetch")
+CHOICES = ("eviction", "expert_dtype", "expert_cache", "prefetch")
 """Options that go to `emoe.load` where they are given."""
 
 COUNTED = ("hits", "misses", "loads", "bytes_read", "load_wait_s", "rerouted_tokens", "routed_tokens")
@@ -83,6 +85,7 @@ def rehearse(contender: Contender, folder: Path, options: dict[str, Any]) -> Non
     with tempfile.TemporaryDirectory(prefix="emoe-bench-") as scratch:
         tiny = make_checkpoint("tiny", Path(scratch) / "tiny")
         small = {**options, "offload_folder": f"{scratch}/offload", "cpu_bytes": 2**19}
+        small.pop("expert_cache", None)  # the tiny model's experts go with it
         # A budget that suits the model may be too small for this one, whose experts are few.
         budget = contender.expert_memory and ExpertMemory("share", 0.6)
         running = load(replace(contender, expert_memory=budget), tiny, small)
@@ -122,9 +125,11 @@ def _emoe(contender: Contender, folder: Path, options: dict[str, Any]) -> Runnin
         values = emoe_model.stats(loaded)
         return {name: values[name] for name in COUNTED}
 
+    index = binding_of(loaded).index
     return Running(
         loaded,
         counters,
+        extra_files=[] if index.expert_dtype == NATIVE else sorted(index.files),
         notes=[emoe_model.stats(loaded)["reader_reason"]],
         reader=emoe_model.stats(loaded)["reader"],
         close=lambda: emoe_model.close(loaded),

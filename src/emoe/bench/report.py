@@ -6,6 +6,7 @@ import re
 
 from emoe.bench.plant.card import LABEL
 from emoe.bench.results import DecodeReport, Outcome, Spread, decode_rate, decoded_tokens
+from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.config import format_bytes
 
 _NUMBER = re.compile(r"\d+(\.\d+)?( [KMG]iB)?")
@@ -90,8 +91,8 @@ def _conditions(report: DecodeReport) -> str:
     said = []
     if settings.memory_limit is not None:
         said.append(f"each in a memory cgroup of {format_bytes(settings.memory_limit)}")
-    if settings.expert_dtype is not None:
-        said.append(f"emoe's experts in {settings.expert_dtype}")
+    if settings.expert_dtype != NATIVE:
+        said.append(f"emoe's experts in {settings.expert_dtype} (LOSSY)")
     said.append("page cache dropped before every generation" if settings.cold else "page cache as it comes")
     return ", ".join(said)
 

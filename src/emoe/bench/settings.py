@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from emoe.checkpoint.codecs.formats import NATIVE, codec_of
 from emoe.config import ExpertMemory, Mode
 from emoe.errors import UsageError
 
@@ -62,8 +63,9 @@ class DecodeSettings:
     memory cgroup of that size. `cold`: the checkpoint's pages are dropped from the page cache before each measured
     generation. `forced`: the checkpoint is a planted one, and the tokens of its trace are fed whatever the logits say,
     `batch` sequences at once; `new_tokens` counts the logits read, one more than the steps after the prompt.
-    `expert_dtype`, `prefetch` as `emoe.load` has them. `baseline` names the contender that ratios refer to; None takes
-    the fastest of transformers' implementations at what is compared, or emoe with every expert where none of those ran.
+    `expert_dtype`, `expert_cache`, `prefetch` as `emoe.load` has them. `baseline` names the contender that ratios refer
+    to; None takes the fastest of transformers' implementations at what is compared, or emoe with every expert where
+    none of those ran.
     """
 
     model: str | None = None
@@ -85,7 +87,8 @@ class DecodeSettings:
     one_at_a_time: bool = False
     forced: bool = False
     batch: int = 1
-    expert_dtype: str | None = None
+    expert_dtype: str = NATIVE
+    expert_cache: str | None = None
     prefetch: str | None = None
     contenders: tuple[Contender, ...] = field(init=False)
 
@@ -98,6 +101,7 @@ class DecodeSettings:
             raise UsageError(f"threads must be at least 1, not {self.threads}")
         if self.batch > 1 and not self.forced:
             raise UsageError(f"a batch of {self.batch} can be replayed (emoe bench replay), not generated")
+        codec_of(self.expert_dtype)
         made = tuple(_contenders(self.budgets, self.modes, self.baselines))
         if not made:
             raise UsageError("nothing to measure: give at least one budget and mode, or a baseline")
