@@ -117,11 +117,13 @@ def test_forced_steps_give_the_logits_of_one_pass(planted: Path) -> None:
     model, _ = emoe_model.load(planted, expert_memory="50%", dtype="float32")
     ids = torch.tensor([[3, 9, 27, 11, 5, 40]])
     stepped = torch.stack([logits[0] for logits in forced(model, ids, 3)])
+    chunked = torch.stack([logits[0] for logits in forced(model, ids, 5, chunk=2)])
     with torch.inference_mode():
         whole = model(ids).logits[0, 2:]
     emoe_model.close(model)
     assert stepped.shape == (4, 64)
     assert torch.allclose(stepped, whole, atol=1e-4)
+    assert torch.allclose(chunked, whole[2:], atol=1e-4)
 
 
 def test_generating_walks_along_the_trace_as_feeding_does(planted: Path) -> None:
@@ -145,8 +147,11 @@ def test_sequences_of_a_batch_begin_apart_and_all_begin_anew_after_the_last_toke
 def test_mistakes_are_refused(planted: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no planted checkpoint"):
         decode.run(DecodeSettings(model=str(tmp_path), forced=True))
-    with pytest.raises(UsageError, match="a batch of 2 can be replayed"):
-        DecodeSettings(batch=2)
+    for made in ({"batch": 2}, {"chunk": 5}):
+        with pytest.raises(UsageError, match="batches and chunks can be replayed"):
+            DecodeSettings(**made)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="chunk must be at least 1, not 0"):
+        DecodeSettings(chunk=0, forced=True)
     with pytest.raises(UsageError, match="batch must be at least 1, not 0"):
         DecodeSettings(batch=0, forced=True)
 
@@ -154,7 +159,7 @@ def test_mistakes_are_refused(planted: Path, tmp_path: Path) -> None:
 def test_options_reach_the_settings(planted: Path) -> None:
     parser = argparse.ArgumentParser()
     add_replay(parser)
-    words = f"{planted} --prefill 9 --decode 4 --batch 3 --budgets 50 --modes exact --prefetch next-gate "
+    words = f"{planted} --prefill 9 --decode 4 --batch 3 --chunk 2 --budgets 50 --modes exact --prefetch next-gate "
     words += "--expert-dtype int8"
     found = decode_settings(parser.parse_args(words.split()))
     assert found == DecodeSettings(
@@ -166,6 +171,7 @@ def test_options_reach_the_settings(planted: Path) -> None:
         new_tokens=5,
         forced=True,
         batch=3,
+        chunk=2,
         prefetch="next-gate",
         expert_dtype="int8",
     )

@@ -146,6 +146,23 @@ def test_a_prompt_takes_what_is_planned_and_not_much_less(
     assert planned < 3 * live.peak
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "glm4_moe", "gemma4_text"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_later_pass_over_a_prompt_takes_what_is_planned(family: str, batch: int, checkpoints: Checkpoints) -> None:
+    path = checkpoints(family)
+    _, facts = facts_of(path)
+    model, _ = emoe.load(path)
+    ids = torch.randint(5, 100, (batch, 240))
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :200], use_cache=True, logits_to_keep=1)
+        with LiveBytes() as live:
+            model(input_ids=ids[:, 200:], past_key_values=first.past_key_values, use_cache=True, logits_to_keep=1)
+    emoe.close(model)
+    planned = facts.cache_bytes(240, batch) + activation_bytes(facts, 40, batch, before=200)
+    assert live.peak <= planned
+    assert planned < 3 * live.peak
+
+
 def test_float32_doubles_everything(checkpoints: Checkpoints) -> None:
     path = checkpoints("qwen3_moe")
     half, full = from_headers(path), from_headers(path, "float32")

@@ -41,7 +41,7 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
     _add_measuring(parser, ",".join(f"{budget}" for budget in usual.budgets), ",".join(usual.baselines))
     for name, what in (("prompt_tokens", "length of a prompt"), ("new_tokens", "tokens to generate")):
         _add_number(parser, name, what)
-    parser.set_defaults(run=run_decode, forced=False, batch=1)
+    parser.set_defaults(run=run_decode, forced=False, batch=1, chunk=None)
 
 
 def add_replay(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +52,7 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
     add("--prefill", dest="prompt_tokens", type=int, default=512, metavar="N", help="tokens of a prompt (default: 512)")
     add("--decode", dest="steps", type=int, default=64, metavar="N", help="tokens fed one by one (default: 64)")
     add("--batch", type=int, default=1, metavar="N", help="sequences at once (default: 1)")
+    add("--chunk", type=int, metavar="N", help="read prompts in passes of N tokens (default: in one)")
     parser.set_defaults(run=run_decode, forced=True)
 
 
@@ -128,6 +129,7 @@ def decode_settings(args: argparse.Namespace) -> DecodeSettings:
         prefetch=args.prefetch,
         forced=args.forced,
         batch=args.batch,
+        chunk=args.chunk,
     )
 
 
@@ -135,7 +137,6 @@ def _budget(word: str, args: argparse.Namespace) -> ExpertMemory:
     """A budget, or "fit": what the plan leaves for experts in the memory limit, less the 3 % that it may be off."""
     if word != "fit":
         return parse_budget(word)
-    from emoe.checkpoint.codecs.formats import NATIVE
     from emoe.planner import plan
 
     if args.memory_limit is None:
@@ -147,6 +148,7 @@ def _budget(word: str, args: argparse.Namespace) -> ExpertMemory:
         context=prompt + new,
         prompt=prompt,
         batch=args.batch,
+        chunk=args.chunk,
         expert_dtype=args.expert_dtype,
     )
     if made.fit == "none":
@@ -154,7 +156,7 @@ def _budget(word: str, args: argparse.Namespace) -> ExpertMemory:
             f"a memory limit of {args.memory_limit} is less than {made.model} needs; give at least "
             f"{format_bytes(int(made.smallest_bytes * PLAN_MARGIN))}"
         )
-    return ExpertMemory("bytes", made.budget_bytes)
+    return ExpertMemory("bytes", made.budget_bytes >> 20 << 20)
 
 
 def run_decode(args: argparse.Namespace) -> int:

@@ -101,6 +101,7 @@ class _Bench:
             context=self.settings.positions,
             prompt=self.settings.prompt_tokens,
             batch=self.settings.batch,
+            chunk=self.settings.chunk,
         )
 
     def _expert_dtype(self, contender: Contender) -> str:
@@ -256,6 +257,7 @@ class _Bench:
             prompt_tokens=self.settings.prompt_tokens,
             steps=self.settings.new_tokens - 1,
             batch=self.settings.batch,
+            chunk=self.settings.chunk,
         )
 
     def _fail(self, outcome: Outcome, error: WorkerError) -> None:

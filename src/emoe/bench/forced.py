@@ -16,22 +16,25 @@ from emoe.bench.feeding import Fed
 from emoe.bench.process import memory, reset_peak, storage_bytes_read
 
 
-def forced(model: Any, ids: torch.Tensor, prompt: int) -> Iterator[torch.Tensor]:
-    """Run `model` over `ids` [batch, tokens] and yield the logits [batch, vocabulary] after each pass.
+def forced(model: Any, ids: torch.Tensor, prompt: int, chunk: int | None = None) -> Iterator[torch.Tensor]:
+    """Run `model` over `ids` [batch, tokens]; yield the logits [batch, vocabulary] after the prompt and each step.
 
-    The first pass reads ids[:, :prompt], every further one the next column, whatever the logits say. With prompt equal
-    to the number of tokens there is one pass. Works for emoe's models and plain transformers' alike.
+    The prompt is ids[:, :prompt], read in passes of `chunk` tokens (None: in one). Every step reads the next column,
+    whatever the logits say. Works for emoe's models and plain transformers' alike.
     """
     cache = None
+    starts = range(0, prompt, chunk or prompt)
+    passes = [(start, min(start + (chunk or prompt), prompt)) for start in starts]
     with torch.inference_mode():
-        for start, end in [(0, prompt), *((at, at + 1) for at in range(prompt, ids.shape[1]))]:
+        for start, end in [*passes, *((at, at + 1) for at in range(prompt, ids.shape[1]))]:
             out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
-            yield out.logits[:, -1]
+            if end >= prompt:
+                yield out.logits[:, -1]
 
 
-def replay(running: Running, ids: list[list[int]], prompt: int, base_bytes: int) -> Sample:
-    """Feed `ids` [batch][tokens], a prompt of `prompt` first, and measure it."""
+def replay(running: Running, ids: list[list[int]], prompt: int, base_bytes: int, chunk: int | None = None) -> Sample:
+    """Feed `ids` [batch][tokens], a prompt of `prompt` first (in passes of `chunk`), and measure it."""
     fed = torch.tensor(ids)
     kept: list[torch.Tensor] = []
     tokens: list[int] = []
@@ -39,7 +42,7 @@ def replay(running: Running, ids: list[list[int]], prompt: int, base_bytes: int)
     read = storage_bytes_read()
     reset_peak()
     times, cpu = [time.perf_counter()], [time.process_time()]
-    for logits in forced(running.model, fed, prompt):
+    for logits in forced(running.model, fed, prompt, chunk):
         # Choosing the next token is part of a step, although another one is fed.
         tokens.append(int(logits.argmax(dim=-1)[0]))
         kept.append(logits)

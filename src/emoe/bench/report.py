@@ -65,7 +65,8 @@ def _fed(report: DecodeReport) -> str:
     if not settings.forced:
         return f"{settings.prompt_tokens} prompt tokens, {settings.new_tokens} new"
     many = f"{settings.batch} sequences: " if settings.batch > 1 else ""
-    return f"{many}{settings.prompt_tokens} prompt tokens, then {settings.new_tokens - 1} fed one by one"
+    passes = "" if settings.chunk is None else f" in passes of {settings.chunk}"
+    return f"{many}{settings.prompt_tokens} prompt tokens{passes}, then {settings.new_tokens - 1} fed one by one"
 
 
 def _planted(report: DecodeReport) -> list[str]:

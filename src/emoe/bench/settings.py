@@ -62,7 +62,8 @@ class DecodeSettings:
     `model` None is emoe-nano. `threads` None leaves torch's own number. `memory_limit` bytes: each process runs in a
     memory cgroup of that size. `cold`: the checkpoint's pages are dropped from the page cache before each measured
     generation. `forced`: the checkpoint is a planted one, and the tokens of its trace are fed whatever the logits say,
-    `batch` sequences at once; `new_tokens` counts the logits read, one more than the steps after the prompt.
+    `batch` sequences at once, prompts in passes of `chunk` tokens (None: in one); `new_tokens` counts the logits read,
+    one more than the steps after the prompt.
     `expert_dtype`, `expert_cache`, `prefetch` as `emoe.load` has them. `baseline` names the contender that ratios refer
     to; None takes the fastest of transformers' implementations at what is compared, or emoe with every expert where
     none of those ran.
@@ -87,6 +88,7 @@ class DecodeSettings:
     one_at_a_time: bool = False
     forced: bool = False
     batch: int = 1
+    chunk: int | None = None
     expert_dtype: str = NATIVE
     expert_cache: str | None = None
     prefetch: str | None = None
@@ -99,8 +101,10 @@ class DecodeSettings:
                 raise UsageError(f"{name.replace('_', ' ')} must be at least {least}, not {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads must be at least 1, not {self.threads}")
-        if self.batch > 1 and not self.forced:
-            raise UsageError(f"a batch of {self.batch} can be replayed (emoe bench replay), not generated")
+        if self.chunk is not None and self.chunk < 1:
+            raise UsageError(f"chunk must be at least 1, not {self.chunk}")
+        if (self.batch > 1 or self.chunk is not None) and not self.forced:
+            raise UsageError("batches and chunks can be replayed (emoe bench replay), not generated")
         codec_of(self.expert_dtype)
         made = tuple(_contenders(self.budgets, self.modes, self.baselines))
         if not made:

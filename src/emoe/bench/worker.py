@@ -3,7 +3,7 @@ line, and answers each with one line. See `emoe.bench.client` for the other end.
 
     {"op": "load", "contender": ..., "folder": ..., "threads": ..., "options": ...}
     {"op": "generate", "prompt": 3, "prompt_tokens": 128, "new_tokens": 32, "seed": 0}
-    {"op": "replay", "start": 576, "prompt_tokens": 512, "steps": 64, "batch": 1}
+    {"op": "replay", "start": 576, "prompt_tokens": 512, "steps": 64, "batch": 1, "chunk": null}
     {"op": "feed", "prompt": [0, 1, 2], "forced": [3, 4], "seconds": 60}
     {"op": "stop"}
 
@@ -92,7 +92,8 @@ class Worker:
 
         tokens = request["prompt_tokens"] + request["steps"]
         ids = planted_ids(self._folder, request["start"], tokens, request["batch"])
-        return forced.replay(self._running, ids, request["prompt_tokens"], self._base_bytes).as_dict()
+        prompt, chunk = request["prompt_tokens"], request["chunk"]
+        return forced.replay(self._running, ids, prompt, self._base_bytes, chunk).as_dict()
 
     def feed(self, request: dict[str, Any]) -> dict[str, Any]:
         """Given tokens, measured for as long as a time allows."""

@@ -33,6 +33,7 @@ def plan(
     context: int | None = None,
     batch: int = 1,
     prompt: int | None = None,
+    chunk: int | None = None,
     dtype: str | None = None,
     expert_dtype: str = NATIVE,
     revision: str | None = None,
@@ -48,7 +49,8 @@ def plan(
         expert_memory: give the experts this much instead of what is left.
         context: tokens that each sequence may grow to; None: 8192, or what the model was made for if less.
         batch: sequences at once.
-        prompt: the longest prompt, read in one pass; None: the context.
+        prompt: the longest prompt; None: the context.
+        chunk: prompts are read in passes of so many tokens; None: in one.
         dtype: run in this dtype; None: the checkpoint's own.
         expert_dtype: keep experts in this form: "native" (in that dtype), "int8" or "int4" (lossy).
         revision: branch, tag or commit of a hub model.
@@ -76,6 +78,7 @@ def plan(
         context=context,
         batch=batch,
         prompt=prompt,
+        chunk=chunk,
     )
 
 

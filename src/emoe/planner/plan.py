@@ -136,11 +136,13 @@ def make_plan(
     context: int | None = None,
     batch: int = 1,
     prompt: int | None = None,
+    chunk: int | None = None,
 ) -> Plan:
     """Plan `facts` for `batch` sequences of `context` tokens (None: 8192 or the model's most, whichever is
     less), with prompts of `prompt` tokens at most (None: the context).
 
-    With `expert_memory` the experts get that much; else what `memory_bytes` leaves beside everything else;
+    Prompts are read in passes of `chunk` tokens (None: in one). With `expert_memory` the experts get that much; else
+    what `memory_bytes` leaves beside everything else;
     else all. `host_memory` is pinned RAM beside a GPU; it is counted apart from what the plan adds up.
 
     Raises:
@@ -158,7 +160,10 @@ def make_plan(
     needs = layer_needs(facts)
     floor, total = floor_bytes(needs), total_bytes(needs)
     cache = facts.cache_bytes(context, batch)
-    activations = activation_bytes(facts, prompt, batch)
+    if chunk is not None and chunk < 1:
+        raise UsageError(f"chunk must be at least 1, not {chunk}")
+    read = min(prompt, chunk or prompt)
+    activations = activation_bytes(facts, read, batch, prompt - read)
     rest = facts.dense_bytes + cache + activations + READ_BUFFER_BYTES + IMPORT_BYTES + RUNTIME_BYTES
     if expert_memory is not None:
         slots = plan_slots(expert_memory, needs)
@@ -220,8 +225,9 @@ def _fit(slots: SlotPlan, fits: bool) -> Fit:
     return "all" if slots.all_resident else "some"
 
 
-def activation_bytes(facts: Facts, prompt: int, batch: int) -> int:
-    """Upper bound of what one pass over `batch` prompts of `prompt` tokens holds at its fullest moment.
+def activation_bytes(facts: Facts, prompt: int, batch: int, before: int = 0) -> int:
+    """Upper bound of what one pass over `batch` prompts of `prompt` tokens, `before` read already, holds at its fullest
+    moment.
 
     That is inside a decoder layer's attention or dense MLP, or inside its experts, or at the logits of the last token
     of each sequence (in the run dtype, in float32 and once more for sampling). Beside it, sliding layers keep the whole
@@ -229,13 +235,18 @@ def activation_bytes(facts: Facts, prompt: int, batch: int) -> int:
     stays while it is small.
     """
     a, tokens, itemsize = facts.activations, prompt * batch, dtype_bytes(facts.dtype)
-    block = tokens * a.token_nbytes + batch * prompt**2 * a.pair_nbytes
+    pairs = batch * prompt * (before + prompt)
+    # Keys and values that are kept narrow are widened for all tokens in every pass.
+    latent = any(layer.kind == "latent" for layer in facts.cache_layers)
+    widened = tokens + batch * before if latent else tokens
+    block = widened * a.token_nbytes + pairs * a.pair_nbytes
     workspace = workspace_bytes(facts, tokens)
     experts = 2 * tokens * a.hidden * itemsize + _route_bytes(facts, tokens) + workspace
     logits = batch * a.vocabulary * (itemsize + 2 * 4)
     kept = workspace if workspace <= WORKSPACE_KEPT_BYTES else 0
     beyond_window = sum(layer.nbytes(prompt, whole=True) - layer.nbytes(prompt) for layer in facts.cache_layers)
-    mask = MASK_NBYTES * prompt**2 * batch if a.masked or batch > 1 else 0
+    # A later pass over a prompt has a mask even for one sequence.
+    mask = MASK_NBYTES * pairs if a.masked or batch > 1 or before else 0
     return max(block + kept, experts, logits + kept) + batch * beyond_window + mask
 
 
