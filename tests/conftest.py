@@ -16,6 +16,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels then run on the CPU; read when triton is first imported
 
 # Models take a while to build, so there is no deadline; `--hypothesis-profile=thorough` searches longer.
 settings.register_profile("emoe", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])

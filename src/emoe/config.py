@@ -15,6 +15,8 @@ LayerSplit = Literal["uniform", "expected-misses"]
 LAYER_SPLITS: tuple[LayerSplit, ...] = ("uniform", "expected-misses")
 Prefetch = Literal["plan", "next-gate"]
 PREFETCHES: tuple[Prefetch, ...] = ("plan", "next-gate")
+OnMiss = Literal["load", "hybrid"]
+ON_MISS: tuple[OnMiss, ...] = ("load", "hybrid")
 
 _UNITS: dict[str, int] = {
     "": 1,

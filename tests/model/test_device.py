@@ -18,6 +18,7 @@ from emoe.config import ExpertMemory
 from emoe.errors import ReadError, UsageError
 from emoe.model import placement
 from emoe.model.bind import binding_of
+from emoe.model.hybrid import Costs
 from emoe.residency.virtual import VirtualDevice
 from tests.families import make_checkpoint
 from tests.model.test_exact import batch_of, logits_of
@@ -215,3 +216,42 @@ def test_layers_spread_over_devices(path: Path, virtual: Virtual) -> None:
     assert all(device.copied_bytes > 0 for device in virtual.devices)
     emoe.close(model)
     emoe.close(whole)
+
+
+@pytest.mark.parametrize(("cpu_s", "computes"), [(0.0, True), (1.0, False)])
+def test_hybrid_computes_misses_on_the_cpu_where_that_is_faster(
+    path: Path, virtual: Virtual, monkeypatch: pytest.MonkeyPatch, cpu_s: float, computes: bool
+) -> None:
+    monkeypatch.setattr(placement, "measure", lambda *args: Costs(link_s=1e-3, cpu_s=cpu_s, rows_s=1e-5))
+    model = virtual.load(path, expert_memory="40%", host_memory="100%", on_miss="hybrid")
+    whole, _ = emoe.load(path)
+    for seed in range(4):
+        inputs = batch_of(seed, 1, 12)
+        for ours, theirs in zip(logits_of(model, inputs, 12), logits_of(whole, inputs, 12), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)  # here, bits differ by vector ends at most
+    stats = sound(model)
+    assert (stats["hybrid"]["computed"] > 0) == computes
+    assert "CPU arithmetic" in stats["hybrid"]["label"]
+    emoe.close(model)
+    emoe.close(whole)
+
+
+def test_hybrid_measures_by_itself(path: Path, virtual: Virtual) -> None:
+    model = virtual.load(path, expert_memory="40%", host_memory="100%", on_miss="hybrid")
+    hybrid = emoe.stats(model)["hybrid"]
+    assert hybrid["link_s"] > 0 and hybrid["cpu_s"] > 0 and hybrid["rows_s"] > 0
+    emoe.close(model)
+
+
+def test_the_rule_weighs_times() -> None:
+    costs = Costs(link_s=3.0, cpu_s=1.0, rows_s=4.0)
+    assert [costs.cpu_is_faster(n) for n in range(5)] == [False, False, False, True, True]
+
+
+def test_hybrid_is_refused_where_it_cannot_be_meant(path: Path, virtual: Virtual) -> None:
+    with pytest.raises(UsageError, match="beside a GPU"):
+        emoe.load(path, on_miss="hybrid")
+    with pytest.raises(UsageError, match="beside a GPU"):
+        virtual.load(path, on_miss="hybrid", mode="resident")
+    with pytest.raises(UsageError, match="one of load, hybrid"):
+        virtual.load(path, on_miss="guess")

@@ -88,7 +88,7 @@ def test_a_prefill_takes_the_longer_of_copying_and_computing_and_one_more(comput
     begun = max(device.compute_s, device.link_s)
     device.program_s = begun
     missing = [e for e in range(experts) if not pool.table.is_resident((1, e))]
-    for expert, slot in pool.stream(1, missing, prefill=True):
+    for ((expert, slot),) in pool.stream(1, missing, prefill=True):
         assert holds(pool, slot, (1, expert))
         device.compute(compute * COPY_S)
     took = device.compute_s - begun
@@ -143,7 +143,7 @@ def test_any_order_of_work_is_sound(slots: int, host_slots: int, threads: int, s
                     pool.release(held)
                 else:
                     experts = rng.sample(range(8), rng.randint(1, 8))
-                    for expert, slot in pool.stream(layer, experts, prefill=rng.random() < 0.5):
+                    for ((expert, slot),) in pool.stream(layer, experts, prefill=rng.random() < 0.5):
                         assert holds(pool, slot, (layer, expert))
                         device.compute(rng.random() * COPY_S)
                         if rng.random() < 0.1:

@@ -184,6 +184,7 @@ _LOADING: dict[str, Any] = {
     "expert_dtype": NATIVE,
     "expert_cache": None,
     "host_memory": None,
+    "on_miss": "load",
     "device": None,
     "replan_prompts": 1,
     "profile": None,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from emoe.checkpoint.codecs.formats import EXPERT_DTYPES, NATIVE
-from emoe.config import LAYER_SPLITS, MODES, PREFETCHES, ExpertMemory, parse_bytes, parse_host_memory
+from emoe.config import LAYER_SPLITS, MODES, ON_MISS, PREFETCHES, ExpertMemory, parse_bytes, parse_host_memory
 from emoe.errors import UsageError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -74,6 +74,13 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         default="exact",
         help="exact: load a missing expert and wait; resident: use the best resident one (lossy); balanced: the first "
         "where the task is sensitive to it, the second elsewhere (lossy; needs a profile)",
+    )
+    parser.add_argument(
+        "--on-miss",
+        choices=ON_MISS,
+        default="load",
+        help="on a GPU: load a missing expert, or hybrid: let the CPU compute it where that is faster (exact routes, "
+        "CPU arithmetic for misses; default: load)",
     )
     parser.add_argument(
         "--replan-prompts",

@@ -207,6 +207,7 @@ def open_session(args: argparse.Namespace, **overrides: Any) -> Session:
         "expert_cache": args.expert_cache,
         "host_memory": args.host_memory,
         "mode": args.mode,
+        "on_miss": args.on_miss,
         "replan_prompts": args.replan_prompts,
         "profile": args.profile,
         "predictor": args.predictor,
@@ -245,6 +246,8 @@ def announce(session: Session) -> None:
             f"on {', '.join(s['devices'])}, beside {format_bytes(host['slots_bytes'])} of host memory for experts"
             + (f"; {host['notice']}" if host["notice"] else "")
         )
+    if s["hybrid"] is not None:
+        note(f"HYBRID: {s['hybrid']['label']}, so the last bits can differ from a run to the next")
     warn_if_lossy(s)
 
 

@@ -18,12 +18,12 @@ from emoe.checkpoint.memory_room import choose_reader
 from emoe.checkpoint.readers import Reader
 from emoe.checkpoint.skeleton import skeleton
 from emoe.checkpoint.source import resolve
-from emoe.config import ExpertMemory, LayerSplit, Mode, Prefetch, format_bytes, parse_host_memory
+from emoe.config import ExpertMemory, LayerSplit, Mode, OnMiss, Prefetch, format_bytes, parse_host_memory
 from emoe.errors import BudgetError, UsageError
 from emoe.kernels.experts import ExpertMath
 from emoe.model.foresight import Ahead
 from emoe.model.loading import load_dense
-from emoe.model.placement import Placement, host_plan, make_pool, place, preload, refuse_host_memory
+from emoe.model.placement import Placement, check_settings, equip, host_plan, make_pool, place, preload
 from emoe.model.quantising import HUB_SETTINGS, embedded, stored_experts
 from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Runtime
 from emoe.model.tracing import record_trace
@@ -72,6 +72,7 @@ class Binding:
         self.loader = loader
         self.ahead = ahead
         self.host: HostPlan | None = None
+        self.on_miss: OnMiss = "load"
         self.pools: list[ExpertPool] = []
         self.handles: list[Any] = []
         self.finishers: list[Callable[[], object]] = []
@@ -127,6 +128,7 @@ def load(
     expert_cache: str | Path | None = None,
     host_memory: str | int | None = None,
     mode: Mode = "exact",
+    on_miss: OnMiss = "load",
     reader: str = "auto",
     eviction: str = "least-stale",
     replan_prompts: int | str = 1,
@@ -159,6 +161,8 @@ def load(
         mode: "exact" loads and waits for a missing expert; "resident" (the paper, section 2.5; lossy) sends the token
             to the best-scored expert that is resident, and nothing waits; "balanced" (lossy) does the first in layers
             where the running task is sensitive to wrong routing and the second elsewhere, as the profile says.
+        on_miss: "load", or on a GPU "hybrid": misses that the host holds are computed on the CPU where that is faster
+            by measurement (exact routes, CPU arithmetic for misses: other last bits than the GPU's).
         reader: "auto", "cached", "direct" or "advised"; see the user guide.
         eviction: "least-stale", "lru" or "lfu", or a scorer of expected use: "decayed", or "next-use", which follows
             LRU while that loads less, and switches itself off while it takes longer than the loads it spares.
@@ -204,8 +208,7 @@ def load(
         profile = _nano_profile()
     memory = None if expert_memory is None else ExpertMemory.parse(expert_memory)
     host = parse_host_memory(host_memory)
-    if not kwargs.get("device_map"):
-        refuse_host_memory(host)
+    check_settings(host, on_miss, mode, copies=bool(kwargs.get("device_map")))
     hub = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}
     path = resolve(embedded() if model_id is None else model_id, **hub)
     config_kwargs = {name: kwargs[name] for name in ("dtype", "trust_remote_code") if name in kwargs}
@@ -232,6 +235,7 @@ def load(
         plan = plan_slots(
             memory, placement.needs, lane=lane, shared_from=settings.shared_from, popularity=ahead.popularity()
         )
+    check_settings(host, on_miss, mode, placement.copies)
     beside = host_plan(host, placement, plan)
     if beside is not None:  # what streams is what the host has no room for, and only its slots are in the machine's RAM
         kind, reason = choose_reader(stored, beside.nbytes, reader, reserved_bytes=beside.nbytes)
@@ -240,7 +244,7 @@ def load(
     binding = Binding(runtime, stored, plan, opened, opened.notice or reason, loader, ahead)
     tokenizer = _tokenizer(path, kwargs)
     try:
-        binding.host = beside
+        binding.host, binding.on_miss = beside, on_miss
         _bind(model, binding, placement, opened)
         binding.handles += ahead.attach(model, binding.pools, tokenizer)
         if plan.all_resident:
@@ -336,6 +340,7 @@ def _bind(model: PreTrainedModel, binding: Binding, placement: Placement, reader
             module._emoe_layer = layer
             if runtime.mode != "exact":
                 binding.handles.append(_attach_rule(model, entries[need.layer], layer))
+    equip(runtime.layers.values(), binding.on_miss)
     ends = getattr(model.generation_config, "eos_token_id", None)
     runtime.end_tokens = frozenset(ends if isinstance(ends, list | tuple) else () if ends is None else (ends,))
     runtime.watch(model)

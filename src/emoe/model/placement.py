@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -12,9 +12,12 @@ from transformers import PreTrainedModel
 from emoe.checkpoint.index import ExpertIndex
 from emoe.checkpoint.memory_room import memory_room
 from emoe.checkpoint.readers import Reader
-from emoe.config import ExpertMemory
+from emoe.config import ON_MISS, ExpertMemory, Mode, OnMiss
 from emoe.errors import UsageError
+from emoe.kernels.slots import SlotKernels, available
+from emoe.model.hybrid import Costs, Hybrid, measure
 from emoe.model.loading import device_of
+from emoe.model.runtime import LayerRuntime
 from emoe.residency.bank import Bank
 from emoe.residency.budget import HostPlan, LayerNeed, SlotPlan, plan_host
 from emoe.residency.devices import Device, device_at
@@ -62,26 +65,32 @@ def place(model: PreTrainedModel, index: ExpertIndex, needs: Sequence[LayerNeed]
 
 
 def host_plan(asked: ExpertMemory | str | None, placement: Placement, plan: SlotPlan) -> HostPlan | None:
-    """The host tier's slots; None where no device is reached by copies.
-
-    Raises:
-        UsageError: host memory was asked for, and the experts run in the machine's own memory.
-    """
+    """The host tier's slots; None where no device is reached by copies."""
     if not placement.copies:
-        refuse_host_memory(asked)
         return None
     copying = {group for group, device in placement.devices.items() if device.copies}
     needs = [need for need in placement.needs if need.group in copying]
     return plan_host(asked, plan, needs, memory_room().available_bytes)
 
 
-def refuse_host_memory(asked: ExpertMemory | str | None) -> None:
-    """Raise UsageError where host memory was asked for and there is no device that copies from it."""
-    if asked not in (None, "0"):
+def check_settings(host: ExpertMemory | str | None, on_miss: str, mode: Mode, copies: bool) -> None:
+    """Refuse what only a GPU can do where there is none; `copies` says that experts are copied to a device.
+
+    Raises:
+        UsageError: host memory or on_miss "hybrid" is asked for without one, or on_miss beside a mode that reroutes.
+    """
+    if host not in (None, "0") and not copies:
         raise UsageError(
-            f"host memory ({asked}) is for experts that run on a GPU, and these run on the CPU, whose memory is the "
+            f"host memory ({host}) is for experts that run on a GPU, and these run on the CPU, whose memory is the "
             "expert memory itself: give --expert-memory (expert_memory=) that much, or put the model on a GPU with "
             "device_map."
+        )
+    if on_miss not in ON_MISS:
+        raise UsageError(f"on_miss is one of {', '.join(ON_MISS)}, not {on_miss!r}")
+    if on_miss == "hybrid" and (mode != "exact" or not copies):
+        raise UsageError(
+            "on_miss 'hybrid' computes missed experts on the CPU beside a GPU: it needs mode 'exact' and the model on "
+            "a GPU (device_map); on a CPU every expert is computed there anyway."
         )
 
 
@@ -96,6 +105,20 @@ def make_pool(
         seconds = copy_seconds(device, tier.memory(0), bank.memories[0])
         pool.transfers = Transfers(device, bank, tier, loader, pool.read, seconds)
     return pool
+
+
+def equip(layers: Iterable[LayerRuntime], on_miss: OnMiss) -> None:
+    """Give layers the kernels that their device has, and, where asked for, the rule by which the CPU takes misses."""
+    costs: dict[int, Costs] = {}
+    for layer in layers:
+        parts = layer.pool.bank.stacked()
+        if available(parts)[0]:
+            layer.kernels = SlotKernels(layer.math, parts)
+        if on_miss == "hybrid":
+            pool = layer.pool
+            if id(pool) not in costs:
+                costs[id(pool)] = measure(layer.math, pool, layer.weights[0].down.shape[1], layer.dtype)
+            layer.hybrid = Hybrid(layer.math, pool, costs[id(pool)])
 
 
 def preload(pools: Sequence[ExpertPool], progress: bool | Progress) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from emoe.kernels.slots import available
 from emoe.model.bind import Binding, binding_of
+from emoe.model.hybrid import LABEL
 from emoe.residency.contest import RECENCY
 
 
@@ -21,12 +23,14 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         budget_bytes, resident_bytes (slots that hold an expert), peak_resident_bytes, total_expert_bytes, floor_bytes,
         slots, hits, misses, hit_rate (None before the first route), loads, bytes_read (from disk), bytes_copied (to a
         device reached by copies), host (None without such a device: budget_bytes, floor_bytes, slots, slots_bytes,
-        resident_bytes, held_bytes (taken so far), pinned, notice (why not), hits, misses), devices, synchronisations
-        (how often the program stood still for a copy), load_wait_s, rerouted_tokens, routed_tokens, rerouted_share,
-        prompts, passes, mode, lossy, reroutes (whether the mode can), expert_dtype, reader, reader_reason, eviction,
-        layers (per layer: hits, misses, loads, bytes_read, rerouted_tokens, routed_tokens, experts, slots (its quota;
-        0: the layers share one pool), resident: the experts there now), predictor, predictions, plans, tasks, prefetch,
-        scorer (what looking ahead saved and cost in seconds, whether it is active, and why not; None: there is none).
+        resident_bytes, held_bytes (taken so far), pinned, notice (why not), hits, misses), hybrid (None without: label,
+        computed (experts), and the seconds that decide: link_s, cpu_s, rows_s), slot_kernels (which kernels compute
+        experts, and why), devices, synchronisations (how often the program stood still for a copy), load_wait_s,
+        rerouted_tokens, routed_tokens, rerouted_share, prompts, passes, mode, lossy, reroutes (whether the mode can),
+        expert_dtype, reader, reader_reason, eviction, layers (per layer: hits, misses, loads, bytes_read,
+        rerouted_tokens, routed_tokens, experts, slots (its quota; 0: the layers share one pool), resident: the experts
+        there now), predictor, predictions, plans, tasks, prefetch, scorer (what looking ahead saved and cost in
+        seconds, whether it is active, and why not; None: there is none).
 
     Raises:
         UsageError: the model was not made by `emoe.load`.
@@ -88,6 +92,8 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         "bytes_read": total("bytes_read"),
         "bytes_copied": total("bytes_copied"),
         "host": host,
+        "hybrid": _hybrid(binding),
+        "slot_kernels": available(binding.pools[0].bank.stacked())[1],
         "devices": devices,
         "synchronisations": sum(device.synchronisations for device in homes.values()),
         "load_wait_s": wait,
@@ -127,6 +133,21 @@ def _host(binding: Binding) -> dict[str, Any] | None:
         "notice": next((tier.notice for tier in tiers if tier.notice), ""),
         "hits": hits,
         "misses": sum(c.loads for c in counters) - hits,
+    }
+
+
+def _hybrid(binding: Binding) -> dict[str, Any] | None:
+    """What the CPU computed of misses, and the times that decide it."""
+    rules = [layer.hybrid for layer in binding.runtime.layers.values() if layer.hybrid is not None]
+    if not rules:
+        return None
+    costs = rules[0].costs
+    return {
+        "label": LABEL,
+        "computed": sum(rule.computed for rule in rules),
+        "link_s": costs.link_s,
+        "cpu_s": costs.cpu_s,
+        "rows_s": costs.rows_s,
     }
 
 

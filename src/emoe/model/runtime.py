@@ -15,6 +15,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from emoe.config import Mode
 from emoe.errors import UsageError
 from emoe.kernels.experts import ExpertMath, Grouping, Weights, Workspace, many_tokens, one_token, rounds_rows
+from emoe.kernels.slots import SlotKernels
+from emoe.model.hybrid import Hybrid
 from emoe.residency.pool import ExpertPool
 
 IMPLEMENTATION = "emoe"
@@ -85,7 +87,8 @@ class LayerRuntime:
     """One MoE layer bound to its pool.
 
     `waits`: a miss is loaded and waited for, also in a mode that reroutes (`balanced`, where the layer is sensitive for
-    the running task). `keeps_route`: whether the visit now under way runs the model's own route.
+    the running task). `keeps_route`: whether the visit now under way runs the model's own route. `kernels`: those that
+    take slots by number, where the device has them. `hybrid`: when to compute a miss on the CPU, where that is allowed.
     """
 
     layer: int
@@ -97,6 +100,8 @@ class LayerRuntime:
     dtype: torch.dtype
     waits: bool = False
     keeps_route: bool = True
+    kernels: SlotKernels | None = None
+    hybrid: Hybrid | None = None
     prompt_counts: list[int] = field(default_factory=list)
     _mask_key: tuple[int, ...] = ()
     _mask: torch.Tensor | None = None
@@ -299,10 +304,18 @@ class Runtime:
             if self.mode == "exact" and self.observers:
                 self.observe(layer.layer, ids, gates)
             if hidden.shape[0] == 1:
-                slots = layer.pool.take(layer.layer, ids[0].tolist(), count=self.counts(layer))
+                experts: list[int] = ids[0].tolist()
+                aside = [] if layer.hybrid is None else layer.hybrid.aside(layer.layer, experts)
+                here = [e for e in experts if e not in aside] if aside else experts
+                slots = layer.pool.take(layer.layer, here, count=self.counts(layer))
                 try:
                     if self.after_take is not None:
                         self.after_take(layer)
+                    if layer.hybrid is not None and aside:
+                        there = (slots, [layer.weights[s] for s in slots], layer.kernels)
+                        return layer.hybrid.one_token(layer.layer, hidden, experts, aside, there, gates)
+                    if layer.kernels is not None:
+                        return layer.kernels.one_token(hidden, slots, gates)
                     return one_token(layer.math, hidden, [layer.weights[s] for s in slots], gates)
                 finally:
                     layer.pool.release(slots)
@@ -320,11 +333,19 @@ class Runtime:
             for expert, n in grouping.counts.items():
                 layer.prompt_counts[expert] += n
             wanted = layer.wanted()
+        together = layer.kernels is not None
         stream = layer.pool.stream(
-            layer.layer, grouping.by_count(), prefill=prefill, wanted=wanted, count=self.counts(layer)
+            layer.layer,
+            grouping.by_count(),
+            prefill=prefill,
+            wanted=wanted,
+            count=self.counts(layer),
+            together=together,
         )
         try:
-            ready = ((expert, layer.weights[slot]) for expert, slot in stream)
+            if layer.kernels is not None:
+                return layer.kernels.many_tokens(hidden, grouping, stream, gates, self.workspace)
+            ready = ((expert, layer.weights[slot]) for wave in stream for expert, slot in wave)
             return many_tokens(layer.math, hidden, grouping, ready, gates, self.workspace)
         finally:
             stream.close()  # type: ignore[attr-defined]

@@ -54,6 +54,14 @@ class Bank:
         self.memories = list(self.memory.view(slots, self.slot_nbytes))
         self.views = [carve(memory, self.parts) for memory in self.memories]
 
+    def stacked(self) -> dict[str, torch.Tensor]:
+        """Each part of all slots as one strided tensor [slots, ...], for kernels that take slots by number."""
+        shape, slot = (len(self.views),), self.slot_nbytes
+        return {
+            name: view.as_strided((*shape, *view.shape), (slot // view.itemsize, *view.stride()), view.storage_offset())
+            for name, view in self.views[0].items()
+        }
+
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""

@@ -143,16 +143,18 @@ class ExpertPool:
         prefill: bool,
         wanted: frozenset[int] | None = None,
         count: bool = True,
-    ) -> Iterator[tuple[int, int]]:
-        """Yield (expert, slot) for every one of `experts`, each read at most once, however few slots there are.
+        together: bool = False,
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Yield waves of (expert, slot), in all every one of `experts`, each read at most once, however few slots.
 
-        Residents come first, while the first loads are under way; each slot is pinned until the next is asked for.
+        Residents come first, while the first loads are under way; slots are pinned until the next wave is asked for.
 
         Args:
             layer: the running layer.
             experts: what it routed to, most tokens first; no duplicates.
             prefill: missing experts pass through transient slots, so that residents stay (unless there is room).
             count: whether hits and misses are counted.
+            together: residents make one wave; else every wave is one expert.
             wanted: when given, exactly these (at most the layer's quota) become residents; others pass through.
 
         Raises:
@@ -195,9 +197,9 @@ class ExpertPool:
                 demanded.append((layer, expert))
                 flights.append(self._start(layer, expert, slot))
 
-        def done(slot: int) -> None:
-            pinned.discard(slot)
-            self._unpin((slot,))
+        def done(slots: Collection[int]) -> None:
+            pinned.difference_update(slots)
+            self._unpin(slots)
 
         try:
             for expert in hits:
@@ -209,10 +211,10 @@ class ExpertPool:
                 if wanted is not None and expert in wanted:
                     table.adopt((layer, expert), protect)
             fill()
-            for expert in hits:
-                slot = self._slot_of(layer, expert)
-                yield expert, slot
-                done(slot)
+            found = [(expert, self._slot_of(layer, expert)) for expert in hits]
+            for wave in [found] if together and found else [[one] for one in found]:
+                yield wave
+                done([slot for _, slot in wave])
                 fill()
             while missing or flights:
                 if not flights and self.prefetches.flying:  # they hold the slots that this layer needs
@@ -227,8 +229,8 @@ class ExpertPool:
                 self._finish(flight)
                 pinned.add(flight.slot)
                 fill()
-                yield flight.key[1], flight.slot
-                done(flight.slot)
+                yield [(flight.key[1], flight.slot)]
+                done((flight.slot,))
                 fill()
             self.prefetches.demanded(demanded, self.load_wait_s - before, beside=beside, prefill=prefill)
         finally:
