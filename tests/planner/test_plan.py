@@ -15,7 +15,7 @@ from emoe.config import ExpertMemory
 from emoe.errors import BudgetError, UsageError
 from emoe.planner import plan
 from emoe.planner.facts import Activations, CacheLayer, ExpertLayer, Facts, by_size
-from emoe.planner.plan import COMBINE_TOKENS, READ_BUFFER_BYTES, WORKSPACE_KEPT_BYTES, make_plan, verdict
+from emoe.planner.plan import COMBINE_TOKENS, READ_BUFFER_BYTES, UNPACKED, WORKSPACE_KEPT_BYTES, make_plan, verdict
 
 parts = st.lists(st.integers(1, 1 << 20), min_size=1, max_size=4).map(by_size)
 
@@ -128,11 +128,13 @@ def test_a_context_beyond_the_models_is_told() -> None:
 def test_numbers_repeated_here_are_those_of_the_code_that_uses_them() -> None:
     from emoe.checkpoint.readers import DIRECT_DEPTH, STAGING_BYTES
     from emoe.kernels import experts as kernels
+    from emoe.kernels import quantised
     from emoe.model.bind import LOADER_THREADS
 
     assert (LOADER_THREADS["direct"] + DIRECT_DEPTH - 1) * STAGING_BYTES == READ_BUFFER_BYTES
     assert kernels.COMBINE_TOKENS == COMBINE_TOKENS
     assert kernels.WORKSPACE_KEPT_BYTES == WORKSPACE_KEPT_BYTES
+    assert quantised.UNPACKED == UNPACKED
 
 
 def test_expert_memory_texts() -> None:

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import torch
 
+from emoe.checkpoint.codecs.arithmetic import decode_int4, decode_int8
+from emoe.checkpoint.codecs.formats import GROUP, SCALE
 from emoe.errors import UnsupportedModelError
 
-GROUP = 32
-"""Columns of a row that share one scale in int4."""
+__all__ = ["GROUP", "SCALE", "QuantisedMatrix", "matvec"]
 
-SCALE = "_scale"
-"""What the part with a matrix's scales is called beyond the matrix's own name."""
+UNPACKED = 1 << 17
+"""Numbers unpacked at once on a CPU: 512 KiB of float32. A matrix of 1536 x 2048 as int4 takes 2.5 ms, and 3.0 to 5.3 at
+once (docs/log.md)."""
 
 
 class QuantisedMatrix:
@@ -54,14 +56,27 @@ class QuantisedMatrix:
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix [out, in] in `dtype`: integers times scales in float32, rounded once."""
-        if self.bits == 8:
-            return (self.packed.float() * self.scale[:, None]).to(dtype)
         columns, rows = self.shape
-        integers = torch.stack((self.packed & 15, self.packed >> 4), dim=-1).view(rows, -1, GROUP)
-        return ((integers.float() - 8.0) * self.scale[..., None].float()).view(rows, columns).to(dtype)
+        out = torch.empty(rows, columns, dtype=dtype, device=self.packed.device)
+        for some in self._blocks():
+            out[some] = self._unpacked(some)
+        return out
+
+    def _unpacked(self, some: slice) -> torch.Tensor:
+        decode = decode_int8 if self.bits == 8 else decode_int4
+        return decode(self.packed[some], self.scale[some])
+
+    def _blocks(self) -> list[slice]:
+        """Its rows, as many at a time as suit the device: a CPU unpacks within its cache, and holds little else."""
+        columns, rows = self.shape
+        each = max(1, UNPACKED // columns) if self.packed.device.type == "cpu" else rows
+        return [slice(start, min(start + each, rows)) for start in range(0, rows, each)]
 
 
 def matvec(x: torch.Tensor, weight: QuantisedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return x [rows, in] times the matrix, [rows, out] in x's dtype, accumulated in float32 (plain torch)."""
-    out = x.float() @ weight.values(torch.float32).t()
+    wide = x.float()
+    out = wide.new_empty(x.shape[0], weight.shape[1])
+    for some in weight._blocks():
+        out[:, some] = wide @ weight._unpacked(some).t()
     return (out if bias is None else out + bias.float()).to(x.dtype)

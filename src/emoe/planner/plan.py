@@ -30,6 +30,9 @@ COMBINE_TOKENS = 128
 WORKSPACE_KEPT_BYTES = 32 << 20
 """The largest workspace that stays between two layers (emoe.kernels.experts.WORKSPACE_KEPT_BYTES)."""
 
+UNPACKED = 1 << 17
+"""Numbers of a quantised matrix unpacked at once (emoe.kernels.quantised.UNPACKED), of 12 bytes on their way."""
+
 MASK_NBYTES = 3
 """Of a mask for each pair of tokens: as booleans, and in a 16-bit dtype."""
 
@@ -241,7 +244,7 @@ def activation_bytes(facts: Facts, prompt: int, batch: int, before: int = 0) -> 
     widened = tokens + batch * before if latent else tokens
     block = widened * a.token_nbytes + pairs * a.pair_nbytes
     workspace = workspace_bytes(facts, tokens)
-    experts = 2 * tokens * a.hidden * itemsize + _route_bytes(facts, tokens) + workspace
+    experts = 2 * tokens * a.hidden * itemsize + _route_bytes(facts, tokens) + workspace + _unpacked_bytes(facts)
     logits = batch * a.vocabulary * (itemsize + 2 * 4)
     kept = workspace if workspace <= WORKSPACE_KEPT_BYTES else 0
     beyond_window = sum(layer.nbytes(prompt, whole=True) - layer.nbytes(prompt) for layer in facts.cache_layers)
@@ -272,6 +275,13 @@ def _route_bytes(facts: Facts, tokens: int) -> int:
     one_expert = 2 * tokens * a.expert_inner * itemsize
     combine = min(tokens, COMBINE_TOKENS) * a.hidden * 4 + tokens * a.hidden * itemsize
     return route + max(one_expert, combine)
+
+
+def _unpacked_bytes(facts: Facts) -> int:
+    """What a chunk's kernel unpacks of quantised experts: their largest matrix in the run dtype, block by block."""
+    if facts.expert_dtype == NATIVE:
+        return 0
+    return facts.activations.hidden * facts.activations.expert_inner * dtype_bytes(facts.dtype) + 12 * UNPACKED
 
 
 def verdict(plan: Plan) -> str:
