@@ -83,6 +83,6 @@ def test_the_budget_fit_is_what_the_memory_limit_leaves() -> None:
     with pytest.raises(UsageError, match="fit is what --memory-limit leaves"):
         settings_of(*words)
     with pytest.raises(
-        BudgetError, match=r"a memory limit of 300MiB is less than emoe-nano needs; give at least 4\d\d"
+        BudgetError, match=r"a memory limit of 300\.00 MiB is less than emoe-nano needs; give at least 4\d\d"
     ):
         settings_of(*words, "--memory-limit", "300MiB")

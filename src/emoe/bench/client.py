@@ -71,9 +71,7 @@ class WorkerClient:
             return self._ask(operation, values)
         except WorkerError as error:
             if self._late:
-                raise WorkerError(
-                    f"{self.what} took more than {within_s:.0f} s to {operation} and was ended"
-                ) from error
+                raise WorkerError(f"{self.what} took more than {within_s:g} s to {operation} and was ended") from error
             raise
         finally:
             if watch is not None:

@@ -15,16 +15,11 @@ from pathlib import Path
 from emoe.bench.settings import BASELINES, DecodeSettings, parse_budget
 from emoe.checkpoint.codecs.formats import EXPERT_DTYPES, NATIVE
 from emoe.config import MODES, PREFETCHES, ExpertMemory, Mode, format_bytes, parse_bytes
-from emoe.errors import BudgetError, UsageError
+from emoe.errors import UsageError
 
 DECODE = "Decode speed at several budgets, beside plain transformers and accelerate's disk offload."
 CHECKPOINT = "Write a random-weight checkpoint of a named shape, to measure on."
-
-
 REPLAY = "Feed a planted checkpoint the tokens of its trace and measure. Sizes and routing are real, text is not."
-PLAN_MARGIN = 1.03
-"""How much more than planned a process may take: the planner's own error, and the page cache it cannot do without."""
-
 REPLAY_BUDGETS = "100,80,60,40,20"
 
 
@@ -137,26 +132,20 @@ def _budget(word: str, args: argparse.Namespace) -> ExpertMemory:
     """A budget, or "fit": what the plan leaves for experts in the memory limit, less the 3 % that it may be off."""
     if word != "fit":
         return parse_budget(word)
-    from emoe.planner import plan
+    from emoe.bench.fitting import fitting_budget
 
     if args.memory_limit is None:
         raise UsageError("the budget fit is what --memory-limit leaves for experts; give that too")
     prompt, new = args.prompt_tokens, args.steps if args.forced else args.new_tokens
-    made = plan(
+    return fitting_budget(
         args.model,
-        memory=int(parse_bytes(args.memory_limit) / PLAN_MARGIN),
+        parse_bytes(args.memory_limit),
         context=prompt + new,
         prompt=prompt,
         batch=args.batch,
         chunk=args.chunk,
         expert_dtype=args.expert_dtype,
     )
-    if made.fit == "none":
-        raise BudgetError(
-            f"a memory limit of {args.memory_limit} is less than {made.model} needs; give at least "
-            f"{format_bytes(int(made.smallest_bytes * PLAN_MARGIN))}"
-        )
-    return ExpertMemory("bytes", made.budget_bytes >> 20 << 20)
 
 
 def run_decode(args: argparse.Namespace) -> int:

@@ -35,6 +35,19 @@ def cached_bytes(files: Iterable[Path]) -> int:
     return total
 
 
+def read_ahead_bytes(file: Path) -> int | None:
+    """How much the kernel reads around a page fault in `file`'s device; None where it does not say.
+
+    Whoever maps a file larger than its memory reads that much for each page it misses.
+    """
+    device = os.stat(file).st_dev
+    try:
+        text = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").read_text()
+    except OSError:
+        return None
+    return int(text) * 1024
+
+
 def _cached(descriptor: int) -> int:
     """mincore(2) over the whole file: one byte for each page, its lowest bit set where the page is resident."""
     size = os.fstat(descriptor).st_size

@@ -13,6 +13,7 @@ import sys
 import venv
 from pathlib import Path
 
+from emoe.checkpoint.codecs.cache import user_cache
 from emoe.errors import EmoeError, UsageError
 
 VERSION = "0.3.36"
@@ -27,11 +28,8 @@ class BuildError(EmoeError):
 
 
 def cache_folder(chosen: str | Path | None = None) -> Path:
-    """Where builds and converted checkpoints are kept: `chosen`, else emoe/peers in the user's cache folder."""
-    if chosen is not None:
-        return Path(chosen).expanduser()
-    usual = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(usual) / "emoe" / "peers"
+    """Where builds and converted checkpoints are kept: `chosen`, else "peers" in emoe's user cache."""
+    return user_cache() / "peers" if chosen is None else Path(chosen).expanduser()
 
 
 def llama_python(cache: Path) -> Path | None:

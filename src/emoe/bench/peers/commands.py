@@ -83,7 +83,7 @@ def peers_settings(args: argparse.Namespace) -> PeersSettings:
     except ValueError as error:
         raise UsageError(f"threads must be numbers, as 1,2, not {args.threads!r}") from error
     return PeersSettings(
-        folder=args.folder,
+        folder=args.folder.resolve(),
         cache=cache_folder(args.cache),
         memory_limit=None if args.memory_limit == "none" else args.memory_limit,
         prefill=args.prefill,

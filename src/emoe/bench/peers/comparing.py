@@ -15,16 +15,20 @@ import emoe
 from emoe.bench.cgroup import memory_cgroup
 from emoe.bench.client import TORCH_WORKER, WorkerClient, WorkerError
 from emoe.bench.decode import machine
-from emoe.bench.page_cache import drop
+from emoe.bench.fitting import fitting_budget
+from emoe.bench.page_cache import drop, read_ahead_bytes
 from emoe.bench.peers.build import llama_python
 from emoe.bench.peers.entries import LLAMA_PRECISIONS, Entry, PeersSettings, context, entries
 from emoe.bench.peers.gguf_file import cached_gguf
 from emoe.bench.peers.results import PeersReport, Row
 from emoe.bench.plant.card import LABEL, is_planted
 from emoe.bench.prompts import prompt_ids
+from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.checkpoint.fingerprint import fingerprint
+from emoe.checkpoint.writing import Progress
 from emoe.config import ExpertMemory, format_bytes
-from emoe.errors import BudgetError, UnsupportedModelError, UsageError
+from emoe.errors import UnsupportedModelError, UsageError
+from emoe.model import quantise
 from emoe.planner import Plan, plan
 
 Say = Callable[[str], None]
@@ -64,24 +68,14 @@ class _Comparison:
     def __init__(self, settings: PeersSettings, say: Say) -> None:
         self.settings, self.say = settings, say
         self.files = sorted(settings.folder.glob("*.safetensors"))
-        self.full = self._plan()
+        self.full = self._plan(ExpertMemory("share", 1.0))
         self.limit = settings.limit_bytes(self.full.checkpoint_bytes)
         if self.limit is not None:
             with memory_cgroup(self.limit):
                 pass  # refused here, before anything long
+        self.quantised: dict[str, Path] = {}
         self.tokens = [self._tokens(number) for number in range(settings.rounds)]
         self.rows = [Row(entry, error=entry.missing) for entry in self._entries()]
-
-    def _plan(self, memory: int | None = None, budget: ExpertMemory | None = None, dtype: str = "native") -> Plan:
-        asked: dict[str, Any] = {} if dtype == "native" else {"expert_dtype": dtype}
-        return plan(
-            self.settings.folder,
-            memory=2**62 if memory is None else memory,
-            expert_memory=budget,
-            context=context(self.settings),
-            prompt=self.settings.prefill,
-            **asked,
-        )
 
     def _tokens(self, number: int) -> _Tokens:
         """Of one round. A planted checkpoint's are positions of its trace, in order."""
@@ -94,6 +88,12 @@ class _Comparison:
     def _entries(self) -> list[Entry]:
         settings = self.settings
         python = llama_python(settings.cache) if "llama.cpp" in settings.peers else None
+        if "emoe" in settings.peers:
+            for dtype in settings.expert_dtypes:
+                if dtype != NATIVE:  # made here, outside the limit and the clock: it is done once
+                    self.quantised[dtype] = quantise(
+                        settings.folder, expert_dtype=dtype, progress=self._progress(dtype)
+                    )
         ggufs = {dtype: self._gguf(dtype, python) for dtype in settings.expert_dtypes}
         return entries(
             settings,
@@ -106,43 +106,62 @@ class _Comparison:
             llama_resident={dtype: self._fits(gguf) for dtype, gguf in ggufs.items()},
         )
 
+    def _plan(self, budget: ExpertMemory, dtype: str = NATIVE) -> Plan:
+        return plan(
+            self.settings.folder,
+            memory=2**62,  # whatever this machine has free now
+            expert_memory=budget,
+            expert_dtype=dtype,
+            context=context(self.settings),
+            prompt=self.settings.prefill,
+        )
+
     def _budgets(self, dtype: str) -> tuple[ExpertMemory, ...]:
         """Those asked for, else the largest that fits the limit."""
-        if self.settings.budgets:
-            for budget in self.settings.budgets:
-                self._plan(budget=budget, dtype=dtype)  # refused here if below the floor
-            return self.settings.budgets
-        found = self._plan(self.limit, dtype=dtype)
-        if found.fit == "none":
-            raise BudgetError(
-                f"emoe needs {format_bytes(found.smallest_bytes)} for {self.settings.folder}, more than the memory "
-                f"limit of {format_bytes(self.limit or 0)}; raise --memory-limit"
-            )
-        if found.fit == "all":
-            return (ExpertMemory("share", 1.0),)
-        return (ExpertMemory("bytes", found.budget_bytes // 2**20 * 2**20),)
+        if not self.settings.budgets:
+            return (self._fitting(dtype),)
+        for budget in self.settings.budgets:
+            self._plan(budget, dtype)  # refused here if below the floor
+        return self.settings.budgets
+
+    def _fitting(self, dtype: str) -> ExpertMemory:
+        if self.limit is None:
+            return ExpertMemory("share", 1.0)
+        return fitting_budget(
+            self.settings.folder,
+            self.limit,
+            context=context(self.settings),
+            prompt=self.settings.prefill,
+            expert_dtype=dtype,
+        )
 
     def _cpu_bytes(self) -> int:
         """What accelerate may keep in memory: the dense weights, and as many bytes of experts as emoe has."""
-        return self.full.dense_bytes + self._plan(self.limit).budget_bytes
+        return self.full.dense_bytes + self._plan(self._fitting(NATIVE)).budget_bytes
 
     def _gguf(self, dtype: str, python: Path | None) -> Path | str:
         """The file for llama.cpp, or why there is none. Nothing is written where llama.cpp is not there."""
         if python is None:
             return "GGUF"
         precision = LLAMA_PRECISIONS[dtype]
+        try:
+            return cached_gguf(
+                self.settings.folder, precision, self.settings.cache, self._progress(f"{precision} GGUF")
+            )
+        except (UsageError, UnsupportedModelError) as error:
+            return f"no GGUF: {error}"
+
+    def _progress(self, what: str) -> Progress:
+        """Says each tenth of `what`."""
         shown = -1
 
-        def progress(done: int, total: int) -> None:
+        def show(done: int, total: int) -> None:
             nonlocal shown
             if done * 10 // total > shown:
                 shown = done * 10 // total
-                self.say(f"writing the {precision} GGUF: {done / total:.0%} of {format_bytes(total)}")
+                self.say(f"writing {what}: {done / total:.0%} of {format_bytes(total)}")
 
-        try:
-            return cached_gguf(self.settings.folder, precision, self.settings.cache, progress)
-        except (UsageError, UnsupportedModelError) as error:
-            return f"no GGUF: {error}"
+        return show
 
     def _fits(self, gguf: Path | str) -> bool:
         if isinstance(gguf, str) or self.limit is None:
@@ -165,8 +184,8 @@ class _Comparison:
                     seconds=settings.decode_s,
                 )
         except WorkerError as error:
-            row.error = str(error)
-            self.say(row.error)
+            self.say(str(error))
+            row.error = str(error).removeprefix(row.name).strip()
             return
         row.samples[number] = found
         decoded = len(found["step_s"])
@@ -195,6 +214,8 @@ class _Comparison:
                 if entry.peer in ("accelerate", "airllm"):
                     options["offload_folder"] = str(self._offload(entry.peer, stack))
                     files += sorted(Path(options["offload_folder"]).rglob("*.safetensors"))
+                if entry.precision in self.quantised:
+                    files += sorted(self.quantised[entry.precision].glob("*.safetensors"))
                 contender = entry.contender.as_dict() if entry.contender is not None else None
                 load = {
                     "contender": contender,
@@ -226,7 +247,7 @@ class _Comparison:
         return PeersReport(
             settings=self.settings,
             limit_bytes=self.limit,
-            machine=machine(),
+            machine=machine() | {"read_ahead_bytes": read_ahead_bytes(self.settings.folder)},
             model={
                 "name": self.settings.folder.resolve().name,
                 "model_type": full.model_type,

@@ -192,7 +192,8 @@ def report_text(report: PeersReport) -> str:
         f"{report.model['name']}{label}: {report.model['model_type']}, {report.model['dtype']}, "
         f"{format_bytes(report.model['checkpoint_bytes'])}, {report.model['layers']} layers x "
         f"{report.model['experts_per_layer']} experts, {report.model['top_k']} per token",
-        f"{machine['cpu']}, {machine['cpus']} CPUs, {format_bytes(machine['memory_bytes'])}; {versions}",
+        f"{machine['cpu']}, {machine['cpus']} CPUs, {format_bytes(machine['memory_bytes'])}; {versions}"
+        + (f"; the disk reads ahead {format_bytes(ahead)}" if (ahead := machine["read_ahead_bytes"]) else ""),
         f"{settings.prefill} prompt tokens, then at most {settings.decode} given ones in {settings.decode_s:.0f} s; "
         f"{settings.rounds} rounds, one process at a time in turn; {limit}",
         "",
@@ -230,7 +231,11 @@ def _cells(report: PeersReport, row: Row) -> tuple[str, ...]:
 
 
 def _spread(spread: Spread | None) -> str:
-    return "-" if spread is None else f"{spread.median:.2f} ({spread.least:.2f}..{spread.greatest:.2f})"
+    if spread is None:
+        return "-"
+    if spread.least == spread.greatest:
+        return f"{spread.median:.2f}"
+    return f"{spread.median:.2f} ({spread.least:.2f}..{spread.greatest:.2f})"
 
 
 def _bytes(spread: Spread | None) -> str:
