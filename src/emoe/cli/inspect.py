@@ -80,7 +80,7 @@ def _made(index: ExpertIndex, codec: ExpertCodec, args: argparse.Namespace) -> E
     from emoe.checkpoint.codecs.store import open_cache
     from emoe.checkpoint.fingerprint import fingerprint
 
-    cache = None if args.expert_cache is None else Path(args.expert_cache)
+    cache = None if args.expert_cache is None else Path(args.expert_cache).expanduser()
     name = cache_name(codec.name, fingerprint(index.path))
     found = find_cache(places(index.path, cache, beside=True), name)
     if found is None:

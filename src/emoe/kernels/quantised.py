@@ -20,8 +20,10 @@ from emoe.errors import UnsupportedModelError
 __all__ = ["GROUP", "SCALE", "QuantisedMatrix", "matvec"]
 
 UNPACKED = 1 << 17
-"""Numbers unpacked at once on a CPU: 512 KiB of float32. A matrix of 1536 x 2048 as int4 takes 2.5 ms, and 3.0 to 5.3 in
-one go (docs/log.md)."""
+"""Numbers unpacked at once on a CPU: 512 KiB of float32.
+
+A matrix of 1536 x 2048 as int4 takes 2.5 ms, and 3.0 to 5.3 in one go (docs/log.md).
+"""
 
 
 class QuantisedMatrix:
