@@ -7,7 +7,7 @@ from typing import Any
 from emoe.bench import commands as benchmarks
 from emoe.bench.peers import commands as peers
 from emoe.bench.serve import commands as serving
-from emoe.cli import bench_plant
+from emoe.cli import bench_plant, bench_reach
 from emoe.cli.options import add_command
 
 
@@ -20,4 +20,5 @@ def add_parser(commands: Any) -> None:
     benchmarks.add_checkpoint(add_command(below, "checkpoint", benchmarks.run_checkpoint, benchmarks.CHECKPOINT))
     serving.add_serve(add_command(below, "serve", serving.run_serve, serving.SERVE))
     bench_plant.add_parser(below)
+    bench_reach.add_parser(below)
     peers.add_peers(add_command(below, "peers", peers.run_peers, peers.PEERS_HELP))
