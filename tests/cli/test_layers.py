@@ -37,6 +37,10 @@ def resolve(flags: list[str], environ: dict[str, str], file: Path | None = None)
     return found
 
 
+def test_what_emoe_reads_whatever_runs_is_no_option_of_a_command() -> None:
+    assert resolve([], {"EMOE_KERNELS": "torch", "EMOE_CACHE": "there"}) == resolve([], {})
+
+
 def test_defaults() -> None:
     assert resolve([], {}) == {
         "model": None,

@@ -12,6 +12,9 @@ from typing import Any
 from emoe.errors import UsageError
 
 PREFIX = "EMOE_"
+OF_EMOE = frozenset({"cache", "kernels"})
+"""Variables that emoe reads whatever runs: EMOE_CACHE, EMOE_KERNELS. They are no options of one command."""
+
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 
 
@@ -52,7 +55,7 @@ class Layers:
         values = dict(self._defaults)
         if path is not None:
             values |= self._layer({name: (value, f"{path}: {name}") for name, value in _read(path).items()}, path)
-        given.pop("config", None)
+        given = {key: name for key, name in given.items() if key not in {"config", *OF_EMOE}}
         values |= self._layer({key: (environ[name], name) for key, name in given.items()}, "the environment")
         return argparse.Namespace(**(values | vars(args)))
 
