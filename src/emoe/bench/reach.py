@@ -25,7 +25,8 @@ Bound = Literal["memory", "positions"]
 class Reach:
     """`found` tokens or sequences instead of `base`, in `memory_bytes`; prompts in passes of `chunk` (None: in one).
 
-    freed_bytes: by experts that are not resident, and shorter passes; each_bytes: what one more takes, on average between base and found.
+    freed_bytes: by experts that are not resident, and shorter passes; each_bytes: what one more takes, on average
+    between base and found.
     """
 
     what: Literal["prompt", "batch"]
