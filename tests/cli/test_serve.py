@@ -109,18 +109,22 @@ def test_what_does_not_finish_in_time_ends_with_a_named_error() -> None:
     assert "the requests that are left are cancelled" in "".join(lines)
 
 
-def test_a_lossy_mode_says_so_and_a_second_signal_ends_at_once() -> None:
+def test_a_lossy_mode_says_so_and_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     options = ("--mode", "resident", "--expert-memory", "40%", "--served-model-name", "tiny")
-    with served(*options, EMOE_API_KEY="k", EMOE_SLO_TTFT_MS="60000") as (process, client, lines):
+    form = {"EMOE_EXPERT_DTYPE": "int8", "EMOE_EXPERT_CACHE": str(tmp_path)}
+    with served(*options, EMOE_API_KEY="k", EMOE_SLO_TTFT_MS="60000", **form) as (process, client, lines):
         log = "".join(lines)
-        assert "LOSSY: in mode 'resident'" in log and "mode resident (LOSSY)" in log
+        assert "LOSSY: in mode 'resident'" in log and "mode resident, int8 experts (LOSSY)" in log
+        assert "LOSSY: experts are stored and computed as int8" in log
         assert client.get("/v1/models").status_code == 401
         client.headers["authorization"] = "Bearer k"
         card = client.get("/v1/models").json()["data"][0]
         assert (card["id"], card["emoe"]["mode"], card["emoe"]["lossy"]) == ("tiny", "resident", True)
+        assert card["emoe"]["expert_dtype"] == "int8"
         said = client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 2}).json()["emoe"]
         assert said["lossy"] is True and said["slo_met"] is True
-        assert 'lossy="true"' in client.get("/metrics").text
+        info = next(line for line in client.get("/metrics").text.splitlines() if line.startswith("emoe:info{"))
+        assert 'lossy="true"' in info and 'expert_dtype="int8"' in info
         with client.stream("POST", "/v1/completions", json=LONG) as reply:
             next(reply.iter_lines())
             process.send_signal(signal.SIGTERM)

@@ -114,6 +114,21 @@ def test_lossy_modes(prompts: list[list[int]], mode: str, predictor: str | None)
     emoe.close(model)
 
 
+def test_quantised_experts_are_lossy_in_exact_mode_too(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    path = checkpoints("qwen3_moe", torch.float32)
+    model, _ = emoe.load(path, expert_memory="60%", expert_dtype="int8", trace=tmp_path / "served.npz")
+    nbytes = emoe.stats(model)["total_expert_bytes"]
+    with engine_of(model, SMALL) as engine:
+        assert (engine.mode, engine.lossy, engine.expert_dtype) == ("exact", True, "int8")
+        report = send(engine, prompt(1, 9), 6, sampling=ENDLESS)[1].end.report
+    emoe.close(model)
+    assert (report.mode, report.lossy) == ("exact", True)
+    keys = len(binding_of(model).index.keys())
+    assert report.bytes_loaded == report.experts_loaded * nbytes // keys
+    # What a simulator takes for the cost of a load.
+    assert Trace.read(tmp_path / "served.npz").source["expert_bytes"] == nbytes // keys
+
+
 def test_a_trace_of_what_was_served(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Packed, chunked and preempted: the trace holds each prompt's tokens, in order."""
     path = checkpoints("mixtral", torch.float32)
