@@ -11,12 +11,13 @@ TORCH_INDEX_URL ?=
 PIP_TORCH_ARGS ?= $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 ARGS ?=
+GPU_PYTHON ?= python3
 
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## Run the embedded model with all experts and with 40 % of them
 	env -u OMP_NUM_THREADS $(BIN)/emoe demo $(ARGS)
@@ -32,6 +33,9 @@ types: $(VENV)/.dev ## Check types strictly
 
 bench: $(VENV)/.dev ## Measure decode at several budgets beside transformers and accelerate
 	env -u OMP_NUM_THREADS $(BIN)/emoe bench decode $(ARGS)
+
+bench-gpu: ## Test and measure on a CUDA device, with the Python that has torch there (GPU_PYTHON); installs nothing
+	PYTHONPATH=src:. $(GPU_PYTHON) bench/gpu.py $(ARGS)
 
 clean: ## Remove everything the targets made
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,6 +18,7 @@ from emoe.errors import ReadError, UsageError
 from emoe.model.placement import make_pool
 from emoe.residency.bank import Bank
 from emoe.residency.budget import HostPlan, LayerNeed, PoolPlan, plan_host, plan_slots, uniform_quotas
+from emoe.residency.devices import Device
 from emoe.residency.eviction import make_eviction
 from emoe.residency.loader import Loader
 from emoe.residency.pool import ExpertPool
@@ -50,10 +51,10 @@ def number(key: Key) -> int:
     return 1 + 100 * key[0] + key[1]
 
 
-def make(
-    slots: int, host_slots: int, *, layers: int = 2, experts: int = 8, top_k: int = 2, threads: int = 0
-) -> tuple[ExpertPool, VirtualDevice, Disk]:
-    device = VirtualDevice(LINK)
+def make_on(
+    device: Device, slots: int, host_slots: int, *, layers: int = 2, experts: int = 8, top_k: int = 2, threads: int = 0
+) -> tuple[ExpertPool, Disk]:
+    """A pool of `slots` on `device` behind `host_slots`, and the disk it reads from."""
     needs = [LayerNeed(layer, experts, top_k, SLOT) for layer in range(layers)]
     plan = PoolPlan(0, slots, SLOT, uniform_quotas(slots, needs))
     table = ResidencyTable(plan, dict.fromkeys(range(layers), experts), make_eviction("least-stale"))
@@ -61,7 +62,13 @@ def make(
     index = cast(Any, SimpleNamespace(path="none", pieces=lambda layer, expert: [(layer, expert)]))
     disk = Disk()
     bank = Bank(PARTS, slots, device)
-    pool = make_pool(table, bank, device, host, index, cast(Any, disk), Loader(threads))
+    return make_pool(table, bank, device, host, index, cast(Any, disk), Loader(threads)), disk
+
+
+def make(slots: int, host_slots: int, **options: int) -> tuple[ExpertPool, VirtualDevice, Disk]:
+    """The same on a virtual device whose clock begins when the pool is there."""
+    device = VirtualDevice(LINK)
+    pool, disk = make_on(device, slots, host_slots, **options)
     device.program_s = device.link_s = device.busy_s = 0.0
     device.synchronisations = device.copied_bytes = 0
     return pool, device, disk

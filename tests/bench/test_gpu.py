@@ -1,0 +1,75 @@
+"""`make bench-gpu` without a GPU: it says so, and its code runs on a virtual device."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from emoe.residency.devices import device_at
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Any:
+    """bench/gpu.py."""
+    spec = importlib.util.spec_from_file_location("bench_gpu", Path(__file__).parents[2] / "bench" / "gpu.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(gpu: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    monkeypatch.setattr("emoe.model.placement.device_at", device_at)  # put back afterwards
+    code: int = gpu.main()
+    return code
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_it_says_so(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(gpu, monkeypatch, "--out", str(tmp_path / "out.json")) == 2
+    said = capsys.readouterr()
+    assert "needs a CUDA device" in said.err and not said.out
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_it_runs_on_a_virtual_device(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    small = ("--prompt-tokens", "24", "--new-tokens", "8", "--rounds", "1", "--budgets", "100", "15")
+    assert run(gpu, monkeypatch, "--virtual", "--skip-tests", "--shapes", "tiny", "--out", str(out), *small) == 0
+    assert "times mean nothing" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert [(row["budget"], row["host"], row["on_miss"]) for row in found["rows"]] == [
+        (100, "auto", "load"),
+        (15, "auto", "load"),
+        (15, "0", "load"),
+        (15, "auto", "hybrid"),
+    ]
+    assert not found["wrong"] and found["copies"][0]["pinned"] == pytest.approx(20.0)
+    whole, host, staging, _ = found["rows"]
+    assert whole["tokens"] == host["tokens"] == staging["tokens"]
+    assert whole["copied_per_token"] == 0 < host["copied_per_token"]
+    assert host["read_per_token"] == 0 < staging["read_per_token"]
+
+
+def test_other_tokens_than_the_resident_models_are_reported(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = iter(range(9))
+    row = {"tokens": [1], "miss_rate": 0.0, "ttft_s": 1.0, "tokens_per_s": 1.0, "copied_per_token": 0.0}
+    row |= {"link_share": 0.0, "read_per_token": 0.0, "waits_per_token": 0.0, "device_bytes": 0}
+    monkeypatch.setattr(gpu.Bench, "row", lambda *args: row | {"tokens": [1 + (next(turns) == 2)]})
+    out = str(tmp_path / "out.json")
+    small = ("--virtual", "--skip-tests", "--shapes", "tiny", "--budgets", "100", "40", "--out", out)
+    assert run(gpu, monkeypatch, *small) == 1
+    assert "WRONG: tiny at 40 %, host 0: other tokens" in capsys.readouterr().out
