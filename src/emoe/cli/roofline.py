@@ -14,7 +14,7 @@ from emoe.cli.output import ProgressLine, note, print_json, table
 from emoe.config import format_bytes
 from emoe.errors import UsageError
 from emoe.planner import facts_of
-from emoe.profiling.machine import Machine, cores, keep, known, measure
+from emoe.profiling.machine import Machine, cores, keep, known, measure, with_engine
 
 if TYPE_CHECKING:
     from emoe.profiling.roofline import Floor
@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     trace, routes = _trace(args, facts.path)
     machine = this_machine(facts.path, device=args.device, fresh=args.fresh)
     threads = args.threads or cores()
+    machine = _with_engine(machine, threads)
     found = limits(
         facts,
         machine,
@@ -141,6 +142,15 @@ def this_machine(folder: Path, *, device: str = "cpu", fresh: bool = False) -> M
     return found
 
 
+def _with_engine(machine: Machine, threads: int) -> Machine:
+    """The machine with emoe's own rates, measured where they were not: `emoe plan` predicts by them."""
+    if machine.device != "cpu" or threads in machine.engine:
+        return machine
+    found = with_engine(machine, [threads], lambda text: note(f"  {text}"))
+    keep(found)
+    return found
+
+
 def machine_text(machine: Machine) -> str:
     """The machine for people."""
 
@@ -157,6 +167,11 @@ def machine_text(machine: Machine) -> str:
     for dtype, rates in machine.flops.items():
         text = ", ".join(f"{n}: {value / 1e9:.0f} GFLOP/s" for n, value in rates.items())
         lines.append(f"  {dtype:<20}  {text}")
+    for n, engine in machine.engine.items():
+        lines.append(
+            f"  emoe, {n} thread{'s' * (n > 1):<1}        dense {rate(engine.dense_bytes_per_s)}, experts "
+            f"{rate(engine.expert_bytes_per_s)}, {engine.layer_s * 1e6:.0f} us a layer"
+        )
     if machine.device != "cpu":
         lines.append(
             f"  to the GPU            pinned {rate(machine.h2d_pinned_bytes_per_s)}, pageable "

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,43 @@ Rates = dict[int, float]
 """Number of threads -> rate."""
 
 
+PROMPT_TOKENS = 512
+"""The prompt whose rates `EngineRates` holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRates:
+    """Of one number of threads, in bfloat16 on the CPU.
+
+    dense_bytes_per_s, expert_bytes_per_s: weights read for one token; dense_flops, expert_flops: operations per second
+    for a prompt of PROMPT_TOKENS; layer_s: a decoder layer of one token whatever its size (hooks, routes, slots,
+    attention's own calls); token_s: what `generate` adds to a token.
+    """
+
+    dense_bytes_per_s: float
+    expert_bytes_per_s: float
+    dense_flops: float
+    expert_flops: float
+    layer_s: float
+    token_s: float
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EngineRates:
+        """The opposite of `as_dict`.
+
+        Raises:
+            UsageError: it is no such thing.
+        """
+        try:
+            return cls(**{name: float(values[name]) for name in cls.__slots__})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"damaged rates of the engine ({error}): measure anew with `--fresh`.") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Measured rates; None or an absent key where something was not measured.
@@ -43,6 +80,7 @@ class Machine:
         flops: dtype -> threads -> operations per second of a matrix product.
         device_bytes_per_s, device_flops: the same two of the GPU's own memory.
         notes: what could not be measured, and why.
+        engine: threads -> what emoe's own kernels and layers take (`with_engine`); empty where not measured.
     """
 
     fingerprint: dict[str, str]
@@ -57,6 +95,7 @@ class Machine:
     device_bytes_per_s: float | None = None
     device_flops: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    engine: dict[int, EngineRates] = field(default_factory=dict)
 
     def memory_rate(self, threads: int) -> float:
         """Bytes per second at which weights are read where experts run, by so many threads.
@@ -113,10 +152,12 @@ class Machine:
         if values.get("format") != FORMAT:
             raise UsageError(f"no measurements of a machine in the format {FORMAT}: measure anew with `--fresh`.")
         try:
-            known = {name: values[name] for name in cls.__slots__}
+            known = {name: values[name] for name in cls.__slots__ if name != "engine"}
             known["memory_bytes_per_s"] = _rates(known["memory_bytes_per_s"])
             known["flops"] = {dtype: _rates(rates) for dtype, rates in known["flops"].items()}
             known["notes"] = tuple(known["notes"])
+            engine = values.get("engine") or {}
+            known["engine"] = {int(threads): EngineRates.from_dict(rates) for threads, rates in engine.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
                 f"damaged measurements of a machine ({type(error).__name__}: {error}): measure anew with `--fresh`."
@@ -325,6 +366,23 @@ def measure(
         device_flops=gpu.flops,
         notes=tuple(notes),
     )
+
+
+def with_engine(machine: Machine, threads: Sequence[int], say: Say = lambda _: None) -> Machine:
+    """The machine with what emoe's own kernels and layers take on it, by threads; about 10 s for each number.
+
+    Raises:
+        UsageError: the machine is a GPU's: those are not predicted.
+    """
+    from emoe.profiling.engine_rates import measure_engine
+
+    if machine.device != "cpu":
+        raise UsageError(f"emoe's kernels are timed on the CPU only, not on {machine.device!r}.")
+    found = dict(machine.engine)
+    for count in threads:
+        say(f"emoe's kernels, {count} thread{'s' * (count > 1)}")
+        found[count] = measure_engine(count)
+    return replace(machine, engine=found)
 
 
 def thread_counts(most: int) -> tuple[int, ...]:

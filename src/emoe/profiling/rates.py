@@ -46,16 +46,16 @@ def memory_bytes_per_s(threads: int, seconds: float) -> float:
     nbytes = min(ARRAY_BYTES, max(LEAST_ARRAY_BYTES, memory_room().available_bytes // 16))
     array = torch.ones(nbytes // 4, dtype=torch.float32)
     loops: tuple[Callable[[], object], ...] = (array.sum, lambda: torch.dot(array, array))
-    with _threads(threads):
+    with using_threads(threads):
         # A dot product of an array with itself reads it once.
-        return max(nbytes / _seconds(loop, seconds / len(loops)) for loop in loops)
+        return max(nbytes / seconds_of(loop, seconds / len(loops)) for loop in loops)
 
 
 def flops(dtype: str, threads: int, seconds: float) -> float | None:
     """Operations per second of a square matrix product; None where torch has none of that dtype."""
-    with _threads(threads):
+    with using_threads(threads):
         product = _product(dtype, SIDE, "cpu")
-        return None if product is None else 2 * SIDE**3 / _seconds(product, seconds)
+        return None if product is None else 2 * SIDE**3 / seconds_of(product, seconds)
 
 
 def gpu(device: str, seconds: float, say: Callable[[str], None] = lambda _: None) -> Gpu:
@@ -76,18 +76,18 @@ def gpu(device: str, seconds: float, say: Callable[[str], None] = lambda _: None
         return run
 
     def copy_s(source: torch.Tensor) -> float:
-        return _seconds(synchronised(lambda: there.copy_(source, non_blocking=True)), seconds)
+        return seconds_of(synchronised(lambda: there.copy_(source, non_blocking=True)), seconds)
 
     fast = None if pinned is None else COPY_BYTES / copy_s(pinned)
     slow = COPY_BYTES / copy_s(pageable)
     say("the GPU's memory and matrix products")
     array = torch.ones(ARRAY_BYTES // 4, dtype=torch.float32, device=device)
-    own = ARRAY_BYTES / _seconds(synchronised(array.sum), seconds)
+    own = ARRAY_BYTES / seconds_of(synchronised(array.sum), seconds)
     rates = {}
     for dtype in DTYPES:
         product = _product(dtype, GPU_SIDE, device)
         if product is not None:
-            rates[dtype] = 2 * GPU_SIDE**3 / _seconds(synchronised(product), seconds)
+            rates[dtype] = 2 * GPU_SIDE**3 / seconds_of(synchronised(product), seconds)
     return Gpu(fast, slow, own, rates)
 
 
@@ -109,7 +109,7 @@ def _product(dtype: str, side: int, device: str) -> Callable[[], object] | None:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def using_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -118,7 +118,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _seconds(work: Callable[[], object], seconds: float) -> float:
+def seconds_of(work: Callable[[], object], seconds: float) -> float:
     """Seconds of one call: of those made in `seconds`, at least three, the fastest tenth's slowest.
 
     A limit is sought, and neighbours only ever slow a call down; the very fastest may be a clock's error.

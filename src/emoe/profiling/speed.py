@@ -1,0 +1,74 @@
+"""How fast a model will run here: its bytes over the rates that emoe's kernels reach, its misses over the link. Pure.
+
+Unlike the limit (`emoe.profiling.roofline`) the parts add up: emoe waits for a layer's missing experts before it
+computes the layer. A prompt streams its experts, so there reading and computing overlap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from emoe.planner.facts import Facts, dtype_bytes
+from emoe.profiling.machine import EngineRates, Link, Machine
+from emoe.profiling.roofline import ModelWork
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What is expected: seconds of a token and of a prompt, and what they are made of."""
+
+    token_s: float
+    first_token_s: float
+    memory_s: float
+    load_s: float
+    overhead_s: float
+    prompt_compute_s: float
+    prompt_load_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second while decoding."""
+        return 1 / self.token_s
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"tokens_per_s": self.tokens_per_s}
+
+
+def expected(
+    facts: Facts,
+    machine: Machine,
+    engine: EngineRates,
+    *,
+    miss_rate: float,
+    prompt_tokens: int,
+    prompt_missed_bytes: float,
+    context: int = 0,
+    link: Link = "direct",
+) -> Speed:
+    """The speed with a share `miss_rate` of the routed experts missing, and so many bytes of a prompt's.
+
+    Raises:
+        UsageError: a rate that is needed was not measured.
+    """
+    work = ModelWork(facts)
+    token = work.token(miss_rate, context)
+    layers = max(len(facts.cache_layers), len(facts.expert_layers))
+    memory_s = token.dense_bytes / engine.dense_bytes_per_s + token.expert_bytes / engine.expert_bytes_per_s
+    load_s = token.missed_bytes / machine.link_rate(link) if token.missed_bytes else 0.0
+    overhead_s = layers * engine.layer_s + engine.token_s
+    everything = work.prompt(prompt_tokens, [0.0] * len(facts.expert_layers), 0.0)
+    expert_flops = 2 * prompt_tokens * work.routed_elements
+    itemsize = dtype_bytes(facts.dtype) / 2  # rates are bfloat16's: a wider dtype takes as much longer
+    compute_s = itemsize * ((everything.flops - expert_flops) / engine.dense_flops + expert_flops / engine.expert_flops)
+    prompt_load_s = prompt_missed_bytes / machine.link_rate(link) if prompt_missed_bytes else 0.0
+    return Speed(
+        token_s=memory_s + load_s + overhead_s,
+        first_token_s=max(compute_s, prompt_load_s) + overhead_s,
+        memory_s=memory_s,
+        load_s=load_s,
+        overhead_s=overhead_s,
+        prompt_compute_s=compute_s,
+        prompt_load_s=prompt_load_s,
+    )

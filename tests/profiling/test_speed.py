@@ -1,0 +1,53 @@
+"""Predictions: parts add up while decoding and overlap in a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from emoe.errors import UsageError
+from emoe.planner import facts_of
+from emoe.profiling.machine import EngineRates, Machine, with_engine
+from emoe.profiling.roofline import ModelWork
+from emoe.profiling.speed import expected
+from tests.conftest import Checkpoints
+
+ENGINE = EngineRates(2e9, 1e9, 1e11, 1e11, 1e-3, 2e-3)
+MACHINE = Machine({}, memory_bytes_per_s={1: 4e9}, disk_direct_bytes_per_s=1e8, flops={"float32": {1: 1e12}})
+
+
+def test_parts_of_a_token_add_up_and_those_of_a_prompt_overlap(checkpoints: Checkpoints) -> None:
+    _, facts = facts_of(checkpoints("qwen3_moe"))
+    work = ModelWork(facts)
+
+    def speed(miss_rate: float, missed: float) -> tuple[float, float]:
+        found = expected(facts, MACHINE, ENGINE, miss_rate=miss_rate, prompt_tokens=64, prompt_missed_bytes=missed)
+        assert found.token_s == found.memory_s + found.load_s + found.overhead_s
+        assert found.tokens_per_s == 1 / found.token_s
+        return found.token_s, found.first_token_s
+
+    resident, half = speed(0, 0), speed(0.5, 1e9)
+    assert half[0] - resident[0] == pytest.approx(work.routed_bytes / 2 / 1e8)
+    assert half[1] == pytest.approx(10 + len(facts.cache_layers) * 1e-3 + 2e-3)
+    assert speed(0.5, 1)[1] == resident[1]
+
+
+def test_what_is_measured_predicts_the_embedded_model() -> None:
+    made = with_engine(replace(MACHINE, disk_direct_bytes_per_s=None), [1])
+    engine = made.engine[1]
+    assert all(value >= 0 for value in engine.as_dict().values())
+    assert EngineRates.from_dict(engine.as_dict()) == engine
+    assert Machine.from_dict(made.as_dict() | {"engine": {"1": engine.as_dict()}}) == made
+    _, facts = facts_of(None)
+    found = expected(facts, made, engine, miss_rate=0, prompt_tokens=8, prompt_missed_bytes=0)
+    assert 0 < found.token_s < 1
+    with pytest.raises(UsageError, match="was not measured"):
+        expected(facts, made, engine, miss_rate=0.1, prompt_tokens=8, prompt_missed_bytes=0)
+
+
+def test_a_gpus_kernels_are_not_timed() -> None:
+    with pytest.raises(UsageError, match="on the CPU only"):
+        with_engine(replace(MACHINE, device="cuda"), [1])
+    with pytest.raises(UsageError, match="damaged rates"):
+        EngineRates.from_dict({})
