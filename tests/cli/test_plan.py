@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from emoe.cli import main
+from emoe.planner import facts_of
+from emoe.prediction.protocol import RoutingShape
+from emoe.profiling.machine import EngineRates, Machine, fingerprint, keep
+from emoe.simulation.generate import random_trace
 from tests.checkpoint.sparse import write_sparse_qwen3_moe
+from tests.conftest import Checkpoints
 
 
 def test_the_text_names_every_purpose_and_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,3 +72,35 @@ def test_a_checkpoint_of_100_gb_is_planned_in_two_seconds_imports_included(tmp_p
     assert made["experts"] == 94 * 128
     assert made["source"] == "headers"
     assert seconds < 2
+
+
+def test_the_speed_is_predicted_where_the_machine_was_measured(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
+    folder = checkpoints("mixtral")
+    assert main(["plan", str(folder), "--expert-memory", "50%"]) == 0
+    assert "speed: not known here; `emoe roofline MODEL`" in capsys.readouterr().out
+    made = Machine(
+        fingerprint(sorted(folder.glob("*.safetensors"))),
+        memory_bytes_per_s={1: 1e9},
+        disk_direct_bytes_per_s=1e6,
+        engine={1: EngineRates(1e9, 1e9, 1e11, 1e11, 1e-3, 1e-3)},
+    )
+    keep(made)
+    assert main(["plan", str(folder), "--expert-memory", "50%"]) == 0
+    assert "50% of experts missing and read from disk" in capsys.readouterr().out
+    assert main(["plan", str(folder), "--expert-memory", "50%", "-t", "2"]) == 0
+    assert "`emoe roofline MODEL -t 2` measures 2" in capsys.readouterr().out
+    assert main(["plan", str(folder), "--expert-memory", "50%", "--json"]) == 0
+    half = json.loads(capsys.readouterr().out)["speed"]
+    assert main(["plan", str(folder), "--expert-memory", "100%", "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)["speed"]
+    assert half["token_s"] > 2 * whole["token_s"]
+    assert whole["load_s"] == whole["prompt_load_s"] == 0
+    layers = facts_of(folder)[1].expert_layers
+    trace = random_trace(RoutingShape(len(layers), 8, 2), 200).write(tmp_path / "trace.npz")
+    assert main(["plan", str(folder), "--expert-memory", "50%", "--json", "--trace", str(trace)]) == 0
+    routed = json.loads(capsys.readouterr().out)["speed"]
+    assert 0.3 < routed["miss_rate"] < 0.7
+    assert routed["miss_rate"] != half["miss_rate"]

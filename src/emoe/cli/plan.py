@@ -17,9 +17,10 @@ from emoe.cli.options import (
     size,
 )
 from emoe.cli.output import lossy_experts, print_json, table
+from emoe.cli.speed import speed_of
 from emoe.config import format_bytes
 from emoe.errors import BudgetError
-from emoe.planner import Plan, plan, verdict
+from emoe.planner import Plan, facts_of, plan_facts, verdict
 
 
 def add_parser(commands: Any) -> None:
@@ -54,29 +55,39 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="the longest prompt, read in one pass (default: the context)",
     )
+    parser.add_argument(
+        "-t", "--threads", type=positive, metavar="N", help="of the predicted speed (default: all cores)"
+    )
+    parser.add_argument("--trace", metavar="TRACE", help="routes that the predicted speed's misses are counted on")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan. Exit code 5 when the model does not fit."""
     start = time.perf_counter()
-    made = plan(
+    name, facts = facts_of(
         args.model,
+        dtype=None if args.dtype == "auto" else args.dtype,
+        expert_dtype=args.expert_dtype,
+        revision=args.revision,
+    )
+    made = plan_facts(
+        name,
+        facts,
         memory=args.memory,
         expert_memory=args.expert_memory,
         host_memory=args.host_memory,
         context=args.context,
         batch=args.batch,
         prompt=args.prompt_tokens,
-        dtype=None if args.dtype == "auto" else args.dtype,
-        expert_dtype=args.expert_dtype,
-        revision=args.revision,
     )
+    speed, told = speed_of(made, facts, threads=args.threads, trace=args.trace)
     seconds = time.perf_counter() - start
     if args.json:
-        print_json(made.as_dict() | {"seconds": round(seconds, 3)})
+        print_json(made.as_dict() | {"speed": speed, "seconds": round(seconds, 3)})
     else:
         print(plan_text(made))
+        print(told)
     return BudgetError.exit_code if made.fit == "none" else 0
 
 

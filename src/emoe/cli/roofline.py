@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emoe.bench.plant.card import LABEL, ROUTES, is_planted
 from emoe.cli.options import add_command, add_expert_dtype, add_json, add_model, positive
 from emoe.cli.output import ProgressLine, note, print_json, table
+from emoe.cli.routes import TRACE_TOKENS, trace_of
 from emoe.config import format_bytes
 from emoe.errors import UsageError
 from emoe.planner import facts_of
@@ -18,12 +18,9 @@ from emoe.profiling.machine import Machine, cores, keep, known, measure, with_en
 
 if TYPE_CHECKING:
     from emoe.profiling.roofline import Floor
-    from emoe.routing.trace import Trace
     from emoe.simulation.roofline import Limit
 
 SUMMARY = "Measure this machine, and say how fast a model could run on it at each budget."
-TRACE_TOKENS = 1000
-"""Of a long trace so many tokens, in whole prompts, say what is missed: the best possible takes a while to find."""
 
 
 def add_parser(commands: Any) -> None:
@@ -83,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from emoe.simulation.roofline import limits
 
-    trace, routes = _trace(args, facts.path)
+    trace, routes = trace_of(args.trace, args.trace_tokens, facts.path)
     machine = this_machine(facts.path, device=args.device, fresh=args.fresh)
     threads = args.threads or cores()
     machine = _with_engine(machine, threads)
@@ -266,22 +263,6 @@ def _measured(file: Path) -> list[dict[str, Any]]:
         raise UsageError(
             f"{file} is no JSON of `emoe bench decode` or `replay` ({type(error).__name__}: {error})."
         ) from error
-
-
-def _trace(args: argparse.Namespace, folder: Path) -> tuple[Trace | None, str]:
-    """The trace to simulate, and what is said of it."""
-    file = args.trace
-    planted = file is None and is_planted(folder)
-    if planted:
-        file = folder / ROUTES
-    if file is None:
-        return None, "every expert as likely as any other (give --trace for real ones)"
-    from emoe.routing.trace import Trace
-    from emoe.simulation.missing import first_tokens
-
-    trace = first_tokens(Trace.read(file), args.trace_tokens)
-    label = f" ({LABEL})" if planted else ""
-    return trace, f"{len(trace)} tokens of {trace.num_prompts} prompts of {file}{label}"
 
 
 def _shares(text: str) -> list[float]:

@@ -21,7 +21,7 @@ from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
 from emoe.planner.plan import Plan, make_plan, verdict
 from emoe.planner.remote import is_hub_id, remote_checkpoint
 
-__all__ = ["Facts", "Plan", "facts_of", "plan", "verdict"]
+__all__ = ["Facts", "Plan", "facts_of", "plan", "plan_facts", "verdict"]
 
 
 def plan(
@@ -63,6 +63,32 @@ def plan(
         BudgetError: `expert_memory` below the floor.
     """
     name, facts = facts_of(model_id, dtype=dtype, expert_dtype=expert_dtype, revision=revision, token=token)
+    return plan_facts(
+        name,
+        facts,
+        memory=memory,
+        expert_memory=expert_memory,
+        host_memory=host_memory,
+        context=context,
+        batch=batch,
+        prompt=prompt,
+        chunk=chunk,
+    )
+
+
+def plan_facts(
+    name: str,
+    facts: Facts,
+    *,
+    memory: str | int | None = None,
+    expert_memory: str | int | ExpertMemory | None = None,
+    host_memory: str | int | ExpertMemory | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    prompt: int | None = None,
+    chunk: int | None = None,
+) -> Plan:
+    """Plan what `facts_of` found; arguments and errors as of `plan`."""
     if memory is not None:
         allowed, source = parse_bytes(memory), "allowed"
     else:

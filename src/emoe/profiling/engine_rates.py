@@ -5,7 +5,6 @@ Predictions (`emoe.profiling.speed`) are made of these, limits (`emoe.profiling.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -22,6 +21,8 @@ HIDDEN, INNER, EXPERTS, TOP_K = 2048, 1024, 24, 8
 """The layer of experts that kernels are timed on: 302 MB in bfloat16, beyond any cache."""
 DTYPE = "bfloat16"
 TOKENS = 24
+LAYER_S = 1.0
+"""Seconds in which the embedded model decodes, at least."""
 
 
 def measure_engine(threads: int, seconds: float = 4.0) -> EngineRates:
@@ -95,19 +96,18 @@ def _layer(dense_bytes_per_s: float, expert_bytes_per_s: float) -> tuple[float, 
     model, _ = load(nano.path())
     try:
         ids = torch.arange(8)[None] + 10
-        forward, generated = [], []
-        for _ in range(4):
-            cache = model(input_ids=ids).past_key_values
-            start = time.perf_counter()
-            for _ in range(TOKENS):
-                cache = model(input_ids=ids[:, :1], past_key_values=cache).past_key_values
-            forward.append((time.perf_counter() - start) / TOKENS)
-            times = [_generate_s(model, ids, count) for count in (TOKENS // 4, TOKENS)]
-            generated.append((times[1] - times[0]) / (TOKENS - TOKENS // 4))
+        cache = model(input_ids=ids).past_key_values
+
+        def step() -> None:
+            nonlocal cache
+            cache = model(input_ids=ids[:, :1], past_key_values=cache).past_key_values
+
+        forward = seconds_of(step, LAYER_S)
+        few, many = (min(_generate_s(model, ids, count) for _ in range(3)) for count in (TOKENS // 4, TOKENS))
     finally:
         close(model)
-    layer_s = max(statistics.median(forward[1:]) - bytes_s, 0.0) / len(facts.expert_layers)
-    return layer_s, max(statistics.median(generated[1:]) - statistics.median(forward[1:]), 0.0)
+    generated = (many - few) / (TOKENS - TOKENS // 4)
+    return max(forward - bytes_s, 0.0) / len(facts.expert_layers), max(generated - forward, 0.0)
 
 
 def _generate_s(model: Any, ids: torch.Tensor, tokens: int) -> float:

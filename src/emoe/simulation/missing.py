@@ -51,13 +51,19 @@ def first_tokens(trace: Trace, tokens: int) -> Trace:
 
 
 def missing(
-    trace: Trace, shares: Sequence[float], policy: str = "least-stale", report: Report | None = None
+    trace: Trace,
+    shares: Sequence[float],
+    policy: str = "least-stale",
+    report: Report | None = None,
+    *,
+    bound: bool = True,
 ) -> list[Missing]:
     """The misses of decoding the trace's prompts one after another, at each share of all experts.
 
     Slots are shared between layers as the engine would share them; Belady's rule has one pool over all layers, where it
     misses least. Everything resident is loaded before and misses nothing. Where the trace has no decoded tokens, its
-    prompts' tokens are taken one by one.
+    prompts' tokens are taken one by one. Without `bound` Belady's share is that of the policy's own slots, which is
+    quicker to find.
 
     Raises:
         UsageError: no such policy, or a share outside 0 to 1.
@@ -73,7 +79,8 @@ def missing(
             continue
         quotas = plan_of(trace, share, rule).pools[0].quotas
         name = policy if any(quotas.values()) else policy + POOL
-        rows = simulate([(trace, None)], Task([name, "belady" + POOL], [share], phases=phases), report)
+        best = "belady" + POOL if bound or name.endswith(POOL) else "belady"
+        rows = simulate([(trace, None)], Task([name, best], [share], phases=phases), report)
         found.append(Missing(share, 1 - rows[1].hit_rate, 1 - rows[0].hit_rate))
     return found
 
