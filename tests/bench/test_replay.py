@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from emoe.bench.prompts import planted_ids, prompt_ids
 from emoe.bench.report import report_text
 from emoe.bench.results import DecodeReport
 from emoe.bench.settings import DecodeSettings, parse_budget
+from emoe.checkpoint.memory_room import memory_room
 from emoe.errors import UsageError
 from emoe.profiling.machine import Machine, fingerprint, keep
 from tests.bench.plant.made_up import made_up_trace
@@ -154,6 +156,19 @@ def test_mistakes_are_refused(planted: Path, tmp_path: Path) -> None:
         DecodeSettings(chunk=0, forced=True)
     with pytest.raises(UsageError, match="batch must be at least 1, not 0"):
         DecodeSettings(batch=0, forced=True)
+
+
+def test_what_does_not_fit_is_not_started(planted: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = replace(memory_room(), available_bytes=2**20)
+    monkeypatch.setattr(decode, "memory_room", lambda: room)
+    monkeypatch.setattr(decode, "machine_of", lambda *_: machine)
+    settings = DecodeSettings(
+        model=str(planted), budgets=(parse_budget("50"),), modes=("exact",), baselines=(), forced=True
+    )
+    [failed] = decode.run(settings).failed
+    assert "emoe exact 50% needs 3" in (failed.error or "")
+    assert "1.00 MiB are free" in (failed.error or "")
+    assert not failed.loads
 
 
 def test_options_reach_the_settings(planted: Path) -> None:

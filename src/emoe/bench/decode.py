@@ -178,6 +178,9 @@ class _Bench:
     def _started(self, outcome: Outcome) -> Iterator[_Live | None]:
         """The contender in a process of its own, or None where it could not be loaded (its outcome says why)."""
         settings = self.settings
+        if not self._fits(outcome):
+            yield None
+            return
         with ExitStack() as stack:
             cgroup = None
             if settings.memory_limit is not None:
@@ -206,6 +209,24 @@ class _Bench:
             peak = format_bytes(int(loaded["load_peak_bytes"]))
             self.say(f"{outcome.name}: loaded in {loaded['load_s']:.1f} s, peak {peak}")
             yield _Live(outcome, client, [Path(name) for name in loaded["extra_files"]], cgroup)
+
+    def _fits(self, outcome: Outcome) -> bool:
+        """Whether emoe's plan fits into what is free: else the kernel would kill this process, or another one.
+
+        Where several stay loaded `fits_together` has looked at them all; a memory limit harms nobody else.
+        """
+        if outcome.contender.engine != "emoe" or self.settings.memory_limit is not None:
+            return True
+        room = memory_room()
+        needed = outcome.plan_bytes + self.full.import_bytes
+        if needed <= room.available_bytes:
+            return True
+        outcome.error = (
+            f"{outcome.name} needs {format_bytes(needed)} and {format_bytes(room.available_bytes)} are free "
+            f"({room.bound}); free some, or ask for a smaller budget, batch or prompt"
+        )
+        self.say(outcome.error)
+        return False
 
     def _cpu_bytes(self, contender: Contender) -> int:
         """What accelerate may keep in memory: the dense weights, and as many bytes of experts as emoe has."""

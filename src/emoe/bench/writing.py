@@ -45,7 +45,7 @@ def write_checkpoint(
     if free < total * 1.02:
         raise CheckpointError(
             f"{what} takes {format_bytes(total)}, and {folder.parent} has {format_bytes(free)} free; choose another "
-            "folder or a smaller shape"
+            "folder, a smaller shape or fewer layers"
         )
     work = folder.with_name(f"{folder.name}.part{os.getpid()}")
     work.mkdir()

@@ -145,6 +145,7 @@ def test_routes_that_were_not_recorded_repeat_the_next_token_that_has_them() -> 
     assert (routes.experts[3:6, 1] == trace.experts[6, 1]).all()
     assert (routes.experts[19, 1] == trace.experts[18, 1]).all()
     assert "6.7% of routes, not recorded, repeat a neighbouring token's" in routes.kept
+    assert fit(replace(trace, experts=experts), a_shape(1, 8, 2), 20, seed=0).kept == "every route as recorded"
     experts[:, 2] = missing_id(experts.dtype)
     with pytest.raises(UsageError, match="no complete route of layer 2"):
         fit(replace(trace, experts=experts), a_shape(3, 8, 2), 20, seed=0)

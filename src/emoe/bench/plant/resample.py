@@ -72,19 +72,20 @@ def fit(trace: Trace, shape: PublishedShape, tokens: int, seed: int) -> Routes:
     """
     check_tokens(tokens, shape.hidden)
     rows, prompts = first_tokens(trace, tokens)
-    experts, filled = _filled(trace.experts[rows], trace.num_experts)
-    weights = None if trace.weights is None else trace.weights[rows].astype(np.float32)
-    layers, recorded = len(shape.moe_layers), experts.shape[1]
+    layers, recorded = len(shape.moe_layers), trace.experts.shape[1]
+    same = trace.num_experts == shape.experts and trace.top_k <= shape.top_k
+    used = slice(layers if same else recorded)
+    experts, filled = _filled(trace.experts[rows, used], trace.num_experts)
+    weights = None if trace.weights is None else trace.weights[rows, used].astype(np.float32)
     notes = [f"{filled:.1%} of routes, not recorded, repeat a neighbouring token's"] if filled else []
-    if trace.num_experts == shape.experts and trace.top_k <= shape.top_k:
+    if same:
         if recorded < layers:
             raise UsageError(
                 f"the trace has {recorded} layers and {shape.name} has {layers} with experts; plant fewer with --layers"
             )
-        kept = weights[:, :layers] if weights is not None else None
         if trace.top_k < shape.top_k:
             notes.insert(0, f"{trace.top_k} of {shape.top_k} experts per token, as recorded")
-        return Routes(experts[:, :layers], kept, prompts, False, "; ".join(["every route as recorded", *notes]))
+        return Routes(experts, weights, prompts, False, "; ".join(["every route as recorded", *notes]))
     maker = _Resampler(experts, weights, trace.num_experts, prompts, shape, seed)
     made, made_weights = maker.run(layers)
     return Routes(made, made_weights, prompts, True, "; ".join([maker.kept, *notes]))
