@@ -14,6 +14,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from emoe.kernels.choice import Kernel
+from emoe.kernels.gates import gate_of
+from emoe.kernels.native.experts import Bound, NativeExperts, bindable
 from emoe.kernels.quantised import SCALE, QuantisedMatrix, matvec
 
 COMBINE_TOKENS = 128
@@ -53,6 +56,11 @@ class Workspace:
 Matrix = torch.Tensor | QuantisedMatrix
 """One matrix of an expert, of shape (in, out)."""
 
+Parts = tuple[Matrix, torch.Tensor | None, Matrix, torch.Tensor | None]
+
+NATIVE_ROWS = 8
+"""Rows of one expert up to which the C kernels run it, whose results do not depend on how many rows there are."""
+
 QUANTISED_FEW = 8
 """Rows up to which a quantised matrix is multiplied in float32; beyond, it is unpacked to the rows' dtype first."""
 
@@ -60,8 +68,11 @@ QUANTISED_FEW = 8
 class ExpertMath:
     """What one family's experts compute, read off its experts module, over weights that lie in slots."""
 
-    def __init__(self, experts: nn.Module) -> None:
-        """Read the layout flags that transformers' `use_experts_implementation` sets on the module."""
+    def __init__(self, experts: nn.Module, kernel: Kernel | None = None) -> None:
+        """Read the layout flags that transformers' `use_experts_implementation` sets on the module.
+
+        `kernel` computes few tokens; None: torch does.
+        """
         module = cast(Any, experts)
         self.gated: bool = module.has_gate
         self.biased: bool = module.has_bias
@@ -70,6 +81,8 @@ class ExpertMath:
         # Only some versions of transformers know of a norm after the experts.
         self.post_norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
         self.first = "gate_up_proj" if module.has_gate else "up_proj"
+        calls = None if kernel is None else kernel.calls
+        self.native = None if calls is None else NativeExperts(calls, gate_of(experts))
 
     def bind(self, views: dict[str, torch.Tensor]) -> Weights:
         """Return one slot's weights as the kernels want them: [in, out] matrices and [out] biases.
@@ -80,9 +93,14 @@ class ExpertMath:
             UnsupportedModelError: a quantised matrix is of a format that no kernel knows.
         """
         first, down = self._matrix(views, self.first), self._matrix(views, "down_proj")
-        if not self.biased:
-            return Weights(first, None, down, None)
-        return Weights(first, views[f"{self.first}_bias"], down, views["down_proj_bias"])
+        parts: Parts = (first, None, down, None)
+        if self.biased:
+            parts = (first, views[f"{self.first}_bias"], down, views["down_proj_bias"])
+        return Weights(*parts, Bound(*parts) if self.native is not None and bindable(*parts) else None)
+
+    def natively(self, weights: Weights, dtype: torch.dtype) -> NativeExperts | None:
+        """The C kernels, if they can run an expert over few rows of `dtype`; where one can, all of its layer can."""
+        return self.native if self.native is not None and self.native.takes(weights.native, dtype) else None
 
     def _matrix(self, views: dict[str, torch.Tensor], name: str) -> Matrix:
         scale = views.get(name + SCALE)
@@ -94,7 +112,7 @@ class ExpertMath:
 class Weights:
     """One expert's weights: `first` [hidden, 2*intermediate or intermediate], `down` [intermediate, hidden]."""
 
-    __slots__ = ("down", "down_bias", "first", "first_bias")
+    __slots__ = ("down", "down_bias", "first", "first_bias", "native")
 
     def __init__(
         self,
@@ -102,11 +120,13 @@ class Weights:
         first_bias: torch.Tensor | None,
         down: Matrix,
         down_bias: torch.Tensor | None,
+        native: Bound | None = None,
     ) -> None:
         self.first = first
         self.first_bias = first_bias
         self.down = down
         self.down_bias = down_bias
+        self.native = native
 
 
 def _project(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -134,6 +154,9 @@ def one_token(math: ExpertMath, hidden: torch.Tensor, weights: list[Weights], ga
         [1, hidden], the weighted sum in the router's order.
     """
     k = len(weights)
+    native = math.natively(weights[0], hidden.dtype)
+    if native is not None:
+        return _one_token_natively(math, native, hidden, [cast(Bound, w.native) for w in weights], gates)
     inner = hidden.new_empty(k, weights[0].first.shape[1])
     for j, w in enumerate(weights):
         _project(hidden, w.first, w.first_bias, inner[j : j + 1])
@@ -141,6 +164,19 @@ def one_token(math: ExpertMath, hidden: torch.Tensor, weights: list[Weights], ga
     outer = hidden.new_empty(k, weights[0].down.shape[1])
     for j, w in enumerate(weights):
         _project(inner[j : j + 1], w.down, w.down_bias, outer[j : j + 1])
+    if math.post_norm is not None:
+        outer = math.post_norm(outer)
+    return combine(outer, gates, hidden.dtype)
+
+
+def _one_token_natively(
+    math: ExpertMath, native: NativeExperts, hidden: torch.Tensor, experts: list[Bound], gates: torch.Tensor
+) -> torch.Tensor:
+    if native.whole and math.post_norm is None:
+        return native.one_token(hidden, experts, gates)
+    inner = math.activate(native.first(hidden, experts))
+    outer = hidden.new_empty(len(experts), hidden.shape[1])
+    native.down(inner, experts, outer)
     if math.post_norm is not None:
         outer = math.post_norm(outer)
     return combine(outer, gates, hidden.dtype)
@@ -229,13 +265,22 @@ def many_tokens(
     pairs = zip(torch.split(rows, sizes), torch.split(outer, sizes), strict=True)
     blocks = dict(zip(grouping.blocks, pairs, strict=True))
     for expert, w in ready:
-        _one_expert(math, w, *blocks[expert])
+        _one_expert(math, w, *blocks[expert], grouping.counts[expert])
     if math.post_norm is not None:
         outer = math.post_norm(outer)
     return combine(outer, gates, hidden.dtype, grouping.place, workspace)
 
 
-def _one_expert(math: ExpertMath, w: Weights, x: torch.Tensor, out: torch.Tensor) -> None:
+def _one_expert(math: ExpertMath, w: Weights, x: torch.Tensor, out: torch.Tensor, count: int) -> None:
+    """Run one expert over the `count` first rows of its block; what is in the others is read by nobody."""
+    native = math.natively(w, x.dtype) if count <= NATIVE_ROWS else None
+    if native is not None and w.native is not None:
+        x, out = x[:count], out[:count]
+        if native.whole:
+            native.run(w.native, x, out)
+        else:
+            native.down(math.activate(native.first(x, [w.native])), [w.native], out)
+        return
     inner = x.new_empty(x.shape[0], w.first.shape[1])
     _project(x, w.first, w.first_bias, inner)
     _project(math.activate(inner), w.down, w.down_bias, out)

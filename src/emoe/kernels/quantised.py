@@ -56,6 +56,11 @@ class QuantisedMatrix:
         self.packed, self.scale = packed, scale
         self.shape = (columns, rows)
 
+    @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`packed` and `scale`."""
+        return self.packed, self.scale
+
     def values(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix [out, in] in `dtype`: integers times scales in float32, rounded once."""
         columns, rows = self.shape

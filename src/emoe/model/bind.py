@@ -20,6 +20,8 @@ from emoe.checkpoint.skeleton import skeleton
 from emoe.checkpoint.source import resolve
 from emoe.config import ExpertMemory, LayerSplit, Mode, OnMiss, Prefetch, format_bytes, parse_host_memory
 from emoe.errors import BudgetError, UsageError
+from emoe.kernels.choice import Kernel, kernel_of
+from emoe.kernels.dense import DenseKernels
 from emoe.kernels.experts import ExpertMath
 from emoe.model.foresight import Ahead
 from emoe.model.loading import load_dense
@@ -75,6 +77,8 @@ class Binding:
         self.on_miss: OnMiss = "load"
         self.pools: list[ExpertPool] = []
         self.handles: list[Any] = []
+        self.kernel: Kernel | None = None
+        self.dense: DenseKernels | None = None
         self.finishers: list[Callable[[], object]] = []
 
     @property
@@ -330,17 +334,21 @@ def _bind(model: PreTrainedModel, binding: Binding, placement: Placement, reader
         bank = Bank(first.parts, pool_plan.slots, device)
         pool = make_pool(table, bank, device, binding.host, index, reader, binding.loader)
         binding.pools.append(pool)
-        math = ExpertMath(model.get_submodule(first.module))
+        kernel = kernel_of(device.place, torch_dtype(first.run_dtype))
+        math = ExpertMath(model.get_submodule(first.module), kernel)
         weights = [math.bind(views) for views in bank.views]
         for need in members:
             module = model.get_submodule(entries[need.layer].module)
             dtype = torch_dtype(entries[need.layer].run_dtype)
-            layer = LayerRuntime(need.layer, need.experts, pool, ExpertMath(module), runtime, weights, dtype)
+            layer = LayerRuntime(need.layer, need.experts, pool, ExpertMath(module, kernel), runtime, weights, dtype)
             runtime.layers[need.layer] = layer
             module._emoe_layer = layer
             if runtime.mode != "exact":
                 binding.handles.append(_attach_rule(model, entries[need.layer], layer))
     equip(runtime.layers.values(), binding.on_miss)
+    binding.kernel = kernel_of(binding.pools[0].bank.device, model.dtype)
+    binding.dense = DenseKernels(model, binding.kernel)
+    binding.handles.append(binding.dense)
     ends = getattr(model.generation_config, "eos_token_id", None)
     runtime.end_tokens = frozenset(ends if isinstance(ends, list | tuple) else () if ends is None else (ends,))
     runtime.watch(model)

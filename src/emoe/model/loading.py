@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emoe.checkpoint.index import ExpertIndex
 from emoe.errors import UsageError
+from emoe.kernels.pages import prefer_huge_pages
 
 METHOD = "emoe_experts_at_rest"
 
@@ -100,7 +101,9 @@ def _own_memory(model: PreTrainedModel) -> None:
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
+            own = torch.empty_like(tensor.data)
+            prefer_huge_pages(own)
+            tensor.data = own.copy_(tensor.data)
 
 
 def _forget_quantizer(model: PreTrainedModel) -> None:

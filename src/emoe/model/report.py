@@ -30,7 +30,9 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         expert_dtype, reader, reader_reason, eviction, layers (per layer: hits, misses, loads, bytes_read,
         rerouted_tokens, routed_tokens, experts, slots (its quota; 0: the layers share one pool), resident: the experts
         there now), predictor, predictions, plans, tasks, prefetch, scorer (what looking ahead saved and cost in
-        seconds, whether it is active, and why not; None: there is none).
+        seconds, whether it is active, and why not; None: there is none), kernels (what computes few tokens on a CPU:
+        name, reason, linears: in how many dense layers too, calls_by_threads: how often the C kernels of this process
+        ran on how many threads, which they choose by measurement).
 
     Raises:
         UsageError: the model was not made by `emoe.load`.
@@ -111,6 +113,7 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         "tasks": list(runtime.tasks),
         "prefetch": prefetching,
         "scorer": scoring,
+        "kernels": _kernels(binding),
         "layers": dict(sorted(layers.items())),
     }
 
@@ -149,6 +152,15 @@ def _hybrid(binding: Binding) -> dict[str, Any] | None:
         "cpu_s": costs.cpu_s,
         "rows_s": costs.rows_s,
     }
+
+
+def _kernels(binding: Binding) -> dict[str, Any] | None:
+    """What computes few tokens, why, in how many linear layers too, and with how many threads it has been called."""
+    kernel, dense = binding.kernel, binding.dense
+    if kernel is None or dense is None:
+        return None
+    threads = {} if kernel.calls is None else kernel.calls.thread_counts()
+    return {"name": kernel.name, "reason": kernel.reason, "linears": len(dense), "calls_by_threads": threads}
 
 
 def _prefetching(binding: Binding) -> dict[str, Any] | None:

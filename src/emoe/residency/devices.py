@@ -16,6 +16,7 @@ from typing import Protocol, cast
 import torch
 
 from emoe.errors import BudgetError, UnsupportedModelError
+from emoe.kernels.pages import prefer_huge_pages
 from emoe.residency.budget import DIRECT_ALIGN_BYTES
 
 _log = logging.getLogger(__name__)
@@ -145,8 +146,10 @@ class CpuDevice:
         self.synchronisations = 0
 
     def bank(self, nbytes: int) -> torch.Tensor:
-        """Allocate memory for slots."""
-        return aligned(nbytes, self.place, "expert memory")
+        """Allocate memory for slots, on huge pages where the system has them."""
+        memory = aligned(nbytes, self.place, "expert memory")
+        prefer_huge_pages(memory)
+        return memory
 
     def host(self, nbytes: int) -> HostMemory:
         """Allocate memory."""

@@ -1,0 +1,72 @@
+"""Which kernels compute few tokens: the C ones where they can be had, else torch's. One choice per process."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from dataclasses import dataclass, field
+
+import torch
+
+from emoe.errors import UsageError
+from emoe.kernels.native.build import BuildError, built
+from emoe.kernels.native.calls import TYPES, Calls
+
+VARIABLE = "EMOE_KERNELS"
+"""auto (the C kernels where they can be compiled), native (an error where they cannot), torch."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What computes few tokens.
+
+    Attributes:
+        name: "native" or "torch".
+        reason: why that, in a few words.
+        calls: the C functions, for "native".
+    """
+
+    name: str
+    reason: str
+    calls: Calls | None = field(default=None, repr=False)
+
+
+def kernel_of(device: torch.device | str, dtype: torch.dtype) -> Kernel:
+    """Return the kernels for few tokens in `dtype` on `device`.
+
+    Raises:
+        UsageError: EMOE_KERNELS is not one of its values, or asks for kernels that cannot be compiled.
+    """
+    wanted = os.environ.get(VARIABLE) or "auto"
+    if wanted not in ("auto", "native", "torch"):
+        raise UsageError(f"{VARIABLE} is {wanted!r}; it can be auto, native or torch.")
+    if wanted == "torch":
+        return Kernel("torch", f"{VARIABLE} says so")
+    if torch.device(device).type != "cpu":
+        return Kernel("torch", "the C kernels are for CPUs")
+    if dtype not in TYPES:
+        return Kernel("torch", f"the C kernels know bfloat16 and float32, not {str(dtype).removeprefix('torch.')}")
+    calls = _calls()
+    if isinstance(calls, Calls):
+        return Kernel("native", "compiled for this processor", calls)
+    if wanted == "native":
+        raise UsageError(f"{VARIABLE} is native, but {calls}.") from calls
+    _say_once(str(calls))
+    return Kernel("torch", str(calls))
+
+
+@functools.cache
+def _calls() -> Calls | BuildError:
+    """Built and loaded at the first call."""
+    try:
+        return Calls(built())
+    except BuildError as error:
+        return error
+
+
+@functools.cache
+def _say_once(why: str) -> None:
+    _log.warning("few tokens are computed by torch, at about half the speed: %s.", why)

@@ -1,0 +1,143 @@
+/* Few tokens through experts and linear layers at the speed at which memory gives their weights. Called by ctypes
+ * (calls.py); plain C, no libraries. Every pointer is to contiguous memory; sizes are in values. */
+
+#define _GNU_SOURCE
+#include "vectors.h"
+#include "pool.h"
+#include "products.h"
+#include "gates.h"
+#include "threads.h"
+
+#include <stdlib.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+typedef struct {
+    matrix first, down;
+} expert;
+
+typedef struct {
+    shape first, down;
+    int32_t gate; /* SILU or CLAMPED */
+    float alpha, limit;
+} layer;
+
+/* Memory of the calling thread, kept from call to call. */
+static char *scratch(long bytes)
+{
+    static __thread char *held;
+    static __thread long size;
+    if (bytes > size) {
+        free(held);
+        size = align_up(bytes, 1 << 16);
+        held = aligned_alloc(64, (size_t)size);
+        if (!held) size = 0;
+    }
+    return held;
+}
+
+INLINE long room(long bytes) { return align_up(bytes, 64); }
+
+typedef struct {
+    const layer *of;
+    const char *from;
+    char *gated;
+    float *ready;
+} gating;
+
+static void gate_unit(void *context, long row)
+{
+    const gating *g = context;
+    const layer *l = g->of;
+    const long size = type_bytes(l->first.type), width = l->down.in;
+    char *to = g->gated + row * room(width * size);
+    gate_row(l->first.type, l->gate, l->alpha, l->limit, width, g->from + row * l->first.out * size, to);
+    prepare(&l->down, to, g->ready + row * padded(width));
+}
+
+/* Run experts, `counts[e]` rows of x each, one after another; `shared`: every expert runs the one row x instead.
+ * outer [rows, hidden]. Returns -1 if there is no memory. */
+static int run_experts(const layer *l, int experts, const expert *const *weights, const int32_t *counts, int shared,
+                       const char *x, char *outer, int threads)
+{
+    const long size = type_bytes(l->first.type), in = padded(l->first.in), width = l->down.in;
+    long rows = 0;
+    for (int e = 0; e < experts; e++) rows += counts[e];
+    const long inputs = shared ? 1 : rows, rows_x = room(inputs * in * 4), rows_first = room(rows * l->first.out * size);
+    const long rows_gated = rows * room(width * size), rows_ready = room(rows * padded(width) * 4);
+    char *memory = scratch(rows_x + rows_first + rows_gated + rows_ready + room(experts * (long)sizeof(job)));
+    if (!memory) return -1;
+    float *prepared = (float *)memory;
+    char *inner = memory + rows_x, *gated = inner + rows_first;
+    float *ready = (float *)(gated + rows_gated);
+    job *jobs = (job *)((char *)ready + rows_ready);
+    for (long r = 0; r < inputs; r++) prepare(&l->first, x + r * l->first.in * size, prepared + r * in);
+    for (long e = 0, row = 0; e < experts; row += counts[e++])
+        jobs[e] = (job){&weights[e]->first, prepared + (shared ? 0 : row) * in, inner + row * l->first.out * size, counts[e]};
+    products first = make_products(&l->first, jobs);
+    spread(threads, first.units_each * experts, run_unit, &first);
+    gating gate = {l, inner, gated, ready};
+    spread(rows * width < 16384 ? 1 : threads, rows, gate_unit, &gate);
+    for (long e = 0, row = 0; e < experts; row += counts[e++])
+        jobs[e] = (job){&weights[e]->down, ready + row * padded(width), outer + row * l->down.out * size, counts[e]};
+    products down = make_products(&l->down, jobs);
+    spread(threads, down.units_each * experts, run_unit, &down);
+    return 0;
+}
+
+/* The bytes that all products of a list read. */
+INLINE double bytes_of(const shape *s, int jobs)
+{
+    return (double)jobs * row_bytes(s) * (s->format == COLUMNS ? s->in : s->out);
+}
+
+/* out [hidden] = the weighted sum of k experts of one token x [hidden]; gates [k] of gates_type. */
+EXPORT int emoe_one_token(const layer *l, int k, const expert *const *weights, const char *x, const char *gates,
+                          int gates_type, char *out, int threads)
+{
+    static __thread char *outer;
+    static __thread long held;
+    int32_t counts[k];
+    long bytes = k * l->down.out * type_bytes(l->down.type);
+    if (bytes > held) {
+        free(outer);
+        outer = aligned_alloc(64, (size_t)room(bytes));
+        held = outer ? bytes : 0;
+        if (!outer) return -1;
+    }
+    for (int j = 0; j < k; j++) counts[j] = 1;
+    timing t = begin_timing(bytes_of(&l->first, k) + bytes_of(&l->down, k), threads);
+    int failed = run_experts(l, k, weights, counts, 1, x, outer, t.threads);
+    if (!failed) combine_row(l->down.type, gates_type, l->down.out, k, outer, gates, out);
+    end_timing(&t);
+    return failed;
+}
+
+/* outer [rows, hidden]: experts with counts[e] rows of x each, one expert's after another. */
+EXPORT int emoe_experts(const layer *l, int experts, const expert *const *weights, const int32_t *counts, const char *x,
+                        char *outer, int threads)
+{
+    timing t = begin_timing(bytes_of(&l->first, experts) + bytes_of(&l->down, experts), threads);
+    int failed = run_experts(l, experts, weights, counts, 0, x, outer, t.threads);
+    end_timing(&t);
+    return failed;
+}
+
+/* out [n, out] = x [n, in] W + bias for each of `count` matrices of one shape; all x one after another, or shared. */
+EXPORT int emoe_products(const shape *s, int count, const matrix *const *weights, int n, int shared, const char *x,
+                         char *out, int threads)
+{
+    const long in = padded(s->in), size = type_bytes(s->type), rows = (long)n * (shared ? 1 : count);
+    char *memory = scratch(room(rows * in * 4) + count * (long)sizeof(job));
+    if (!memory) return -1;
+    float *prepared = (float *)memory;
+    job *jobs = (job *)(memory + room(rows * in * 4));
+    for (long r = 0; r < rows; r++) prepare(s, x + r * s->in * size, prepared + r * in);
+    for (long i = 0; i < count; i++)
+        jobs[i] = (job){weights[i], prepared + (shared ? 0 : i * n) * in, out + i * n * s->out * size, n};
+    timing t = begin_timing(bytes_of(s, count), threads);
+    products all = make_products(s, jobs);
+    spread(t.threads, all.units_each * count, run_unit, &all);
+    end_timing(&t);
+    return 0;
+}

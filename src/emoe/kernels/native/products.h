@@ -1,0 +1,242 @@
+/* Products of a few rows x [n, in] with a matrix, y = W x + bias, that read the matrix once.
+ *
+ * Formats ROWS, INT8, INT4: each output is one row's dot product, in two sums of 16 lanes; a thread walks through its rows as
+ * through one array, fetching AHEAD bytes early: that is what reads memory fastest (bench/expert_kernels.py).
+ * Format COLUMNS: outputs lie side by side, so 512 sums at a time are kept in the first-level cache, and 8 rows of
+ * the matrix added at once. Every output of every row of x is summed in an order of its own that depends on the shape alone:
+ * neither the number of threads nor the number of rows changes a bit. */
+
+#define AHEAD 4096
+#define BLOCK 512    /* columns of a unit of work, format COLUMNS */
+#define UNIT_BYTES (128 << 10)
+#define TILE 4       /* rows of x at once */
+
+typedef struct {
+    const char *data, *scale, *bias;
+} matrix;
+
+typedef struct {
+    int64_t in, out;
+    int32_t format, type;
+} shape;
+
+typedef struct {
+    const matrix *weight;
+    const float *x; /* from `prepare`, n rows of `padded(in)` */
+    char *out;      /* n rows of `out` values */
+    long n;
+} job;
+
+INLINE long padded(long in) { return align_up(in, STEP); }
+
+INLINE long row_bytes(const shape *s)
+{
+    long columns = s->format == COLUMNS ? s->out : s->in;
+    return s->format == INT4 ? columns / 2 : s->format == INT8 ? columns : columns * type_bytes(s->type);
+}
+
+/* Whether weights are read as even columns and odd columns. */
+INLINE int splits(const shape *s) { return s->format == INT4 || (s->format == ROWS && s->type == BF16); }
+
+/* Write a row of x as floats, padded with zeros, in the order in which the product reads them. */
+static void prepare(const shape *s, const char *x, float *to)
+{
+    long bytes = type_bytes(s->type), split = splits(s);
+    for (long c = 0; c < padded(s->in); c += STEP) {
+        float block[STEP];
+        if (c + STEP <= s->in) {
+            *(vf_any *)block = load16(s->type, x + c * bytes);
+            *(vf_any *)(block + LANES) = load16(s->type, x + (c + LANES) * bytes);
+        } else {
+            for (long i = 0; i < STEP; i++) block[i] = c + i < s->in ? load1(s->type, x + (c + i) * bytes) : 0.0f;
+        }
+        for (long i = 0; i < STEP; i++) to[c + i] = block[split ? (i % LANES) * 2 + i / LANES : i];
+    }
+}
+
+/* 32 weights as two vectors. */
+INLINE void weights32(int format, int type, const char *w, vf *a, vf *b)
+{
+    if (format == INT8) {
+        *a = __builtin_convertvector(__builtin_convertvector(*(const v16s8 *)w, vi), vf);
+        *b = __builtin_convertvector(__builtin_convertvector(*(const v16s8 *)(w + LANES), vi), vf);
+    } else if (format == INT4) {
+        vi both = __builtin_convertvector(*(const v16u8 *)w, vi);
+#ifdef __AVX512F__
+        const vf table = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+        *a = __builtin_shuffle(table, both);
+        *b = __builtin_shuffle(table, both >> 4);
+#else
+        *a = __builtin_convertvector((both & 15) - 8, vf);
+        *b = __builtin_convertvector((both >> 4) - 8, vf);
+#endif
+    } else if (type == BF16) {
+        vu both = *(const vu_any *)w;
+        *a = (vf)(both << 16);
+        *b = (vf)(both & 0xffff0000u);
+    } else {
+        *a = *(const vf_any *)w;
+        *b = *(const vf_any *)(w + 64);
+    }
+}
+
+/* One row of the matrix with `tile` rows of x. */
+INLINE void dot(int format, int type, int tile, const char *w, const char *scale, const float *x, long in, float *sums)
+{
+    const long bytes = format == INT4 ? 16 : format == INT8 ? 32 : type == BF16 ? 64 : 128, stride = padded(in);
+    vf first[TILE], second[TILE];
+    for (int t = 0; t < tile; t++) first[t] = second[t] = (vf){0};
+    long c = 0;
+    for (; c + STEP <= in; c += STEP, w += bytes) {
+        vf a, b;
+        if (bytes >= 64 || c % (STEP * 64 / bytes) == 0) __builtin_prefetch(w + AHEAD);
+        if (bytes == 128) __builtin_prefetch(w + AHEAD + 64);
+        weights32(format, type, w, &a, &b);
+        if (format == INT4) {
+            vf by = splat((float)((const _Float16 *)scale)[c / STEP]);
+            for (int t = 0; t < tile; t++)
+                first[t] += (a * *(const vf_any *)(x + t * stride + c) + b * *(const vf_any *)(x + t * stride + c + LANES)) * by;
+        } else {
+            for (int t = 0; t < tile; t++) first[t] += a * *(const vf_any *)(x + t * stride + c);
+            for (int t = 0; t < tile; t++) second[t] += b * *(const vf_any *)(x + t * stride + c + LANES);
+        }
+    }
+    if (c < in) { /* never INT4: its columns come in groups of 32 */
+        char rest[128] __attribute__((aligned(64))) = {0};
+        vf a, b;
+        memcpy(rest, w, (size_t)((in - c) * bytes / STEP));
+        weights32(format, type, rest, &a, &b);
+        for (int t = 0; t < tile; t++) {
+            first[t] += a * *(const vf_any *)(x + t * stride + c);
+            second[t] += b * *(const vf_any *)(x + t * stride + c + LANES);
+        }
+    }
+    for (int t = 0; t < tile; t++) sums[t] = sum16(first[t] + second[t]);
+}
+
+INLINE void rows_of(int format, int type, const shape *s, const job *j, long from, long to)
+{
+    const matrix *m = j->weight;
+    const long bytes = row_bytes(s), stride = padded(s->in), groups = s->in / STEP;
+    for (long r = from; r < to; r++) {
+        const char *w = m->data + r * bytes, *scale = format == INT4 ? m->scale + r * groups * 2 : 0;
+        const float bias = m->bias ? load1(type, m->bias + r * type_bytes(type)) : 0.0f;
+        const float by = format == INT8 ? ((const float *)m->scale)[r] : 1.0f;
+        for (long t = 0; t < j->n; t += TILE) {
+            const float *x = j->x + t * stride;
+            float sums[TILE];
+            int tile = j->n - t < TILE ? (int)(j->n - t) : TILE;
+            switch (tile) {
+            case 1: dot(format, type, 1, w, scale, x, s->in, sums); break;
+            case 2: dot(format, type, 2, w, scale, x, s->in, sums); break;
+            case 3: dot(format, type, 3, w, scale, x, s->in, sums); break;
+            default: dot(format, type, 4, w, scale, x, s->in, sums);
+            }
+            for (int i = 0; i < tile; i++)
+                store1(type, j->out + ((t + i) * s->out + r) * type_bytes(type), sums[i] * by + bias);
+        }
+    }
+}
+
+/* y[tile][columns] += x[tile][rows i..i+many] W[i..i+many][columns] */
+INLINE void add_rows(int type, int tile, int many, const char *w, long bytes, const float *x, long stride, long columns, float *y)
+{
+    for (long c = 0; c < columns; c += STEP) {
+        vf a[TILE], b[TILE];
+        for (int t = 0; t < tile; t++) {
+            a[t] = *(const vf_any *)(y + t * BLOCK + c);
+            b[t] = *(const vf_any *)(y + t * BLOCK + c + LANES);
+        }
+        for (int i = 0; i < many; i++) {
+            const char *p = w + i * bytes + c * type_bytes(type);
+            char rest[128] __attribute__((aligned(64)));
+            vf u, v;
+            __builtin_prefetch(p + many * bytes);
+            if (type == F32) __builtin_prefetch(p + many * bytes + 64);
+            if (c + STEP > columns) {
+                memset(rest, 0, sizeof rest);
+                memcpy(rest, p, (size_t)((columns - c) * type_bytes(type)));
+                p = rest;
+            }
+            weights32(COLUMNS, type, p, &u, &v);
+            for (int t = 0; t < tile; t++) {
+                vf by = splat(x[t * stride + i]);
+                a[t] += u * by;
+                b[t] += v * by;
+            }
+        }
+        for (int t = 0; t < tile; t++) {
+            *(vf_any *)(y + t * BLOCK + c) = a[t];
+            *(vf_any *)(y + t * BLOCK + c + LANES) = b[t];
+        }
+    }
+}
+
+INLINE void columns_with(int type, int tile, const shape *s, const job *j, long t0, long from, long columns)
+{
+    const long bytes = row_bytes(s), stride = padded(s->in), size = type_bytes(type);
+    const char *w = j->weight->data + from * size, *bias = j->weight->bias;
+    const float *x = j->x + t0 * stride;
+    float y[TILE * BLOCK] __attribute__((aligned(64)));
+    long i = 0;
+    memset(y, 0, (size_t)tile * BLOCK * sizeof *y);
+    for (; i + 8 <= s->in; i += 8) add_rows(type, tile, 8, w + i * bytes, bytes, x + i, stride, columns, y);
+    for (; i < s->in; i++) add_rows(type, tile, 1, w + i * bytes, bytes, x + i, stride, columns, y);
+    for (int t = 0; t < tile; t++)
+        for (long c = 0; c < columns; c++) {
+            long at = type == BF16 ? c / STEP * STEP + c % 2 * LANES + c % STEP / 2 : c;
+            float add = bias ? load1(type, bias + (from + c) * size) : 0.0f;
+            store1(type, j->out + ((t0 + t) * s->out + from + c) * size, y[t * BLOCK + at] + add);
+        }
+}
+
+INLINE void columns_of(int type, const shape *s, const job *j, long from, long columns)
+{
+    for (long t = 0; t < j->n; t += TILE) {
+        switch (j->n - t) {
+        case 1: columns_with(type, 1, s, j, t, from, columns); break;
+        case 2: columns_with(type, 2, s, j, t, from, columns); break;
+        case 3: columns_with(type, 3, s, j, t, from, columns); break;
+        default: columns_with(type, 4, s, j, t, from, columns);
+        }
+    }
+}
+
+/* -- a list of products of one shape, cut into units of work ------------------------------------------------ */
+
+typedef struct {
+    const shape *of;
+    const job *jobs;
+    long units_each, unit;
+} products;
+
+INLINE products make_products(const shape *s, const job *jobs)
+{
+    long unit = BLOCK;
+    if (s->format != COLUMNS) {
+        unit = UNIT_BYTES / row_bytes(s);
+        unit = unit < 8 ? 8 : unit;
+    }
+    return (products){s, jobs, (s->out + unit - 1) / unit, unit};
+}
+
+static void run_unit(void *context, long number)
+{
+    const products *p = context;
+    const shape *s = p->of;
+    const job *j = p->jobs + number / p->units_each;
+    long from = number % p->units_each * p->unit, to = from + p->unit < s->out ? from + p->unit : s->out;
+    if (s->format == COLUMNS) {
+        if (s->type == BF16) columns_of(BF16, s, j, from, to - from);
+        else columns_of(F32, s, j, from, to - from);
+    } else if (s->format == INT8) {
+        if (s->type == BF16) rows_of(INT8, BF16, s, j, from, to);
+        else rows_of(INT8, F32, s, j, from, to);
+    } else if (s->format == INT4) {
+        if (s->type == BF16) rows_of(INT4, BF16, s, j, from, to);
+        else rows_of(INT4, F32, s, j, from, to);
+    } else {
+        if (s->type == BF16) rows_of(ROWS, BF16, s, j, from, to);
+        else rows_of(ROWS, F32, s, j, from, to);
+    }
+}
