@@ -209,7 +209,7 @@ def test_what_the_kernels_do_not_know_stays_the_modules(
     torch.testing.assert_close(found[0], found[1], rtol=tolerance, atol=tolerance * float(found[0].abs().max()))
 
 
-@given(bits=st.sampled_from([8, 4]), tokens=st.integers(1, 10), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+@given(bits=st.sampled_from([8, 4]), tokens=st.integers(1, 45), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 def test_quantised_experts_are_the_same_by_torch_and_by_c(
     calls: Calls, bits: int, tokens: int, dtype: torch.dtype, seed: int
 ) -> None:
@@ -247,6 +247,16 @@ def test_beyond_a_few_rows_torch_computes(calls: Calls, monkeypatch: pytest.Monk
     grouping = Grouping(ids, 2)
     many_tokens(math, torch.randn(len(ids), 32), grouping, ((e, weights[e]) for e in (0, 1)), torch.ones(len(ids), 1))
     assert rows == [NATIVE_ROWS]
+
+
+def test_quantised_matrices_unpack_to_their_values(calls: Calls) -> None:
+    for bits, form in ((8, INT8), (4, INT4)):
+        for dtype in DTYPES:
+            weight, _ = random_matrix(bits, 96, 7, bits)
+            out = torch.empty(7, 96, dtype=dtype)
+            matrix = Matrix(weight.packed.data_ptr(), weight.scale.data_ptr(), None)
+            calls.unpack(Shape(96, 7, form, TYPES[dtype]), _address(matrix), out)
+            assert torch.equal(out, weight.values(dtype))
 
 
 def test_gates_are_known_by_what_they_compute() -> None:

@@ -61,8 +61,11 @@ Parts = tuple[Matrix, torch.Tensor | None, Matrix, torch.Tensor | None]
 NATIVE_ROWS = 8
 """Rows of one expert up to which the C kernels run it, whose results do not depend on how many rows there are."""
 
+QUANTISED_ROWS = 16
+"""The same for quantised experts: beyond, a matrix is unpacked once and multiplied by torch."""
+
 QUANTISED_FEW = 8
-"""Rows up to which a quantised matrix is multiplied in float32; beyond, it is unpacked to the rows' dtype first."""
+"""Rows up to which torch multiplies a quantised matrix in float32; beyond, it is unpacked to the rows' dtype first."""
 
 
 class ExpertMath:
@@ -273,14 +276,18 @@ def many_tokens(
 
 def _one_expert(math: ExpertMath, w: Weights, x: torch.Tensor, out: torch.Tensor, count: int) -> None:
     """Run one expert over the `count` first rows of its block; what is in the others is read by nobody."""
-    native = math.natively(w, x.dtype) if count <= NATIVE_ROWS else None
-    if native is not None and w.native is not None:
+    quantised = isinstance(w.first, QuantisedMatrix) and isinstance(w.down, QuantisedMatrix)
+    native = math.natively(w, x.dtype)
+    if native is not None and w.native is not None and count <= (QUANTISED_ROWS if quantised else NATIVE_ROWS):
         x, out = x[:count], out[:count]
         if native.whole:
             native.run(w.native, x, out)
         else:
             native.down(math.activate(native.first(x, [w.native])), [w.native], out)
         return
+    if native is not None and w.native is not None and quantised:
+        first, down = native.unpacked(w.native, x.dtype)
+        w = Weights(first, w.first_bias, down, w.down_bias)
     inner = x.new_empty(x.shape[0], w.first.shape[1])
     _project(x, w.first, w.first_bias, inner)
     _project(math.activate(inner), w.down, w.down_bias, out)

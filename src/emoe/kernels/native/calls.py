@@ -71,12 +71,14 @@ class Calls:
             library = ctypes.CDLL(str(path))
             self._one_token, self._experts = library.emoe_one_token, library.emoe_experts
             self._products, self._counts = library.emoe_products, library.emoe_thread_counts
+            self._unpack = library.emoe_unpack
         except (OSError, AttributeError) as error:
             raise BuildError(f"{path} cannot be loaded: {error}") from error
         pointer, number = ctypes.c_void_p, ctypes.c_int
         self._one_token.argtypes = [pointer, number, pointer, pointer, pointer, number, pointer, number]
         self._experts.argtypes = [pointer, number, pointer, pointer, pointer, pointer, number]
         self._products.argtypes = [pointer, number, pointer, number, number, pointer, pointer, number]
+        self._unpack.argtypes, self._unpack.restype = [pointer, pointer, pointer, number], None
 
     def one_token(
         self, layer: Layer, experts: Sequence[int], hidden: torch.Tensor, gates: torch.Tensor, out: torch.Tensor
@@ -110,10 +112,14 @@ class Calls:
     ) -> None:
         """Multiply equally many rows of `x` with each matrix (addresses of `Matrix`), or all of them with each."""
         n = len(matrices)
-        rows = x.shape[0] if shared else x.shape[0] // n
+        rows = x.numel() // shape.columns // (1 if shared else n)
         pointers = (ctypes.c_void_p * n)(*matrices)
         threads = torch.get_num_threads()
         _done(self._products(ctypes.addressof(shape), n, pointers, rows, shared, x.data_ptr(), out.data_ptr(), threads))
+
+    def unpack(self, shape: Shape, matrix: int, out: torch.Tensor) -> None:
+        """Write a quantised matrix (the address of a `Matrix`) as a plain one to `out` [rows, columns]."""
+        self._unpack(ctypes.addressof(shape), matrix, out.data_ptr(), torch.get_num_threads())
 
     def thread_counts(self) -> dict[int, int]:
         """How many calls were made with each number of threads (a power of two, or what torch is set to)."""

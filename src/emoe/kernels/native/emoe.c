@@ -42,7 +42,7 @@ typedef struct {
     const layer *of;
     const char *from;
     char *gated;
-    float *ready;
+    char *ready;
 } gating;
 
 static void gate_unit(void *context, long row)
@@ -52,7 +52,7 @@ static void gate_unit(void *context, long row)
     const long size = type_bytes(l->first.type), width = l->down.in;
     char *to = g->gated + row * room(width * size);
     gate_row(l->first.type, l->gate, l->alpha, l->limit, width, g->from + row * l->first.out * size, to);
-    prepare(&l->down, to, g->ready + row * padded(width));
+    prepare(&l->down, to, g->ready + row * prepared_bytes(&l->down));
 }
 
 /* Run experts, `counts[e]` rows of x each, one after another; `shared`: every expert runs the one row x instead.
@@ -60,26 +60,24 @@ static void gate_unit(void *context, long row)
 static int run_experts(const layer *l, int experts, const expert *const *weights, const int32_t *counts, int shared,
                        const char *x, char *outer, int threads)
 {
-    const long size = type_bytes(l->first.type), in = padded(l->first.in), width = l->down.in;
+    const long size = type_bytes(l->first.type), in = prepared_bytes(&l->first), width = l->down.in;
     long rows = 0;
     for (int e = 0; e < experts; e++) rows += counts[e];
-    const long inputs = shared ? 1 : rows, rows_x = room(inputs * in * 4), rows_first = room(rows * l->first.out * size);
-    const long rows_gated = rows * room(width * size), rows_ready = room(rows * padded(width) * 4);
+    const long inputs = shared ? 1 : rows, rows_x = inputs * in, rows_first = room(rows * l->first.out * size);
+    const long rows_gated = rows * room(width * size), ready_each = prepared_bytes(&l->down), rows_ready = rows * ready_each;
     char *memory = scratch(rows_x + rows_first + rows_gated + rows_ready + room(experts * (long)sizeof(job)));
     if (!memory) return -1;
-    float *prepared = (float *)memory;
-    char *inner = memory + rows_x, *gated = inner + rows_first;
-    float *ready = (float *)(gated + rows_gated);
-    job *jobs = (job *)((char *)ready + rows_ready);
-    for (long r = 0; r < inputs; r++) prepare(&l->first, x + r * l->first.in * size, prepared + r * in);
+    char *inner = memory + rows_x, *gated = inner + rows_first, *ready = gated + rows_gated;
+    job *jobs = (job *)(ready + rows_ready);
+    for (long r = 0; r < inputs; r++) prepare(&l->first, x + r * l->first.in * size, memory + r * in);
     for (long e = 0, row = 0; e < experts; row += counts[e++])
-        jobs[e] = (job){&weights[e]->first, prepared + (shared ? 0 : row) * in, inner + row * l->first.out * size, counts[e]};
+        jobs[e] = (job){&weights[e]->first, memory + (shared ? 0 : row) * in, inner + row * l->first.out * size, counts[e]};
     products first = make_products(&l->first, jobs);
     spread(threads, first.units_each * experts, run_unit, &first);
     gating gate = {l, inner, gated, ready};
     spread(rows * width < 16384 ? 1 : threads, rows, gate_unit, &gate);
     for (long e = 0, row = 0; e < experts; row += counts[e++])
-        jobs[e] = (job){&weights[e]->down, ready + row * padded(width), outer + row * l->down.out * size, counts[e]};
+        jobs[e] = (job){&weights[e]->down, ready + row * ready_each, outer + row * l->down.out * size, counts[e]};
     products down = make_products(&l->down, jobs);
     spread(threads, down.units_each * experts, run_unit, &down);
     return 0;
@@ -127,17 +125,55 @@ EXPORT int emoe_experts(const layer *l, int experts, const expert *const *weight
 EXPORT int emoe_products(const shape *s, int count, const matrix *const *weights, int n, int shared, const char *x,
                          char *out, int threads)
 {
-    const long in = padded(s->in), size = type_bytes(s->type), rows = (long)n * (shared ? 1 : count);
-    char *memory = scratch(room(rows * in * 4) + count * (long)sizeof(job));
+    const long in = prepared_bytes(s), size = type_bytes(s->type), rows = (long)n * (shared ? 1 : count);
+    char *memory = scratch(rows * in + count * (long)sizeof(job));
     if (!memory) return -1;
-    float *prepared = (float *)memory;
-    job *jobs = (job *)(memory + room(rows * in * 4));
-    for (long r = 0; r < rows; r++) prepare(s, x + r * s->in * size, prepared + r * in);
+    job *jobs = (job *)(memory + rows * in);
+    for (long r = 0; r < rows; r++) prepare(s, x + r * s->in * size, memory + r * in);
     for (long i = 0; i < count; i++)
-        jobs[i] = (job){weights[i], prepared + (shared ? 0 : i * n) * in, out + i * n * s->out * size, n};
+        jobs[i] = (job){weights[i], memory + (shared ? 0 : i * n) * in, out + i * n * s->out * size, n};
     timing t = begin_timing(bytes_of(s, count), threads);
     products all = make_products(s, jobs);
     spread(t.threads, all.units_each * count, run_unit, &all);
     end_timing(&t);
     return 0;
+}
+
+typedef struct {
+    const shape *of;
+    const matrix *from;
+    char *to;
+} unpacking;
+
+static void unpack_row(void *context, long r)
+{
+    const unpacking *u = context;
+    const shape *s = u->of;
+    const long bytes = row_bytes(s), size = type_bytes(s->type);
+    const char *w = u->from->data + r * bytes;
+    char *to = u->to + r * s->in * size;
+    for (long c = 0; c < s->in; c += STEP) {
+        float block[STEP], by;
+        const long n = s->in - c < STEP ? s->in - c : STEP;
+        if (s->format == INT4) {
+            by = (float)((const _Float16 *)u->from->scale)[r * (s->in / STEP) + c / STEP];
+            for (long i = 0; i < n; i++) block[i] = (float)(((uint8_t)w[(c + i) / 2] >> (i % 2 * 4) & 15) - 8) * by;
+        } else {
+            by = ((const float *)u->from->scale)[r];
+            for (long i = 0; i < n; i++) block[i] = (float)((const int8_t *)w)[c + i] * by;
+        }
+        if (n == STEP) {
+            store16(s->type, to + c * size, rounded(s->type, *(const vf_any *)block));
+            store16(s->type, to + (c + LANES) * size, rounded(s->type, *(const vf_any *)(block + LANES)));
+        } else {
+            for (long i = 0; i < n; i++) store1(s->type, to + (c + i) * size, block[i]);
+        }
+    }
+}
+
+/* to [out, in] of the shape's type = integers * scales: a quantised matrix as a plain one, for many rows of x. */
+EXPORT void emoe_unpack(const shape *s, const matrix *from, char *to, int threads)
+{
+    unpacking u = {s, from, to};
+    spread(threads, s->out, unpack_row, &u);
 }

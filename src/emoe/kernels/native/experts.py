@@ -96,6 +96,15 @@ class NativeExperts:
         layer = self._layer(experts[0], x.dtype)
         self._calls.products(layer.down, [bound.down_matrix for bound in experts], x.contiguous(), out)
 
+    def unpacked(self, bound: Bound, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return an expert's quantised matrices as plain [in, out] ones in `dtype`."""
+        layer = self._layer(bound, dtype)
+        both = []
+        for shape, matrix in ((layer.first, bound.first_matrix), (layer.down, bound.down_matrix)):
+            both.append(torch.empty(shape.rows, shape.columns, dtype=dtype))
+            self._calls.unpack(shape, matrix, both[-1])
+        return both[0].t(), both[1].t()
+
     def _layer(self, bound: Bound, dtype: torch.dtype) -> Layer:
         layer = self._layers.get(dtype)
         if layer is None:

@@ -22,12 +22,26 @@ typedef struct {
 
 typedef struct {
     const matrix *weight;
-    const float *x; /* from `prepare`, n rows of `padded(in)` */
+    const char *x; /* from `prepare`, n rows of `prepared_bytes` */
     char *out;      /* n rows of `out` values */
     long n;
 } job;
 
 INLINE long padded(long in) { return align_up(in, STEP); }
+
+/* Whether weights and x stay bfloat16: processors that multiply and add them in pairs do twice the work at a time. */
+INLINE int in_pairs(const shape *s)
+{
+#ifdef __AVX512BF16__
+    return s->type == BF16 && (s->format == ROWS || (s->format == INT4 && s->in <= 1024 * STEP));
+#else
+    (void)s;
+    return 0;
+#endif
+}
+
+/* Bytes of a row of x as `prepare` leaves it. */
+INLINE long prepared_bytes(const shape *s) { return align_up(padded(s->in) * (in_pairs(s) ? 2 : 4), 64); }
 
 INLINE long row_bytes(const shape *s)
 {
@@ -38,10 +52,16 @@ INLINE long row_bytes(const shape *s)
 /* Whether weights are read as even columns and odd columns. */
 INLINE int splits(const shape *s) { return s->format == INT4 || (s->format == ROWS && s->type == BF16); }
 
-/* Write a row of x as floats, padded with zeros, in the order in which the product reads them. */
-static void prepare(const shape *s, const char *x, float *to)
+/* Write a row of x padded with zeros, as floats in the order in which the product reads them, or as it is. */
+static void prepare(const shape *s, const char *x, char *into)
 {
     long bytes = type_bytes(s->type), split = splits(s);
+    float *to = (float *)into;
+    if (in_pairs(s)) {
+        memcpy(into, x, (size_t)(s->in * 2));
+        memset(into + s->in * 2, 0, (size_t)((padded(s->in) - s->in) * 2));
+        return;
+    }
     for (long c = 0; c < padded(s->in); c += STEP) {
         float block[STEP];
         if (c + STEP <= s->in) {
@@ -58,10 +78,10 @@ static void prepare(const shape *s, const char *x, float *to)
 INLINE void weights32(int format, int type, const char *w, vf *a, vf *b)
 {
     if (format == INT8) {
-        *a = __builtin_convertvector(__builtin_convertvector(*(const v16s8 *)w, vi), vf);
-        *b = __builtin_convertvector(__builtin_convertvector(*(const v16s8 *)(w + LANES), vi), vf);
+        *a = __builtin_convertvector(widen_signed(w), vf);
+        *b = __builtin_convertvector(widen_signed(w + LANES), vf);
     } else if (format == INT4) {
-        vi both = __builtin_convertvector(*(const v16u8 *)w, vi);
+        vi both = widen_unsigned(w);
 #ifdef __AVX512F__
         const vf table = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
         *a = __builtin_shuffle(table, both);
@@ -80,57 +100,197 @@ INLINE void weights32(int format, int type, const char *w, vf *a, vf *b)
     }
 }
 
-/* One row of the matrix with `tile` rows of x. */
-INLINE void dot(int format, int type, int tile, const char *w, const char *scale, const float *x, long in, float *sums)
+INLINE void add_products(int format, int tile, vf a, vf b, const char *scale, const float *x, long stride, vf *first, vf *second)
 {
-    const long bytes = format == INT4 ? 16 : format == INT8 ? 32 : type == BF16 ? 64 : 128, stride = padded(in);
-    vf first[TILE], second[TILE];
-    for (int t = 0; t < tile; t++) first[t] = second[t] = (vf){0};
+    if (format == INT4) {
+        const vf by = splat((float)*(const _Float16 *)scale);
+        for (int t = 0; t < tile; t++)
+            first[t] += (a * *(const vf_any *)(x + t * stride) + b * *(const vf_any *)(x + t * stride + LANES)) * by;
+    } else {
+        for (int t = 0; t < tile; t++) first[t] += a * *(const vf_any *)(x + t * stride);
+        for (int t = 0; t < tile; t++) second[t] += b * *(const vf_any *)(x + t * stride + LANES);
+    }
+}
+
+/* One row of the matrix with `tile` rows of x. */
+INLINE void dot(int format, int type, int tile, const char *w, const char *scale, const float *x, long stride, long in,
+                float *sums)
+{
+    const long bytes = format == INT4 ? 16 : format == INT8 ? 32 : type == BF16 ? 64 : 128;
+    /* A sum takes 4 cycles to add to: with fewer bytes a step, more sums, or adding is what takes the time. */
+    const int sets = bytes < 64 ? 2 : 1;
+    vf first[2][TILE], second[2][TILE];
+    for (int t = 0; t < tile; t++) first[0][t] = first[1][t] = second[0][t] = second[1][t] = (vf){0};
     long c = 0;
-    for (; c + STEP <= in; c += STEP, w += bytes) {
-        vf a, b;
-        if (bytes >= 64 || c % (STEP * 64 / bytes) == 0) __builtin_prefetch(w + AHEAD);
+    for (; c + sets * STEP <= in; c += sets * STEP) {
+        if (bytes >= 32 || c % (4 * STEP) == 0) __builtin_prefetch(w + AHEAD);
         if (bytes == 128) __builtin_prefetch(w + AHEAD + 64);
-        weights32(format, type, w, &a, &b);
-        if (format == INT4) {
-            vf by = splat((float)((const _Float16 *)scale)[c / STEP]);
-            for (int t = 0; t < tile; t++)
-                first[t] += (a * *(const vf_any *)(x + t * stride + c) + b * *(const vf_any *)(x + t * stride + c + LANES)) * by;
-        } else {
-            for (int t = 0; t < tile; t++) first[t] += a * *(const vf_any *)(x + t * stride + c);
-            for (int t = 0; t < tile; t++) second[t] += b * *(const vf_any *)(x + t * stride + c + LANES);
+        for (int u = 0; u < sets; u++, w += bytes) {
+            vf a, b;
+            weights32(format, type, w, &a, &b);
+            add_products(format, tile, a, b, format == INT4 ? scale + (c / STEP + u) * 2 : 0, x + c + u * STEP, stride, first[u], second[u]);
         }
+    }
+    if (sets == 2 && c + STEP <= in) {
+        vf a, b;
+        weights32(format, type, w, &a, &b);
+        add_products(format, tile, a, b, format == INT4 ? scale + c / STEP * 2 : 0, x + c, stride, first[0], second[0]);
+        c += STEP, w += bytes;
     }
     if (c < in) { /* never INT4: its columns come in groups of 32 */
         char rest[128] __attribute__((aligned(64))) = {0};
         vf a, b;
         memcpy(rest, w, (size_t)((in - c) * bytes / STEP));
         weights32(format, type, rest, &a, &b);
+        add_products(format, tile, a, b, 0, x + c, stride, first[0], second[0]);
+    }
+    for (int t = 0; t < tile; t++) sums[t] = sum16((first[0][t] + second[0][t]) + (first[1][t] + second[1][t]));
+}
+
+#ifdef __AVX512BF16__
+/* One or two rows of the matrix with `tile` rows of x, both bfloat16: sums [rows][TILE]. */
+INLINE void dot_pairs(int rows, int tile, const char *w, long bytes, const char *x, long stride, long in, float sums[][TILE])
+{
+    __m512 first[2][TILE], second[2][TILE];
+    long c = 0;
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tile; t++) first[r][t] = second[r][t] = _mm512_setzero_ps();
+    for (; c + 2 * STEP <= in; c += 2 * STEP)
+        for (int r = 0; r < rows; r++) {
+            const char *p = w + r * bytes + c * 2;
+            __builtin_prefetch(p + AHEAD);
+            __builtin_prefetch(p + AHEAD + 64);
+            const __m512bh a = (__m512bh)_mm512_loadu_si512(p), b = (__m512bh)_mm512_loadu_si512(p + 64);
+            for (int t = 0; t < tile; t++) {
+                const char *q = x + t * stride + c * 2;
+                first[r][t] = _mm512_dpbf16_ps(first[r][t], a, (__m512bh)_mm512_load_si512(q));
+                second[r][t] = _mm512_dpbf16_ps(second[r][t], b, (__m512bh)_mm512_load_si512(q + 64));
+            }
+        }
+    for (; c < in; c += STEP)
+        for (int r = 0; r < rows; r++) {
+            char rest[64] __attribute__((aligned(64))) = {0};
+            memcpy(rest, w + r * bytes + c * 2, (size_t)((in - c < STEP ? in - c : STEP) * 2));
+            const __m512bh a = (__m512bh)_mm512_load_si512(rest);
+            for (int t = 0; t < tile; t++) {
+                const __m512bh b = (__m512bh)_mm512_load_si512(x + t * stride + c * 2);
+                first[r][t] = _mm512_dpbf16_ps(first[r][t], a, b);
+            }
+        }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tile; t++) sums[r][t] = sum16((vf)_mm512_add_ps(first[r][t], second[r][t]));
+}
+
+/* -8 .. 7 in bfloat16, twice, so that the bit above a nibble does not matter */
+#define NIBBLES 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0
+static const uint16_t nibble_values[32] __attribute__((aligned(64))) = {NIBBLES, NIBBLES};
+
+/* One row of int4 with `tile` rows of bfloat16 x: nibbles to bfloat16 by a table, 32 at a time. */
+INLINE void dot_nibbles(int tile, const char *w, const float *scale, const char *x, long stride, long in, float *sums)
+{
+    __m512 sum[2][TILE]; /* of even and odd groups */
+    const __m512i table = _mm512_load_si512(nibble_values);
+    for (int t = 0; t < tile; t++) sum[0][t] = sum[1][t] = _mm512_setzero_ps();
+    for (long c = 0; c < in; c += 2 * STEP) {
+      if (c % 128 == 0) __builtin_prefetch(w + AHEAD);
+      for (int u = 0; u < 2 && c + u * STEP < in; u++, w += LANES) {
+        const __m512i bytes = (__m512i)widen_unsigned(w); /* low half: the even column; high half: the odd one */
+        const __m512bh a = (__m512bh)_mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), table);
+        const __m512 by = _mm512_set1_ps(scale[c / STEP + u]);
         for (int t = 0; t < tile; t++) {
-            first[t] += a * *(const vf_any *)(x + t * stride + c);
-            second[t] += b * *(const vf_any *)(x + t * stride + c + LANES);
+            const __m512bh b = (__m512bh)_mm512_load_si512(x + t * stride + (c + u * STEP) * 2);
+            sum[u][t] = _mm512_fmadd_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), a, b), by, sum[u][t]);
+        }
+      }
+    }
+    for (int t = 0; t < tile; t++) sums[t] = sum16((vf)_mm512_add_ps(sum[0][t], sum[1][t]));
+}
+
+static void nibbles_in_pairs(const shape *s, const job *j, long from, long to)
+{
+    const long bytes = row_bytes(s), stride = prepared_bytes(s), groups = s->in / STEP;
+    float scale[1024]; /* a row of up to 32768 columns; longer ones go the plain way */
+    for (long r = from; r < to; r++) {
+        const char *w = j->weight->data + r * bytes;
+        const float bias = j->weight->bias ? load1(BF16, j->weight->bias + r * 2) : 0.0f;
+        const char *halves = j->weight->scale + r * groups * 2;
+        long g = 0;
+        for (; g + LANES <= groups; g += LANES)
+            _mm512_storeu_ps(scale + g, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(halves + g * 2))));
+        for (; g < groups; g++) scale[g] = (float)((const _Float16 *)halves)[g];
+        for (long t = 0; t < j->n; t += TILE) {
+            const char *x = j->x + t * stride;
+            const int tile = j->n - t < TILE ? (int)(j->n - t) : TILE;
+            float sums[TILE];
+            switch (tile) {
+            case 1: dot_nibbles(1, w, scale, x, stride, s->in, sums); break;
+            case 2: dot_nibbles(2, w, scale, x, stride, s->in, sums); break;
+            case 3: dot_nibbles(3, w, scale, x, stride, s->in, sums); break;
+            default: dot_nibbles(4, w, scale, x, stride, s->in, sums);
+            }
+            for (int i = 0; i < tile; i++) store1(BF16, j->out + ((t + i) * s->out + r) * 2, sums[i] + bias);
         }
     }
-    for (int t = 0; t < tile; t++) sums[t] = sum16(first[t] + second[t]);
 }
+
+INLINE void store_pairs(int rows, int tile, const shape *s, const job *j, long t, long r)
+{
+    const long bytes = row_bytes(s), stride = prepared_bytes(s);
+    float sums[2][TILE];
+    dot_pairs(rows, tile, j->weight->data + r * bytes, bytes, j->x + t * stride, stride, s->in, sums);
+    for (int q = 0; q < rows; q++) {
+        const float bias = j->weight->bias ? load1(BF16, j->weight->bias + (r + q) * 2) : 0.0f;
+        for (int i = 0; i < tile; i++) store1(BF16, j->out + ((t + i) * s->out + r + q) * 2, sums[q][i] + bias);
+    }
+}
+
+/* One row of the matrix at a time reads memory fastest; with many of x, two share what is read of x. */
+static void rows_in_pairs(const shape *s, const job *j, long from, long to)
+{
+    long r = from;
+    if (j->n <= TILE) {
+        switch (j->n) {
+        case 1: for (; r < to; r++) store_pairs(1, 1, s, j, 0, r); return;
+        case 2: for (; r < to; r++) store_pairs(1, 2, s, j, 0, r); return;
+        case 3: for (; r < to; r++) store_pairs(1, 3, s, j, 0, r); return;
+        default: for (; r < to; r++) store_pairs(1, 4, s, j, 0, r); return;
+        }
+    }
+    for (; r < to; r += 2)
+        for (long t = 0; t < j->n; t += TILE) {
+            const int left = (int)(j->n - t);
+            if (r + 1 < to) {
+                if (left == 1) store_pairs(2, 1, s, j, t, r);
+                else if (left == 2) store_pairs(2, 2, s, j, t, r);
+                else if (left == 3) store_pairs(2, 3, s, j, t, r);
+                else store_pairs(2, 4, s, j, t, r);
+            } else {
+                for (int i = 0; i < left && i < TILE; i++) store_pairs(1, 1, s, j, t + i, r);
+            }
+        }
+}
+#else
+static void rows_in_pairs(const shape *s, const job *j, long from, long to) { (void)s, (void)j, (void)from, (void)to; }
+static void nibbles_in_pairs(const shape *s, const job *j, long from, long to) { rows_in_pairs(s, j, from, to); }
+#endif
 
 INLINE void rows_of(int format, int type, const shape *s, const job *j, long from, long to)
 {
     const matrix *m = j->weight;
-    const long bytes = row_bytes(s), stride = padded(s->in), groups = s->in / STEP;
+    const long bytes = row_bytes(s), stride = prepared_bytes(s) / 4, groups = s->in / STEP;
     for (long r = from; r < to; r++) {
         const char *w = m->data + r * bytes, *scale = format == INT4 ? m->scale + r * groups * 2 : 0;
         const float bias = m->bias ? load1(type, m->bias + r * type_bytes(type)) : 0.0f;
         const float by = format == INT8 ? ((const float *)m->scale)[r] : 1.0f;
         for (long t = 0; t < j->n; t += TILE) {
-            const float *x = j->x + t * stride;
+            const float *x = (const float *)j->x + t * stride;
             float sums[TILE];
             int tile = j->n - t < TILE ? (int)(j->n - t) : TILE;
             switch (tile) {
-            case 1: dot(format, type, 1, w, scale, x, s->in, sums); break;
-            case 2: dot(format, type, 2, w, scale, x, s->in, sums); break;
-            case 3: dot(format, type, 3, w, scale, x, s->in, sums); break;
-            default: dot(format, type, 4, w, scale, x, s->in, sums);
+            case 1: dot(format, type, 1, w, scale, x, stride, s->in, sums); break;
+            case 2: dot(format, type, 2, w, scale, x, stride, s->in, sums); break;
+            case 3: dot(format, type, 3, w, scale, x, stride, s->in, sums); break;
+            default: dot(format, type, 4, w, scale, x, stride, s->in, sums);
             }
             for (int i = 0; i < tile; i++)
                 store1(type, j->out + ((t + i) * s->out + r) * type_bytes(type), sums[i] * by + bias);
@@ -174,9 +334,9 @@ INLINE void add_rows(int type, int tile, int many, const char *w, long bytes, co
 
 INLINE void columns_with(int type, int tile, const shape *s, const job *j, long t0, long from, long columns)
 {
-    const long bytes = row_bytes(s), stride = padded(s->in), size = type_bytes(type);
+    const long bytes = row_bytes(s), stride = prepared_bytes(s) / 4, size = type_bytes(type);
     const char *w = j->weight->data + from * size, *bias = j->weight->bias;
-    const float *x = j->x + t0 * stride;
+    const float *x = (const float *)j->x + t0 * stride;
     float y[TILE * BLOCK] __attribute__((aligned(64)));
     long i = 0;
     memset(y, 0, (size_t)tile * BLOCK * sizeof *y);
@@ -233,8 +393,11 @@ static void run_unit(void *context, long number)
         if (s->type == BF16) rows_of(INT8, BF16, s, j, from, to);
         else rows_of(INT8, F32, s, j, from, to);
     } else if (s->format == INT4) {
-        if (s->type == BF16) rows_of(INT4, BF16, s, j, from, to);
+        if (in_pairs(s)) nibbles_in_pairs(s, j, from, to);
+        else if (s->type == BF16) rows_of(INT4, BF16, s, j, from, to);
         else rows_of(INT4, F32, s, j, from, to);
+    } else if (in_pairs(s)) {
+        rows_in_pairs(s, j, from, to);
     } else {
         if (s->type == BF16) rows_of(ROWS, BF16, s, j, from, to);
         else rows_of(ROWS, F32, s, j, from, to);
