@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-SOURCES = ("emoe.c", "vectors.h", "pool.h", "products.h", "gates.h", "threads.h")
+SOURCES = ("emoe.c", "vectors.h", "pool.h", "products.h", "pairs.h", "gates.h", "threads.h")
 """`emoe.c` includes the others."""
 
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden", "-lm", "-lpthread")
