@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,18 @@ import torch
 
 from emoe.bench.client import WorkerClient, WorkerError
 from emoe.bench.feeding import feed
-from emoe.bench.peers.build import VERSION, build_command, build_llama, cache_folder, llama_python
+from emoe.bench.peers.build import VERSION, build_command, build_llama, cache_folder, llama_python, worker_command
 from emoe.bench.peers.comparing import compare
 from emoe.bench.peers.entries import PeersSettings
 from emoe.bench.peers.gguf_file import write_gguf
 from emoe.bench.peers.results import PeersReport
+from emoe.bench.peers.routes import planted_routes
+from emoe.bench.plant.shapes import PUBLISHED
+from emoe.bench.plant.write import plant
 from emoe.config import ExpertMemory
 from emoe.errors import BudgetError, UsageError
 from tests.bench.peers.checkpoints import FAMILIES, VOCABULARY, save
+from tests.bench.plant.made_up import made_up_trace
 
 CACHE = cache_folder(os.environ.get("EMOE_PEERS_CACHE"))
 WITH_LLAMA = pytest.mark.skipif(
@@ -128,6 +133,12 @@ def test_building_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list(tmp_path.iterdir())
 
 
+def built() -> Path:
+    python = llama_python(CACHE)
+    assert python is not None
+    return python
+
+
 @WITH_LLAMA
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_computes_what_transformers_computes(family: str, tmp_path: Path) -> None:
@@ -137,8 +148,7 @@ def test_llama_cpp_computes_what_transformers_computes(family: str, tmp_path: Pa
     ids = torch.randint(VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         wanted = model(input_ids=ids).logits[0].double().log_softmax(-1)
-    command = (str(llama_python(CACHE)), "-m", "emoe.bench.peers.llama_worker")
-    source = {"PYTHONPATH": str(Path(__file__).parents[3] / "src")}
+    command, source = worker_command(built())
     with WorkerClient("llama.cpp", threads=1, command=command, environment=source) as client:
         loaded = client.ask("load", gguf=str(file), threads=1, load_mode="mmap", repack=False, context=64)
         assert loaded["threads"] == 1
@@ -153,12 +163,25 @@ def test_llama_cpp_computes_what_transformers_computes(family: str, tmp_path: Pa
 
 
 @WITH_LLAMA
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["native", "q8_0"])
+def test_llama_cpp_takes_the_planted_routes(family: str, precision: str, tmp_path: Path) -> None:
+    trace = made_up_trace(40).write(tmp_path / "made-up.npz")
+    shape = PUBLISHED[f"tiny-{family.replace('_', '-')}"]
+    if family == "olmoe":
+        shape = replace(shape, kv_heads=shape.heads)  # the only one that llama.cpp knows, and OLMoE's own
+    plant(shape, trace, 40, tmp_path / "planted")
+    file = write_gguf(tmp_path / "planted", tmp_path / "x.gguf", precision)
+    found = planted_routes(tmp_path / "planted", file, built(), 40)
+    assert found.equal == found.of == 40 * 3
+
+
+@WITH_LLAMA
 def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"nothing")
-    command = (str(llama_python(CACHE)), "-m", "emoe.bench.peers.llama_worker")
-    source = {"PYTHONPATH": str(Path(__file__).parents[3] / "src")}
+    command, source = worker_command(built())
     with (
         WorkerClient("llama.cpp", command=command, environment=source) as client,
-        pytest.raises(WorkerError, match=r"llama\.cpp cannot load"),
+        pytest.raises(WorkerError, match=r"llama\.cpp cannot load .*: .*(magic|gguf|read)"),
     ):
         client.ask("load", gguf=str(tmp_path / "x.gguf"), threads=1, load_mode="mmap", repack=False, context=64)

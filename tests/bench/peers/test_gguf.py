@@ -102,6 +102,7 @@ def test_mixtral_turns_neighbours_where_transformers_turns_halves(models: dict[s
     [
         ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob = True"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+        ("olmoe", {"num_attention_heads": 4, "num_key_value_heads": 2}, "num_key_value_heads = 2"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob = False"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
         ("mixtral", {"sliding_window": 16}, "sliding_window = 16"),
@@ -116,7 +117,7 @@ def test_mixtral_turns_neighbours_where_transformers_turns_halves(models: dict[s
 def test_what_llama_cpp_takes_for_granted_is_checked(family: str, change: dict[str, Any], said: str) -> None:
     config_class, _, own = FAMILIES[family]
     with pytest.raises(UnsupportedModelError, match=said):
-        layout_of(config_class(**(own | change)))
+        layout_of(config_class(**({"num_attention_heads": 4} | own | change)))
 
 
 def test_other_families_are_refused() -> None:

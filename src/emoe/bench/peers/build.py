@@ -13,6 +13,7 @@ import sys
 import venv
 from pathlib import Path
 
+import emoe
 from emoe.checkpoint.codecs.cache import user_cache
 from emoe.errors import EmoeError, UsageError
 
@@ -80,6 +81,11 @@ def build_llama(cache: Path, jobs: int | None = None) -> Path:
         shutil.rmtree(folder, ignore_errors=True)  # a folder that is there counts as built
         raise
     return folder / "bin" / "python"
+
+
+def worker_command(python: Path) -> tuple[list[str], dict[str, str]]:
+    """What starts `llama_worker` with the build's Python, and the environment it needs: emoe is not installed there."""
+    return [str(python), "-m", "emoe.bench.peers.llama_worker"], {"PYTHONPATH": str(Path(emoe.__file__).parent.parent)}
 
 
 def _folder(cache: Path) -> Path:

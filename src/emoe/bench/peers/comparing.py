@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import emoe
 from emoe.bench.cgroup import memory_cgroup
 from emoe.bench.client import TORCH_WORKER, WorkerClient, WorkerError
 from emoe.bench.decode import machine
 from emoe.bench.fitting import fitting_budget
 from emoe.bench.page_cache import drop, read_ahead_bytes
-from emoe.bench.peers.build import llama_python
+from emoe.bench.peers.build import llama_python, worker_command
 from emoe.bench.peers.entries import LLAMA_PRECISIONS, Entry, PeersSettings, context, entries
 from emoe.bench.peers.gguf_file import cached_gguf
 from emoe.bench.peers.results import PeersReport, Row
+from emoe.bench.peers.routes import Agreement, planted_routes
 from emoe.bench.plant.card import LABEL, is_planted
 from emoe.bench.prompts import prompt_ids
 from emoe.checkpoint.codecs.formats import NATIVE
@@ -33,7 +33,6 @@ from emoe.planner import Plan, plan
 
 Say = Callable[[str], None]
 
-_LLAMA_WORKER = "emoe.bench.peers.llama_worker"
 LLAMA_ROOM_BYTES = 256 * 2**20
 """Beside the file's bytes: Python, numpy, llama.cpp's own buffers and the context of a short prompt."""
 
@@ -74,6 +73,8 @@ class _Comparison:
             with memory_cgroup(self.limit):
                 pass  # refused here, before anything long
         self.quantised: dict[str, Path] = {}
+        self.llama = llama_python(settings.cache) if "llama.cpp" in settings.peers else None
+        self.routes: dict[str, Agreement] = {}
         self.tokens = [self._tokens(number) for number in range(settings.rounds)]
         self.rows = [Row(entry, error=entry.missing) for entry in self._entries()]
 
@@ -87,19 +88,20 @@ class _Comparison:
 
     def _entries(self) -> list[Entry]:
         settings = self.settings
-        python = llama_python(settings.cache) if "llama.cpp" in settings.peers else None
         if "emoe" in settings.peers:
             for dtype in settings.expert_dtypes:
                 if dtype != NATIVE:  # made here, outside the limit and the clock: it is done once
                     self.quantised[dtype] = quantise(
                         settings.folder, expert_dtype=dtype, progress=self._progress(dtype)
                     )
-        ggufs = {dtype: self._gguf(dtype, python) for dtype in settings.expert_dtypes}
+        ggufs = {dtype: self._gguf(dtype) for dtype in settings.expert_dtypes}
+        if settings.check_routes:
+            self.routes = self._check_routes(ggufs)
         return entries(
             settings,
             budgets={dtype: self._budgets(dtype) for dtype in settings.expert_dtypes if "emoe" in settings.peers},
             cpu_bytes=self._cpu_bytes(),
-            llama_python=python,
+            llama_python=self.llama,
             ggufs=ggufs,
             airllm=importlib.util.find_spec("airllm") is not None,
             accelerate=importlib.util.find_spec("accelerate") is not None,
@@ -139,9 +141,9 @@ class _Comparison:
         """What accelerate may keep in memory: the dense weights, and as many bytes of experts as emoe has."""
         return self.full.dense_bytes + self._plan(self._fitting(NATIVE)).budget_bytes
 
-    def _gguf(self, dtype: str, python: Path | None) -> Path | str:
+    def _gguf(self, dtype: str) -> Path | str:
         """The file for llama.cpp, or why there is none. Nothing is written where llama.cpp is not there."""
-        if python is None:
+        if self.llama is None:
             return "GGUF"
         precision = LLAMA_PRECISIONS[dtype]
         try:
@@ -162,6 +164,17 @@ class _Comparison:
                 self.say(f"writing {what}: {done / total:.0%} of {format_bytes(total)}")
 
         return show
+
+    def _check_routes(self, ggufs: dict[str, Path | str]) -> dict[str, Agreement]:
+        """By expert dtype: whether llama.cpp routes as planted."""
+        if self.llama is None or not is_planted(self.settings.folder):
+            raise UsageError("--check-routes compares llama.cpp's routes with planted ones: it needs both")
+        found = {}
+        for dtype, gguf in ggufs.items():
+            if isinstance(gguf, Path):
+                found[dtype] = planted_routes(self.settings.folder, gguf, self.llama)
+                self.say(f"{dtype}: {found[dtype].text}")
+        return found
 
     def _fits(self, gguf: Path | str) -> bool:
         if isinstance(gguf, str) or self.limit is None:
@@ -201,12 +214,12 @@ class _Comparison:
         settings, entry = self.settings, row.entry
         with ExitStack() as stack:
             cgroup = stack.enter_context(memory_cgroup(self.limit)) if self.limit is not None else None
-            command, environment = TORCH_WORKER, {}
+            command, environment = list(TORCH_WORKER), dict[str, str]()
             files = list(self.files)
             if entry.llama is not None:
-                python = llama_python(settings.cache)
-                command = (str(python), "-m", _LLAMA_WORKER)
-                environment = {"PYTHONPATH": str(Path(emoe.__file__).parent.parent)}
+                if self.llama is None:
+                    raise WorkerError("llama.cpp is not built")
+                command, environment = worker_command(self.llama)
                 load = dict(entry.llama)
                 files = [Path(load["gguf"])]
             else:
@@ -260,6 +273,7 @@ class _Comparison:
                 "label": LABEL if is_planted(self.settings.folder) else "",
             },
             rows=self.rows,
+            routes={dtype: agreement.text for dtype, agreement in self.routes.items()},
             versions={
                 name: version for row in self.rows for load in row.loads for name, version in load["versions"].items()
             },

@@ -42,6 +42,7 @@ class PeersSettings:
     expert_dtypes: tuple[str, ...] = ("native",)
     implementations: tuple[str, ...] = ("grouped_mm",)
     cold: bool = False
+    check_routes: bool = False
     timeout_s: float = 600.0
     decode_s: float = 60.0
 

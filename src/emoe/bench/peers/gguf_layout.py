@@ -276,7 +276,14 @@ LAYOUTS: dict[str, Layout] = {
         lambda config: _common(config) | {"expert_count": config.num_experts},
         _olmoe,
         lambda config: _refusal(
-            config, {"clip_qkv": None, "norm_topk_prob": False, "hidden_act": "silu", "attention_bias": False}
+            config,
+            {
+                "clip_qkv": None,
+                "norm_topk_prob": False,
+                "hidden_act": "silu",
+                "attention_bias": False,
+                "num_key_value_heads": config.num_attention_heads,
+            },
         ),
     ),
     "qwen3_moe": Layout(

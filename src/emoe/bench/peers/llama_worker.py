@@ -3,8 +3,10 @@
 It imports llama_cpp and numpy, and of emoe only what needs nothing but the standard library: torch is not installed
 there. Requests are those of `emoe.bench.worker`:
 
-    {"op": "load", "gguf": ..., "threads": 1, "load_mode": "mmap", "repack": false, "context": 544}
+    {"op": "load", "gguf": ..., "threads": 1, "load_mode": "mmap", "repack": false, "context": 544,
+     "record": false}
     {"op": "feed", "prompt": [...], "forced": [...], "seconds": 60}
+    {"op": "routes", "tokens": [...]}
     {"op": "stop"}
 """
 
@@ -12,7 +14,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,15 +24,21 @@ from emoe.bench.feeding import feed
 from emoe.bench.process import memory, reset_peak, storage_bytes_read
 from emoe.bench.worker import serve
 
+LOG_ERROR = 4
+"""GGML_LOG_LEVEL_ERROR of ggml.h, which the Python package has no name for."""
+
 
 class Llama:
     """A loaded model with one context, driven through llama.cpp's own C functions."""
 
-    def __init__(self, gguf: str, threads: int, load_mode: str, repack: bool, context: int) -> None:
+    def __init__(self, gguf: str, threads: int, load_mode: str, repack: bool, context: int, record: bool) -> None:
         # Not importable where emoe's other modules are checked and tested.
         self._api: Any = importlib.import_module("llama_cpp")
         self._numpy: Any = importlib.import_module("numpy")
         api = self._api
+        self._said: deque[str] = deque(maxlen=3)
+        self._log = api.llama_log_callback(self._on_log)
+        api.llama_log_set(self._log, None)
         api.llama_backend_init()
         options = api.llama_model_default_params()
         options.n_gpu_layers = 0
@@ -36,13 +46,17 @@ class Llama:
         options.use_extra_bufts = repack
         self._model: Any = api.llama_model_load_from_file(gguf.encode(), options)
         if not self._model:
-            raise RuntimeError(f"llama.cpp cannot load {gguf}; its own words are in the log")
+            raise RuntimeError(f"llama.cpp cannot load {gguf}: {' '.join(self._said)}")
         chosen = api.llama_context_default_params()
         chosen.n_ctx = context
         chosen.n_threads = chosen.n_threads_batch = threads
+        self._chosen: list[list[int]] = []  # of the last pass, by layer, where `record` asks for it
+        if record:
+            self._callback = api.llama_cpp.ggml_backend_sched_eval_callback(self._on_tensor)
+            chosen.cb_eval = self._callback
         self._context: Any = api.llama_init_from_model(self._model, chosen)
         if not self._context:
-            raise RuntimeError(f"llama.cpp cannot make a context of {context} tokens; its own words are in the log")
+            raise RuntimeError(f"llama.cpp cannot make a context of {context} tokens: {' '.join(self._said)}")
         self._vocabulary = int(api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model)))
 
     @property
@@ -78,6 +92,36 @@ class Llama:
             pointer = ctypes.cast(api.llama_get_logits_ith(self._context, -1), ctypes.POINTER(ctypes.c_float))
             yield self._numpy.ctypeslib.as_array(pointer, (self._vocabulary,))
 
+    def routes(self, tokens: Sequence[int]) -> list[list[list[int]]]:
+        """[token][layer][k]: the experts that llama.cpp chose for each of `tokens`, fed one by one, best first."""
+        found = []
+        for _ in self.passes(tokens[:1], tokens[1:]):
+            found.append(self._chosen)
+            self._chosen = []
+        return found
+
+    def _on_log(self, level: int, text: bytes, _: object) -> None:
+        """Keep what llama.cpp says last of errors; all of it goes to stderr."""
+        words = text.decode(errors="replace")
+        sys.stderr.write(words)
+        if level == LOG_ERROR:
+            self._said.append(words.strip())
+
+    def _on_tensor(self, tensor: int, asked: bool, _: object) -> bool:
+        """llama.cpp calls this for each tensor it is about to compute (`asked`: is it wanted?) and has computed."""
+        library = self._api.llama_cpp._lib
+        library.ggml_get_name.restype = ctypes.c_char_p
+        library.ggml_nbytes.restype = ctypes.c_size_t
+        pointer = ctypes.c_void_p(tensor)
+        if not library.ggml_get_name(pointer).startswith(b"ffn_moe_topk-"):
+            return not asked
+        if not asked:
+            size = library.ggml_nbytes(pointer)
+            data = (ctypes.c_int32 * (size // 4))()
+            library.ggml_backend_tensor_get(pointer, data, ctypes.c_size_t(0), ctypes.c_size_t(size))
+            self._chosen.append(list(data))
+        return True
+
     def log_probability(self, logits: Any, token: int) -> float:
         """Of `token` being the next one, in float64."""
         wide = logits.astype(float)
@@ -104,7 +148,12 @@ class Worker:
         self._base_bytes = memory().now_bytes
         read, start = storage_bytes_read(), time.perf_counter()
         self._llama = Llama(
-            request["gguf"], request["threads"], request["load_mode"], request["repack"], request["context"]
+            request["gguf"],
+            request["threads"],
+            request["load_mode"],
+            request["repack"],
+            request["context"],
+            request.get("record", False),
         )
         return {
             "load_s": time.perf_counter() - start,
@@ -129,6 +178,12 @@ class Worker:
             base_bytes=self._base_bytes,
         ).as_dict()
 
+    def routes(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The experts chosen for given tokens. The model must have been loaded with "record"."""
+        if self._llama is None:
+            raise RuntimeError("nothing is loaded")
+        return {"routes": self._llama.routes(request["tokens"])}
+
     def stop(self, _: dict[str, Any]) -> dict[str, Any]:
         """Free everything."""
         if self._llama is not None:
@@ -139,4 +194,4 @@ class Worker:
 
 if __name__ == "__main__":
     worker = Worker()
-    serve({"load": worker.load, "feed": worker.feed, "stop": worker.stop})
+    serve({"load": worker.load, "feed": worker.feed, "routes": worker.routes, "stop": worker.stop})

@@ -89,6 +89,7 @@ class PeersReport:
     model: dict[str, Any]
     rows: list[Row]
     versions: dict[str, str]
+    routes: dict[str, str] = field(default_factory=dict)
 
     @property
     def failed(self) -> list[Row]:
@@ -135,6 +136,7 @@ class PeersReport:
             "versions": self.versions,
             "settings": self.settings.as_dict(),
             "memory_limit_bytes": self.limit_bytes,
+            "routes": self.routes,
             "rows": [self._row(row) for row in self.rows],
             "ratios": [ratio.as_dict() for ratio in self.ratios()],
         }
@@ -201,6 +203,7 @@ def report_text(report: PeersReport) -> str:
         "",
     ]
     lines += [f"{ratio.emoe}: {ratio.measure} {ratio.times:.2f} times {ratio.peer}" for ratio in report.ratios()]
+    lines += [f"{dtype}: {text}" for dtype, text in report.routes.items()]
     lines += [f"not measured  {row.name}: {row.error}" for row in report.rows if row.error is not None]
     lines += [
         "",
