@@ -20,6 +20,7 @@ from emoe.errors import BudgetError, UnsupportedModelError, UsageError
 from emoe.model import close
 from emoe.residency.eviction import EVICTION_RULES
 from tests.families import FAMILIES
+from tests.model.test_device import Virtual
 
 IDS = torch.randint(3, 128, (2, 11), generator=torch.Generator().manual_seed(4))
 
@@ -176,3 +177,19 @@ def test_emoe_nano_is_quantised_into_the_users_cache() -> None:
     out = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert out.shape[1] > 1
     close(model)
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_a_device_reached_by_copies_gives_the_same_bits(
+    codec: str, checkpoints: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoints("gpt_oss", **wide("gpt_oss"))
+    whole, _ = emoe.load(folder, expert_dtype=codec)
+    model = Virtual(monkeypatch).load(folder, expert_dtype=codec, expert_memory="40%", host_memory="70%")
+    for ours, reference in zip(steps(model), steps(whole), strict=True):
+        assert torch.equal(ours, reference)
+    report = emoe.stats(model)
+    assert report["host"]["budget_bytes"] < 0.7 * emoe.stats(whole)["total_expert_bytes"] + 1
+    assert report["bytes_copied"] > 0
+    close(model)
+    close(whole)
