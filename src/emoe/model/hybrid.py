@@ -63,6 +63,7 @@ class Hybrid:
             raise RuntimeError(f"expert {expert} of layer {layer} left the host while in use: a defect in emoe.")
         if slot not in self._bound:
             self._bound[slot] = self.math.bind(transfers.host.views(slot))
+        transfers.host.for_computing(slot)
         return self._bound[slot]
 
     def one_token(

@@ -101,7 +101,8 @@ def make_pool(
     """One bank at work on `device`, through host slots where it is reached by copies."""
     pool = ExpertPool(table, bank, index, reader, loader)
     if device.copies and host is not None:
-        tier = HostTier(device, bank.parts, host.pools[table.plan.group], table.experts)
+        group = table.plan.group
+        tier = HostTier(device, bank.parts, host.pools[group], table.experts, host.keeps(group))
         seconds = copy_seconds(device, tier.memory(0), bank.memories[0])
         pool.transfers = Transfers(device, bank, tier, loader, pool.read, seconds)
     return pool

@@ -134,6 +134,8 @@ def _host(binding: Binding) -> dict[str, Any] | None:
         "held_bytes": sum(tier.held_bytes for tier in tiers),
         "pinned": all(tier.pinned for tier in tiers),
         "notice": next((tier.notice for tier in tiers if tier.notice), ""),
+        "exclusive": any(tier.exclusive for tier in tiers),
+        "bytes_back": sum(pool.transfers.bytes_back for pool in binding.pools if pool.transfers is not None),
         "hits": hits,
         "misses": sum(c.loads for c in counters) - hits,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from emoe.config import ExpertMemory, format_bytes
 from emoe.errors import BudgetError
@@ -277,11 +277,19 @@ def popular_quotas(
 
 @dataclass(frozen=True, slots=True)
 class HostPlan:
-    """Slots of the host tier by bank. `budget_bytes` is what was asked for, `floor_bytes` what reading needs."""
+    """Slots of the host tier by bank. `budget_bytes` is what was asked for, `floor_bytes` what reading needs.
+
+    `floors` are the floor's slots: a bank with no more than these reads through the host and keeps nothing there.
+    """
 
     budget_bytes: int
     floor_bytes: int
     pools: dict[int, PoolPlan]
+    floors: dict[int, int] = field(default_factory=dict)
+
+    def keeps(self, group: int) -> bool:
+        """Whether a bank's host slots are there to keep experts."""
+        return self.pools[group].slots > self.floors.get(group, 0)
 
     @property
     def nbytes(self) -> int:
@@ -325,4 +333,4 @@ def plan_host(
         share = left * wants[group] // want_all if want_all else 0
         slots = min(totals[group], floors[group] + share // sizes[group])
         pools[group] = PoolPlan(group, slots, sizes[group], {need.layer: 0 for need in own})
-    return HostPlan(budget, floor, pools)
+    return HostPlan(budget, floor, pools, floors)

@@ -83,7 +83,7 @@ class Device(Protocol):
         ...
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, after: Sequence[Mark], *, ahead: bool) -> Mark:
-        """Begin to copy host memory into a bank once the `after` have passed; return the arrival.
+        """Begin to copy host memory into a bank, or back, once the `after` have passed; return the arrival.
 
         Nothing waits for copies that are `ahead` of need, those in need do not queue behind them.
         """
@@ -181,8 +181,8 @@ class CpuDevice:
 class CudaDevice:
     """A CUDA device: copies on two side streams, ordered by events.
 
-    Demand copies and copies ahead have a stream each, so that what is needed now does not queue behind a plan. Streams
-    wait for events; the host waits only in `finish`.
+    Demand copies, copies ahead and copies back have a stream each, so that what is needed now does not queue behind a
+    plan and both directions of the link are used. Streams wait for events; the host waits only in `finish`.
     """
 
     copies = True
@@ -197,6 +197,7 @@ class CudaDevice:
             ahead: torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
             for ahead in (False, True)
         }
+        self._back = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
 
     def bank(self, nbytes: int) -> torch.Tensor:
         """Allocate device memory; copies into it come after whatever used that memory before."""
@@ -245,8 +246,8 @@ class CudaDevice:
             held.pinned = False
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, after: Sequence[Mark], *, ahead: bool) -> Mark:
-        """Copy on a side stream, from pinned memory without the host's waiting."""
-        stream = self._streams[ahead]
+        """Copy on a side stream, from and to pinned memory without the host's waiting."""
+        stream = self._back if source.is_cuda else self._streams[ahead]
         arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with self._lock, torch.cuda.stream(stream):
             for mark in after:

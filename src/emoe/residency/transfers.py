@@ -1,8 +1,9 @@
 """How experts reach a device that is not the machine's memory: from the host tier, by copies that nothing waits for.
 
 A load is a read from disk into a host slot (where the host has not the expert already), then a copy into the device
-slot, issued as soon as the bytes are there. The running thread waits for reads, never for copies: what computes waits,
-on the device, for the arrival of the slots it uses; a copy waits, on the device, for the last use of the slot it fills.
+slot, issued as soon as the bytes are there. What the device evicts may be copied back before that. The running thread
+waits for reads, never for copies: what computes waits, on the device, for the arrival of the slots it uses; a copy
+waits, on the device, for the last use of the slot it fills.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Transfers:
         self.device = device
         self.host = host
         self.link_s = link_s
+        self.bytes_back = 0
         self._bank = bank
         self._loader = loader
         self._read = read
@@ -61,16 +63,16 @@ class Transfers:
         `passing` says that it only passes through, `evicted` what had to go for it.
         """
         host = self.host
-        if evicted is not None:
-            host.on_device(evicted, False)
-        host.on_device(key, True)
         held = host.seek(key)
+        hit = held is not None
+        fetch = self._fetches[slot] = _Fetch(key, held if held is not None else host.reserve(key, passing=passing), hit)
+        if evicted is not None:
+            self._save(evicted, slot, key, passing=passing)
         ahead = priority != DEMAND
-        if held is not None:
-            fetch = self._fetches[slot] = _Fetch(key, held, hit=True)
+        if hit:
             self._copy(fetch, slot, ahead)
+            host.given(fetch.host_slot)
             return Load.ended(what, self.link_s)
-        fetch = self._fetches[slot] = _Fetch(key, host.reserve(key, passing=passing), hit=False)
         return self._loader.submit(partial(self._bring, fetch, slot, ahead), what, priority)
 
     def landed(self, slot: int, nbytes: int, counters: LayerCounters) -> None:
@@ -78,6 +80,7 @@ class Transfers:
         fetch = self._fetches.pop(slot)
         if not fetch.hit:
             self.host.commit(fetch.host_slot, nbytes)
+            self.host.given(fetch.host_slot)
         if fetch.arrival is not None:
             self._arriving[slot] = self._last[slot] = fetch.arrival
         counters.host_hits += fetch.hit
@@ -90,7 +93,6 @@ class Transfers:
             self.host.abort(fetch.host_slot)
         if fetch.arrival is not None:
             self._last[slot] = fetch.arrival
-        self.host.on_device(fetch.key, False)
 
     def use(self, slot: int) -> None:
         """Make what is computed from now on wait until `slot` is filled."""
@@ -102,6 +104,21 @@ class Transfers:
         """Note the last use of some slots for now."""
         self._last.update(dict.fromkeys(slots, self.device.used([self._bank.memories[slot] for slot in slots])))
 
+    def _save(self, key: Key, slot: int, coming: Key, *, passing: bool) -> None:
+        """Copy what `slot` held to the host, before it is overwritten, if the host wants it."""
+        place = self.host.place_for(key, coming, passing=passing)
+        if place is None:
+            return
+        after = [*self._after(slot), *self.host.busy(place)]
+        back = self.device.copy(self._bank.memories[slot], self.host.memory(place), after, ahead=False)
+        self.host.fill(place, back)
+        self._last[slot] = back
+        self.bytes_back += self._bank.slot_nbytes
+
+    def _after(self, slot: int) -> list[Mark]:
+        last = self._last.get(slot)
+        return [] if last is None else [last]
+
     def _bring(self, fetch: _Fetch, slot: int, ahead: bool) -> int:
         """Read, then begin the copy: a loader thread's work, or that of who waits for the load."""
         nbytes = self._read(fetch.key, self.host.for_reading(fetch.host_slot))
@@ -109,8 +126,7 @@ class Transfers:
         return nbytes
 
     def _copy(self, fetch: _Fetch, slot: int, ahead: bool) -> None:
-        last = self._last.get(slot)
-        after = () if last is None else (last,)
+        after = [*self._after(slot), *self.host.filled(fetch.host_slot)]
         source, target = self.host.memory(fetch.host_slot), self._bank.memories[slot]
         fetch.arrival = self.device.copy(source, target, after, ahead=ahead)
         self.host.copied(fetch.host_slot, fetch.arrival, ahead=ahead)

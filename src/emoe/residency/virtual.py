@@ -128,13 +128,22 @@ class VirtualDevice:
             before = region.copy
             if before is not None and not before.landed and ready < before.end:
                 raise OrderError(f"a slot that a copy fills until {before.end} s is overwritten from {ready} s on")
+            origin = self._regions.get(source.data_ptr())
+            if origin is not None and origin.copy is not None and not origin.copy.landed:
+                if ready < origin.copy.end:
+                    raise OrderError(f"memory that a copy fills until {origin.copy.end} s is copied from {ready} s on")
+                self._land_until(origin.copy)
+            for reader in [copy for copy in self._flying if copy.source.data_ptr() == target.data_ptr()]:
+                if ready < reader.end:
+                    raise OrderError(f"memory that is copied until {reader.end} s is overwritten from {ready} s on")
+                self._land_until(reader)
             begin = max(self.link_s, ready, self.program_s)
             end = begin + self.latency_s + source.numel() / self.bytes_per_s
             self.busy_s += end - begin
             self.link_s = end
             self.copied_bytes += source.numel()
-            while before is not None and not before.landed:
-                self._land(self._flying.popleft())
+            if before is not None:
+                self._land_until(before)
             target.fill_(POISON)
             region.copy = _Copy(source, target, source.clone(), begin, end)
             self._flying.append(region.copy)
@@ -177,8 +186,12 @@ class VirtualDevice:
     def arrive(self, mark: VirtualMark) -> None:
         """Land the copy that ends at `mark`, and those before it: the link takes them in turn."""
         with self._lock:
-            while mark.copy is not None and not mark.copy.landed:
-                self._land(self._flying.popleft())
+            if mark.copy is not None:
+                self._land_until(mark.copy)
+
+    def _land_until(self, copy: _Copy) -> None:
+        while not copy.landed:
+            self._land(self._flying.popleft())
 
     def _land(self, copy: _Copy) -> None:
         if not torch.equal(copy.source, copy.expected):
