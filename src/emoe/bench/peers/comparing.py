@@ -189,6 +189,8 @@ class _Comparison:
         try:
             with self._started(row) as (client, load):
                 row.loads.append(client.ask("load", within_s=settings.timeout_s, **load))
+                if self.limit is None and not settings.cold:
+                    self._warm_up(client, tokens)
                 found = client.ask(
                     "feed",
                     within_s=settings.timeout_s + settings.decode_s,
@@ -206,6 +208,10 @@ class _Comparison:
             f"round {number + 1}/{settings.rounds}  {row.name}: first token after {found['first_token_s']:.2f} s, "
             f"{decoded} tokens at {decoded / sum(found['step_s']):.2f} a second"
         )
+
+    def _warm_up(self, client: WorkerClient, tokens: _Tokens) -> None:
+        """Without a limit everything is compared in memory: a mapped file must have been read for that."""
+        client.ask("feed", within_s=self.settings.timeout_s, prompt=tokens.prompt, forced=tokens.forced[:2], seconds=0)
 
     @contextmanager
     def _started(self, row: Row) -> Iterator[tuple[WorkerClient, dict[str, Any]]]:
