@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Literal
 
 from emoe.errors import UsageError
@@ -139,3 +141,12 @@ def parse_host_memory(value: str | int | ExpertMemory | None) -> ExpertMemory | 
     if memory.kind == "per_layer":
         raise UsageError(f"host memory is a size or a share, not {value!r}: it is one pool over all layers")
     return memory
+
+
+def user_cache() -> Path:
+    """Where emoe keeps what it made for the user: $EMOE_CACHE, else $XDG_CACHE_HOME/emoe, else ~/.cache/emoe."""
+    given = os.environ.get("EMOE_CACHE")
+    if given:
+        return Path(given).expanduser()
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "emoe"

@@ -72,15 +72,15 @@ def test_the_first_failing_task_is_told_when_none_runs_any_more(crew: Crew) -> N
 
 
 def test_what_is_urgent_goes_first() -> None:
-    crew = Crew(2, "urgent")  # one helper
-    gate, begun = threading.Event(), threading.Event()
+    crew = Crew(3, "urgent")  # two helpers, one of which may work beside two callers
+    gate, begun, both = threading.Event(), threading.Event(), threading.Event()
     order: list[str] = []
 
     def first() -> None:
         begun.set()
         assert gate.wait(5)
 
-    callers = [threading.Thread(target=crew.run, args=([first, first],))]
+    callers = [threading.Thread(target=crew.run, args=([first] * 3,))]
     callers[0].start()
     assert begun.wait(5)
 
@@ -89,10 +89,14 @@ def test_what_is_urgent_goes_first() -> None:
 
         def own() -> None:  # keeps the caller from the rest of its tasks
             stuck.set()
-            assert gate.wait(5)
-            time.sleep(0.05)
+            assert both.wait(5)
 
-        caller = threading.Thread(target=crew.run, args=([own, lambda: order.append(name)], priority))
+        def helped() -> None:
+            order.append(name)
+            if len(order) == 2:
+                both.set()
+
+        caller = threading.Thread(target=crew.run, args=([own, helped], priority))
         caller.start()
         assert stuck.wait(5)
         return caller

@@ -54,7 +54,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> Content:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 8192)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 4096)
 
 
 def memory(nbytes: int, phase: int) -> torch.Tensor:

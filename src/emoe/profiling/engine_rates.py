@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from emoe.kernels.choice import kernel_of
+from emoe.kernels.dense import DenseKernels
 from emoe.kernels.experts import ExpertMath, Grouping, many_tokens, one_token, rounds_rows
 from emoe.profiling.machine import PROMPT_TOKENS, EngineRates
 from emoe.profiling.rates import seconds_of, using_threads
@@ -37,26 +39,28 @@ def measure_engine(threads: int, seconds: float = 4.0) -> EngineRates:
 
 def _dense(seconds: float) -> tuple[float, float]:
     """Bytes per second with one row, operations per second with many, of linear layers in turn."""
-    weights = torch.zeros(48, HIDDEN, HIDDEN, dtype=getattr(torch, DTYPE))
-    rows = torch.zeros(PROMPT_TOKENS, HIDDEN, dtype=weights.dtype)
+    layers = [nn.Linear(HIDDEN, HIDDEN, bias=False, device="meta", dtype=getattr(torch, DTYPE)) for _ in range(48)]
+    for layer in layers:
+        layer.weight = nn.Parameter(torch.zeros(HIDDEN, HIDDEN, dtype=layer.weight.dtype), requires_grad=False)
+    rows = torch.zeros(PROMPT_TOKENS, HIDDEN, dtype=getattr(torch, DTYPE))
+    kernels = DenseKernels(nn.ModuleList(layers), kernel_of("cpu", rows.dtype))
 
     def run(x: torch.Tensor, count: int) -> Callable[[], object]:
-        return lambda: [nn.functional.linear(x, weights[i]) for i in range(count)]
+        return lambda: [layer(x) for layer in layers[:count]]
 
-    one = seconds_of(run(rows[:1], 48), seconds)
-    many = seconds_of(run(rows, 4), seconds)
-    return weights.nbytes / one, 4 * 2 * PROMPT_TOKENS * HIDDEN**2 / many
+    try:
+        one = seconds_of(run(rows[:1], len(layers)), seconds)
+        many = seconds_of(run(rows, 4), seconds)
+    finally:
+        kernels.remove()
+    return len(layers) * HIDDEN**2 * rows.itemsize / one, 4 * 2 * PROMPT_TOKENS * HIDDEN**2 / many
 
 
 def _experts(seconds: float) -> tuple[float, float]:
     """The same of a layer's experts."""
     dtype = getattr(torch, DTYPE)
-    math = ExpertMath(
-        cast(
-            nn.Module,
-            SimpleNamespace(has_gate=True, has_bias=False, is_transposed=False, act_fn=None, _apply_gate=_gated),
-        )
-    )
+    module = SimpleNamespace(has_gate=True, has_bias=False, is_transposed=False, _apply_gate=_gated)
+    math = ExpertMath(cast(nn.Module, module), kernel_of("cpu", dtype))
     first = torch.zeros(EXPERTS, 2 * INNER, HIDDEN, dtype=dtype)
     down = torch.zeros(EXPERTS, HIDDEN, INNER, dtype=dtype)
     weights = [math.bind({"gate_up_proj": first[e], "down_proj": down[e]}) for e in range(EXPERTS)]

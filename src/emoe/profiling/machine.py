@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from emoe.config import user_cache
 from emoe.errors import UsageError
 
 FORMAT = "emoe-machine/1"
@@ -227,19 +228,10 @@ def file_system(file: Path) -> str:
     return device
 
 
-def cache_folder() -> Path:
-    """Where emoe keeps what it measured: $EMOE_CACHE, else $XDG_CACHE_HOME/emoe, else ~/.cache/emoe."""
-    given = os.environ.get("EMOE_CACHE")
-    if given:
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "emoe"
-
-
 def kept_path(of: Mapping[str, str]) -> Path:
     """The file that keeps the measurements of a machine with this fingerprint."""
     digest = hashlib.sha256(json.dumps(dict(of), sort_keys=True).encode()).hexdigest()[:12]
-    return cache_folder() / f"machine-{digest}.json"
+    return user_cache() / f"machine-{digest}.json"
 
 
 def keep(machine: Machine) -> Path:

@@ -306,7 +306,7 @@ class ExpertPool:
         if self.transfers is not None:
             passing = table.slots[slot].transient
             return self.transfers.start(key, slot, priority, what, passing=passing, evicted=table.evicted)
-        return self._loader.submit(lambda: self.read(key, self.bank.views[slot]), what, priority)
+        return self._loader.submit(lambda: self.read(key, self.bank.views[slot], priority), what, priority)
 
     def _room(self, key: Key, ahead: bool) -> bool:
         """Whether a load could begin now: on the way to a device it passes through host memory."""
@@ -360,9 +360,9 @@ class ExpertPool:
         for slot in slots:
             self.table.unpin(slot)
 
-    def read(self, key: Key, parts: dict[str, torch.Tensor]) -> int:
+    def read(self, key: Key, parts: dict[str, torch.Tensor], priority: int = DEMAND) -> int:
         """Read an expert from disk into memory laid out as a slot; return the bytes read. For any thread."""
-        return self._reader.read_into(self._index.pieces(*key), parts)
+        return self._reader.read_into(self._index.pieces(*key), parts, priority)
 
     def close(self) -> None:
         """Give the host tier's memory back; nothing can be loaded afterwards. Safe to call twice."""

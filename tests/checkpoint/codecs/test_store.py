@@ -22,6 +22,7 @@ from emoe.checkpoint.index import ExpertIndex, build_index
 from emoe.checkpoint.readers import Reader
 from emoe.checkpoint.skeleton import skeleton
 from emoe.checkpoint.writing import write_file
+from emoe.config import user_cache
 from emoe.errors import CheckpointError, ReadError, UnsupportedModelError, UsageError
 from tests.families import FAMILIES, make_checkpoint
 
@@ -154,7 +155,7 @@ def test_the_embedded_model_keeps_its_folder_clean(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert made(model_folder, beside=False).parent == tmp_path / "emoe"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cache.user_cache() == Path.home() / ".cache" / "emoe"
+    assert user_cache() == Path.home() / ".cache" / "emoe"
 
 
 def test_a_cache_of_another_checkpoint_codec_or_version_is_refused(model_folder: Path) -> None:

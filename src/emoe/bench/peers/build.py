@@ -14,7 +14,7 @@ import venv
 from pathlib import Path
 
 import emoe
-from emoe.checkpoint.codecs.cache import user_cache
+from emoe.config import user_cache
 from emoe.errors import EmoeError, UsageError
 
 VERSION = "0.3.36"

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import emoe
+from emoe.config import user_cache
 from emoe.errors import CheckpointError, UsageError
 
 FORMAT = 1
@@ -86,12 +87,6 @@ def places(model: Path, given: Path | None, beside: bool) -> list[Path]:
     if given is not None:
         return [given]
     return [*([model / BESIDE] if beside else []), user_cache()]
-
-
-def user_cache() -> Path:
-    """The user's cache directory: $XDG_CACHE_HOME/emoe, or ~/.cache/emoe."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(named) if os.path.isabs(named) else Path.home() / ".cache") / "emoe"
 
 
 def find_cache(places: list[Path], name: str) -> Path | None:
