@@ -42,7 +42,9 @@ def llama_python(cache: Path) -> Path | None:
 def build_command(cache: Path) -> list[str]:
     """The pip command that compiles, as `build_llama` runs it with CMAKE_ARGS in its environment."""
     python = str(_folder(cache) / "bin" / "python")
-    return [python, "-m", "pip", "install", "--no-binary", "llama-cpp-python", f"llama-cpp-python=={VERSION}"]
+    # No cache: a wheel that lies there may have been compiled for another processor or with other arguments.
+    pip = [python, "-m", "pip", "install", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
+    return [*pip, f"llama-cpp-python=={VERSION}"]
 
 
 def build_llama(cache: Path, jobs: int | None = None) -> Path:
@@ -70,7 +72,7 @@ def build_llama(cache: Path, jobs: int | None = None) -> Path:
     try:
         venv.create(folder, with_pip=True, clear=True)
         jobs = jobs or len(os.sched_getaffinity(0))
-        variables = os.environ | {"CMAKE_ARGS": CMAKE_ARGS, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs)}
+        variables = os.environ | {"PYTHONPATH": "", "CMAKE_ARGS": CMAKE_ARGS, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs)}
         with log.open("w") as out:
             code = subprocess.run(
                 build_command(cache), stdout=out, stderr=subprocess.STDOUT, env=variables, check=False
