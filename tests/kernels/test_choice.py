@@ -21,13 +21,13 @@ from emoe.kernels.native import build
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
 
-CACHE = os.environ.get("XDG_CACHE_HOME", "")
+CACHE = os.environ.get("EMOE_CACHE", "")
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No choice made yet, an empty cache, and a fast build."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path))
     monkeypatch.delenv(choice.VARIABLE, raising=False)
     monkeypatch.delenv("CC", raising=False)
     for cached in (choice._calls, choice._say_once):
@@ -134,7 +134,7 @@ else:
     os._exit(0)
 assert sum(calls.thread_counts().values()) == 20
 """
-    environment = os.environ | {"XDG_CACHE_HOME": CACHE}
+    environment = os.environ | {"EMOE_CACHE": CACHE}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False, env=environment
     )

@@ -34,7 +34,7 @@ def calls(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         if request.param == "this processor":
             return Calls(build.built())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+            patch.setenv("EMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
             return Calls(build.built(["-O1", *(flag for flag in build.FLAGS if flag[:3] not in ("-ma", "-O3"))]))
     except build.BuildError as error:
         pytest.skip(str(error))

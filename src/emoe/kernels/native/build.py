@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from emoe.config import user_cache
+
 SOURCES = ("emoe.c", "vectors.h", "pool.h", "products.h", "pairs.h", "gates.h", "threads.h")
 """`emoe.c` includes the others."""
 
@@ -52,16 +54,15 @@ def cache_folder() -> Path:
     Raises:
         BuildError: it cannot be made, or others could write to it.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or ""
-    folder = (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "emoe" / "kernels"
+    folder = user_cache() / "kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         state = folder.stat()
     except OSError as error:
-        raise BuildError(f"{folder} cannot be made ({error.strerror}): point XDG_CACHE_HOME elsewhere") from error
+        raise BuildError(f"{folder} cannot be made ({error.strerror}): set EMOE_CACHE to a folder that can") from error
     if state.st_uid != os.getuid() or state.st_mode & 0o022:
         raise BuildError(
-            f"others may write to {folder}, from which code is run: chmod go-w it, or point XDG_CACHE_HOME elsewhere"
+            f"others may write to {folder}, from which code is run: chmod go-w it, or set EMOE_CACHE to another"
         )
     return folder
 
