@@ -138,6 +138,21 @@ def test_where_the_host_has_everything_nothing_waits_for_a_copy(path: Path, virt
     emoe.close(model)
 
 
+def test_where_the_device_has_everything_nothing_is_copied_or_marked(path: Path, virtual: Virtual) -> None:
+    model, (whole, _) = virtual.load(path), emoe.load(path)
+    before, begun = emoe.stats(model), virtual.devices[0].compute_s
+    assert before["bytes_copied"] == before["total_expert_bytes"] and before["host"]["slots"] < before["slots"]
+    for seed in range(3):
+        inputs = batch_of(seed, 2, 9)
+        for ours, theirs in zip(logits_of(model, inputs, 4), logits_of(whole, inputs, 4), strict=True):
+            assert torch.equal(ours, theirs)
+    after = emoe.stats(model)
+    assert after["bytes_copied"] == before["bytes_copied"] and after["misses"] == 0
+    assert after["synchronisations"] == before["synchronisations"] and virtual.devices[0].compute_s == begun
+    emoe.close(model)
+    emoe.close(whole)
+
+
 def test_banks_never_move(path: Path, virtual: Virtual) -> None:
     """So that a captured graph may keep their addresses."""
     model = virtual.load(path, expert_memory="30%")

@@ -279,7 +279,9 @@ class ExpertPool:
             self._drain(flights)
         states = {slot.state for slot in self.table.slots if slot.key is not None}
         everything = self.table.occupied == sum(self.table.experts.values())
-        self._settled = everything and states == {SlotState.READY} and self.transfers is None
+        self._settled = everything and states == {SlotState.READY}
+        if self._settled and self.transfers is not None:
+            self.transfers.settle()
 
     # -- loads ----------------------------------------------------------------------------------------------
 

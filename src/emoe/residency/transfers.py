@@ -100,6 +100,12 @@ class Transfers:
         if arrival is not None:
             self.device.wait(arrival)
 
+    def settle(self) -> None:
+        """Wait for every copy: nothing will be copied any more, so uses need no marks."""
+        for arrival in self._arriving.values():
+            self.device.finish(arrival)
+        self._arriving.clear()
+
     def release(self, slots: Collection[int]) -> None:
         """Note the last use of some slots for now."""
         self._last.update(dict.fromkeys(slots, self.device.used([self._bank.memories[slot] for slot in slots])))
