@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -111,11 +112,10 @@ def writable_place(places: list[Path]) -> tuple[Path, str]:
 
 def _refusal(place: Path) -> str | None:
     """Why nothing can be written in `place`; None where it can."""
-    probe = place / f".probe-{os.getpid()}"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".probe-"):  # of its own name: others may look at once
+            pass
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
             return error.strerror
