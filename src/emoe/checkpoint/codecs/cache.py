@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
