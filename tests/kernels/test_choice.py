@@ -68,14 +68,14 @@ def test_a_compiler_that_fails_is_named_with_its_first_error(monkeypatch: pytest
     monkeypatch.setenv("CC", str(broken))
     with pytest.raises(build.BuildError, match=r"broken-cc ended with 3 over the kernels: emoe.c:1: error: too modern"):
         build.built()
-    assert not list((tmp_path / "emoe" / "kernels").iterdir())
+    assert not list((tmp_path / "kernels").iterdir())
 
 
 @needs_compiler
 def test_built_once_privately_and_again_when_damaged(tmp_path: Path) -> None:
     flags = [flag.replace("-O3", "-O0") for flag in build.FLAGS]
     first = build.built(flags)
-    folder = tmp_path / "emoe" / "kernels"
+    folder = tmp_path / "kernels"
     assert first.parent == folder
     assert folder.stat().st_mode & 0o077 == 0
     when = first.stat().st_mtime_ns
@@ -98,7 +98,7 @@ def test_two_at_once_are_fine() -> None:
 
 
 def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "emoe" / "kernels"
+    folder = tmp_path / "kernels"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
     with pytest.raises(build.BuildError, match="others may write to"):
