@@ -251,7 +251,7 @@ def torch_quantised_way(bits: int, packed: list[dict[str, torch.Tensor]], module
 
 
 def measure(
-    layer: Layer, count: int, dtype: torch.dtype, tokens: int, options: argparse.Namespace
+    layer: Layer, count: int, dtype: torch.dtype, threads: int, tokens: int, options: argparse.Namespace
 ) -> dict[str, list[tuple[float, int]]]:
     """(milliseconds, distinct experts read) per call of each way, the ways taking turns on fresh routes."""
     found: dict[str, list[tuple[float, int]]] = {}
@@ -262,6 +262,7 @@ def measure(
                 hidden = torch.randn(tokens, layer.hidden).to(dtype)
                 ids = torch.rand(tokens, count).topk(min(layer.top_k, count)).indices
                 gates = torch.rand(ids.shape).softmax(-1).to(dtype)
+                torch.set_num_threads(threads)  # numba changes it
                 start = time.perf_counter()
                 way(hidden, ids, gates)
                 if round_ >= 2:
@@ -288,7 +289,7 @@ def main() -> None:
                 torch.set_num_threads(threads)
                 for tokens in map(int, options.tokens.split(",")):
                     print(f"{shape}: {str(dtype)[6:]}, {threads} threads, {tokens} tokens, {count} experts")
-                    for name, calls in measure(layer, count, dtype, tokens, options).items():
+                    for name, calls in measure(layer, count, dtype, threads, tokens, options).items():
                         times = [ms for ms, _ in calls]
                         nbytes = {"int8": 1.0, "int4": 0.5625}.get(name.rpartition(" ")[2], dtype.itemsize) * expert
                         rate = statistics.median(n * nbytes / ms / 1e6 for ms, n in calls)

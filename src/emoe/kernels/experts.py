@@ -8,6 +8,7 @@ grouped_mm is ahead (18.4 ms against 20.9), but it needs every expert at once, w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -285,12 +286,15 @@ def _one_expert(math: ExpertMath, w: Weights, x: torch.Tensor, out: torch.Tensor
         else:
             native.down(math.activate(native.first(x, [w.native])), [w.native], out)
         return
+    unpack = None
     if native is not None and w.native is not None and quantised:
-        first, down = native.unpacked(w.native, x.dtype)
-        w = Weights(first, w.first_bias, down, w.down_bias)
-    inner = x.new_empty(x.shape[0], w.first.shape[1])
-    _project(x, w.first, w.first_bias, inner)
-    _project(math.activate(inner), w.down, w.down_bias, out)
+        unpack = functools.partial(native.unpacked, w.native, x.dtype)
+    first = w.first if unpack is None else unpack(down=False)
+    inner = x.new_empty(x.shape[0], first.shape[1])
+    _project(x, first, w.first_bias, inner)
+    inner = math.activate(inner)
+    del first  # one matrix unpacked at a time is what is planned for
+    _project(inner, w.down if unpack is None else unpack(down=True), w.down_bias, out)
 
 
 def rounds_rows(device: torch.device, dtype: torch.dtype) -> bool:

@@ -96,14 +96,13 @@ class NativeExperts:
         layer = self._layer(experts[0], x.dtype)
         self._calls.products(layer.down, [bound.down_matrix for bound in experts], x.contiguous(), out)
 
-    def unpacked(self, bound: Bound, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return an expert's quantised matrices as plain [in, out] ones in `dtype`."""
+    def unpacked(self, bound: Bound, dtype: torch.dtype, *, down: bool) -> torch.Tensor:
+        """Return one of an expert's quantised matrices as a plain [in, out] one in `dtype`."""
         layer = self._layer(bound, dtype)
-        both = []
-        for shape, matrix in ((layer.first, bound.first_matrix), (layer.down, bound.down_matrix)):
-            both.append(torch.empty(shape.rows, shape.columns, dtype=dtype))
-            self._calls.unpack(shape, matrix, both[-1])
-        return both[0].t(), both[1].t()
+        shape, matrix = (layer.down, bound.down_matrix) if down else (layer.first, bound.first_matrix)
+        out = torch.empty(shape.rows, shape.columns, dtype=dtype)
+        self._calls.unpack(shape, matrix, out)
+        return out.t()
 
     def _layer(self, bound: Bound, dtype: torch.dtype) -> Layer:
         layer = self._layers.get(dtype)
