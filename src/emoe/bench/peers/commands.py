@@ -61,6 +61,7 @@ def add_peers(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="of decoding; a slow engine decodes fewer tokens (default: 60)",
     )
+    add("--warmups", type=int, metavar="N", help="prompts before the measured one (default: 1 without a limit, else 0)")
     add("--cold", action="store_true", help="without a limit too: drop files from the page cache before each process")
     add("--check-routes", action="store_true", help="first see whether llama.cpp takes the routes that were planted")
     add("--json", action="store_true", help="print one JSON object (docs/benchmarks.md) instead of a table")
@@ -97,6 +98,7 @@ def peers_settings(args: argparse.Namespace) -> PeersSettings:
         expert_dtypes=tuple(_words(args.expert_dtypes)),
         implementations=tuple(_words(args.implementations)),
         cold=args.cold,
+        warmups=args.warmups,
         check_routes=args.check_routes,
         timeout_s=args.timeout,
         decode_s=args.decode_seconds,

@@ -189,8 +189,8 @@ class _Comparison:
         try:
             with self._started(row) as (client, load):
                 row.loads.append(client.ask("load", within_s=settings.timeout_s, **load))
-                if self.limit is None and not settings.cold:
-                    self._warm_up(client, tokens)
+                for before in range(settings.prompts_before):
+                    self._warm_up(client, settings.rounds + number * settings.prompts_before + before)
                 found = client.ask(
                     "feed",
                     within_s=settings.timeout_s + settings.decode_s,
@@ -209,8 +209,9 @@ class _Comparison:
             f"{decoded} tokens at {decoded / sum(found['step_s']):.2f} a second"
         )
 
-    def _warm_up(self, client: WorkerClient, tokens: _Tokens) -> None:
-        """Without a limit everything is compared in memory: a mapped file must have been read for that."""
+    def _warm_up(self, client: WorkerClient, number: int) -> None:
+        """A prompt of other tokens: a process that has run for a while holds what it could keep."""
+        tokens = self._tokens(number)
         client.ask("feed", within_s=self.settings.timeout_s, prompt=tokens.prompt, forced=tokens.forced[:2], seconds=0)
 
     @contextmanager

@@ -25,8 +25,9 @@ class PeersSettings:
 
     `memory_limit`: for each process, "40%" of the checkpoint's bytes, a size, or None. `budgets` of emoe; empty: the
     largest that the planner fits into the limit. `cold` drops files from the page cache before a process starts
-    also without a limit; with one it always happens. `timeout_s` bounds loading and the prompt, each; `decode_s`
-    bounds decoding: what is measured then is fewer tokens.
+    also without a limit; with one it always happens. `warmups` prompts are read before the measured one; None: one
+    where everything is compared in memory, else none, so that a process that has just started is measured.
+    `timeout_s` bounds loading and the prompt, each; `decode_s` bounds decoding: what is measured then is fewer tokens.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class PeersSettings:
     expert_dtypes: tuple[str, ...] = ("native",)
     implementations: tuple[str, ...] = ("grouped_mm",)
     cold: bool = False
+    warmups: int | None = None
     check_routes: bool = False
     timeout_s: float = 600.0
     decode_s: float = 60.0
@@ -56,8 +58,17 @@ class PeersSettings:
             if wrong or not getattr(self, name):
                 found = repr(wrong[0]) if wrong else "nothing"
                 raise UsageError(f"{name.replace('_', ' ')} are among {', '.join(known)}, not {found}")
+        if self.warmups is not None and self.warmups < 0:
+            raise UsageError(f"warmups must be at least 0, not {self.warmups}")
         if not self.threads or min(self.threads) < 1:
             raise UsageError(f"threads must be numbers from 1, not {self.threads}")
+
+    @property
+    def prompts_before(self) -> int:
+        """How many prompts a process reads before the measured one."""
+        if self.warmups is not None:
+            return self.warmups
+        return 1 if self.memory_limit is None and not self.cold else 0
 
     def limit_bytes(self, checkpoint_bytes: int) -> int | None:
         """The memory limit. Raises UsageError for a text that is neither a share nor a size."""
