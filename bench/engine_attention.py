@@ -1,22 +1,30 @@
 """Attention of the engine, request by request, against transformers' one masked product over the whole step.
 
-    python -m bench.engine_attention [--dtype bfloat16] [--steps 12] [--kinds alone,packed]
+    python -m bench.engine_attention [--dtype bfloat16] [--steps 12] [--kinds alone,packed] [--layers] [--decode DIR]
 
 Prints, for emoe-nano with all experts resident, prompt tokens/s and answer tokens/s by requests and KV length, and the
-largest mask that transformers holds for it.
+largest mask that transformers holds for it. With --layers, instead: one layer's attention of one query row and of four
+by transformers' sdpa and by emoe's products, in microseconds, taking turns (`strided`: as the engine reads its pages).
+With --decode DIR: a token of that checkpoint with either, resident, after 64, 512 and 2048 tokens, in milliseconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Sequence
 
 import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import emoe
 from emoe.engine import batching
 from emoe.engine.attention import IMPLEMENTATION
+from emoe.kernels.attention import few_rows
+from emoe.model.attention import FEW_ROWS_SDPA
 from emoe.model.bind import binding_of
 
 
@@ -63,6 +71,52 @@ def measure(model: object, requests: int, length: int, steps: int, batch_tokens:
     return requests * length / read_s, tokens / decode_s, mib
 
 
+def layers(dtype: torch.dtype, rounds: int) -> None:
+    """Print one layer's attention; the mask leaves all keys, and one row needs none."""
+    print(f"{'heads':>9} {'rows':>5} {'keys':>5} {'':8} {'sdpa us':>9} {'emoe us':>9}")
+    for heads, key_heads, size in ((16, 16, 64), (16, 4, 64), (32, 4, 128)):
+        module = nn.Module()
+        module.num_key_value_groups = heads // key_heads  # type: ignore[assignment]
+        for rows in (1, 4):
+            for keys in (64, 512, 2048):
+                for strided in (False, True):
+                    query = torch.randn(1, heads, rows, size, dtype=dtype)
+                    pages = torch.randn(2, 1, keys, key_heads, size, dtype=dtype).transpose(2, 3)
+                    key, value = (pages if strided else pages.contiguous()).unbind()
+                    mask = None if rows == 1 else torch.ones(1, 1, rows, keys, dtype=torch.bool)
+                    times: tuple[list[float], list[float]] = ([], [])
+                    for _ in range(rounds):
+                        start = time.perf_counter()
+                        sdpa_attention_forward(module, query, key, value, mask)
+                        middle = time.perf_counter()
+                        few_rows(query, key, value, mask)
+                        times[0].append(middle - start)
+                        times[1].append(time.perf_counter() - middle)
+                    theirs, ours = (statistics.median(each) * 1e6 for each in times)
+                    layout = "strided" if strided else ""
+                    print(f"{heads:3}/{key_heads:2}x{size:3} {rows:4} {keys:5} {layout:8} {theirs:9.0f} {ours:9.0f}")
+
+
+def decode(folder: str, dtype: str, rounds: int) -> None:
+    """Print what a token takes with either attention, taking turns, by tokens before it."""
+    model, _ = emoe.load(folder, dtype=dtype)
+    for length in (64, 512, 2048):
+        past = DynamicCache(config=model.config)
+        times: dict[str, list[float]] = {"sdpa": [], FEW_ROWS_SDPA: []}
+        with torch.no_grad():
+            model(torch.randint(5, 1000, (1, length)), past_key_values=past, logits_to_keep=1)
+            for _ in range(rounds):
+                for name, seconds in times.items():
+                    model.set_attn_implementation(name)
+                    for _ in range(4):
+                        start = time.perf_counter()
+                        model(torch.tensor([[7]]), past_key_values=past)
+                        seconds.append(time.perf_counter() - start)
+                        past.crop(-1)
+        for name, seconds in times.items():
+            print(f"{length:5} {name:10} {statistics.median(seconds) * 1e3:7.2f} ms (least {min(seconds) * 1e3:.2f})")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,8 +124,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--kinds", default="alone,packed")
     parser.add_argument("--batch-tokens", type=int, default=512)
+    parser.add_argument("--layers", action="store_true", help="one layer by itself, without a model")
+    parser.add_argument("--decode", metavar="DIR", help="a token of this checkpoint")
+    parser.add_argument("--rounds", type=int, default=20, help="of --layers and --decode")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.layers:
+        layers(getattr(torch, arguments.dtype), arguments.rounds)
+        return
+    if arguments.decode:
+        decode(arguments.decode, arguments.dtype, arguments.rounds)
+        return
     model, _ = emoe.load(dtype=arguments.dtype)
     print(f"{'attention':10} {'requests':>8} {'KV':>5} {'prompt tokens/s':>16} {'answer tokens/s':>16} {'mask MiB':>9}")
     for requests in (1, 8, 32):

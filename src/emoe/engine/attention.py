@@ -29,11 +29,13 @@ class Packed:
 
     Attributes:
         rows: where a layer's keys and values lie, see `Rows`.
+        attend: the attention function of one request, the one that `generate()` uses.
         queries, keys: how many each request has in this step, in the order of the packed sequence. Keys are those of
             before and the step's own.
     """
 
     rows: Rows
+    attend: Callable[..., tuple[torch.Tensor, None]] = sdpa_attention_forward
     queries: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
 
@@ -77,20 +79,25 @@ def packed_attention(
         # Read for one request after the other, what is attended to lies in the processor's cache.
         k = key_ if own is None else keys.index_select(0, own).transpose(0, 1)[None]
         v = value_ if own is None else values.index_select(0, own).transpose(0, 1)[None]
-        outputs.append(_alone(module, query_, k, v, dropout, scaling))
+        outputs.append(_alone(packed, module, query_, k, v, dropout, scaling))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
 def _alone(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, scaling: Any
+    packed: Packed,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float,
+    scaling: Any,
 ) -> torch.Tensor:
     """One request: a whole prompt or one token needs no mask, a later chunk of a prompt does."""
     queries, keys = query.shape[2], key.shape[2]
     mask = None
     if 1 < queries < keys:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril_(keys - queries)[None, None]
-    output: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal=True)[0]
-    return output
+    return packed.attend(module, query, key, value, mask, dropout, scaling, is_causal=True)[0]
 
 
 def slides(model: PreTrainedModel) -> bool:

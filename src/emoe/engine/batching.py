@@ -18,10 +18,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import scheduler as tf_scheduler
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from emoe.engine.attention import IMPLEMENTATION, Packed, rows_of, slides
 from emoe.engine.moved import KNOWS_FLASH, PAGE_SIZE, check
 from emoe.errors import UnsupportedModelError
+from emoe.model.attention import FEW_ROWS_SDPA
+from emoe.model.attention import attention as few_rows_attention
 
 SCHEDULER = "emoe"
 ALL_MEMORY = 1e6
@@ -148,9 +151,12 @@ class Batcher:
             scheduler_type=SCHEDULER,
             safety_margin=0.0,
         )
+        few = self._attention == FEW_ROWS_SDPA
         try:
+            if few:  # a name that continuous batching does not know
+                model.set_attn_implementation("sdpa")
             if not KNOWS_FLASH and "|" not in self._attention:  # else it would choose flash where there is one
-                model.set_attn_implementation(f"paged|{self._attention}")
+                model.set_attn_implementation(f"paged|{model.config._attn_implementation}")
             manager = model.init_continuous_batching(
                 generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
                 continuous_batching_config=config,
@@ -169,7 +175,7 @@ class Batcher:
             ) from error
         self._cache: Any = self._processor.cache
         self._scheduler: ScheduledOnly = self._processor.scheduler
-        self._cache.emoe = Packed(rows_of(self._cache))
+        self._cache.emoe = Packed(rows_of(self._cache), few_rows_attention if few else sdpa_attention_forward)
         self._processor.model_runner._sample = self._choose
         self.kv_tokens = self._capacity()
         self._scheduler.page_tokens = 0 if self.sliding else page_tokens

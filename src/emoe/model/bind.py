@@ -23,6 +23,7 @@ from emoe.errors import BudgetError, UsageError
 from emoe.kernels.choice import Kernel, kernel_of
 from emoe.kernels.dense import DenseKernels
 from emoe.kernels.experts import ExpertMath
+from emoe.model.attention import attend_few_rows
 from emoe.model.foresight import Ahead
 from emoe.model.loading import load_dense
 from emoe.model.placement import Placement, check_settings, equip, host_plan, make_pool, place, preload
@@ -41,7 +42,6 @@ from emoe.tasks.profile import Profile
 
 LOADER_THREADS = {"cached": 2, "direct": 4, "advised": 4}
 """A copy from the page cache is bound by memory, so two threads do; a disk wants several requests under way."""
-
 
 _CLOSE_S = 1.0
 
@@ -250,6 +250,7 @@ def load(
     try:
         binding.host, binding.on_miss = beside, on_miss
         _bind(model, binding, placement, opened)
+        attend_few_rows(model, binding.kernel, asked="attn_implementation" in kwargs)
         binding.handles += ahead.attach(model, binding.pools, tokenizer)
         if plan.all_resident:
             preload(binding.pools, progress)

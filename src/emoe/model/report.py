@@ -113,7 +113,7 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         "tasks": list(runtime.tasks),
         "prefetch": prefetching,
         "scorer": scoring,
-        "kernels": _kernels(binding),
+        "kernels": _kernels(model, binding),
         "layers": dict(sorted(layers.items())),
     }
 
@@ -156,13 +156,19 @@ def _hybrid(binding: Binding) -> dict[str, Any] | None:
     }
 
 
-def _kernels(binding: Binding) -> dict[str, Any] | None:
+def _kernels(model: PreTrainedModel, binding: Binding) -> dict[str, Any] | None:
     """What computes few tokens, why, in how many linear layers too, and with how many threads it has been called."""
     kernel, dense = binding.kernel, binding.dense
     if kernel is None or dense is None:
         return None
     threads = {} if kernel.calls is None else kernel.calls.thread_counts()
-    return {"name": kernel.name, "reason": kernel.reason, "linears": len(dense), "calls_by_threads": threads}
+    return {
+        "name": kernel.name,
+        "reason": kernel.reason,
+        "linears": len(dense),
+        "attention": model.config._attn_implementation,
+        "calls_by_threads": threads,
+    }
 
 
 def _prefetching(binding: Binding) -> dict[str, Any] | None:
