@@ -35,6 +35,7 @@ from emoe.prediction.protocol import RoutingShape
 from emoe.prediction.registry import SCORERS, make_scorer
 from emoe.residency.bank import Bank, slot_nbytes
 from emoe.residency.budget import LayerNeed, plan_slots
+from emoe.residency.devices import CpuDevice
 from emoe.residency.eviction import EVICTION_RULES, Eviction, Scored, make_eviction
 from emoe.residency.loader import Loader
 from emoe.residency.plans import TaskDemand, best_keys_of_all, expected_tokens
@@ -116,7 +117,7 @@ class Machinery:
         else:
             eviction = make_eviction(rule)
         table = ResidencyTable(plan, experts, eviction)
-        bank = Bank([PART], plan.slots, torch.device("cpu"))
+        bank = Bank([PART], plan.slots, CpuDevice())
         self.pool = ExpertPool(table, bank, cast(ExpertIndex, _Index()), cast(Reader, _Reader()), loader)
         each = plan.slots // shape.layers
         self.pool.preload((layer, expert) for layer in experts for expert in range(each))
