@@ -67,6 +67,20 @@ def test_learning_takes_the_same_steps_however_tokens_are_cut() -> None:
         np.testing.assert_allclose(scorer.scores(), scorers[0].scores(), atol=0.02)
 
 
+def test_it_learns_the_same_while_the_model_runs_in_inference_mode() -> None:
+    routes = random_routes(400)
+    found = []
+    for mode in (False, True):
+        scorer = NextUse(SHAPE)
+        with torch.inference_mode(mode):
+            scorer.begin_prompt(None)
+            for start in range(0, len(routes), 40):
+                scorer.scores_at(1, routes[start])
+                scorer.observe(routes[start : start + 40])
+            found.append(scorer.scores())
+    np.testing.assert_array_equal(*found)
+
+
 def test_layers_after_the_running_one_are_not_looked_at() -> None:
     routes = random_routes(300)
     scorer = NextUse(SHAPE)

@@ -132,11 +132,13 @@ class NextUse:
 
     # -- scoring --------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     def begin_prompt(self, task: str | None) -> None:
         """A prompt of this task starts."""
         self._running = None
         self.stream.begin_prompt(task)
 
+    @torch.inference_mode(False)  # what is learned from must be ordinary tensors, whatever mode the model runs in
     @torch.no_grad()
     def observe(self, routes: Array, weights: Array | None = None, token_ids: Array | None = None) -> None:
         """Note tokens that ran; weights and token ids tell nothing more, so they are not used (docs/log.md)."""
@@ -148,6 +150,7 @@ class NextUse:
             else:
                 self.stream.close(self.stream.open(hot))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def scores_of(self, routes: Array, weights: Array | None = None, token_ids: Array | None = None) -> Array:
         """float32 [tokens, layers, experts]: what `scores_at` returns for each layer of each token in turn."""
@@ -177,6 +180,7 @@ class NextUse:
         nothing = np.full((self.shape.layers, self.shape.top_k), missing_id(np.dtype(np.uint16)), dtype=np.uint16)
         return np.stack([self.scores_at(rank, nothing) for rank in range(self.shape.layers)])
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def scores_at(self, rank: int, routes: Array) -> Array:
         """float32 [experts] of one layer, from what was observed and the running token's routes.
