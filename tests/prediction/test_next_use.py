@@ -78,7 +78,7 @@ def test_it_learns_the_same_while_the_model_runs_in_inference_mode() -> None:
                 scorer.scores_at(1, routes[start])
                 scorer.observe(routes[start : start + 40])
             found.append(scorer.scores())
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 def test_layers_after_the_running_one_are_not_looked_at() -> None:
