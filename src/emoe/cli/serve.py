@@ -172,6 +172,7 @@ def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
         task = args.task  # of requests that name none; loading has nothing to label with it
         args.task = None
         options = {"expert_memory": planned.expert_memory, "max_read_bytes_per_s": args.max_read_bytes_per_s}
+        bound.listen()  # whoever reads the line below may connect at once
         with _log_as_notes(), open_session(args, **options) as session:
             profile = binding_of(session.model).ahead.profile
             tasks = () if profile is None else profile.tasks
