@@ -172,7 +172,6 @@ def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
         task = args.task  # of requests that name none; loading has nothing to label with it
         args.task = None
         options = {"expert_memory": planned.expert_memory, "max_read_bytes_per_s": args.max_read_bytes_per_s}
-        bound.listen()  # whoever reads the line below may connect at once
         with _log_as_notes(), open_session(args, **options) as session:
             profile = binding_of(session.model).ahead.profile
             tasks = () if profile is None else profile.tasks
@@ -183,6 +182,7 @@ def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
             try:
                 stats = session.stats
                 warn_if_lossy(stats)
+                bound.listen()  # whoever reads this line may connect at once
                 note(
                     f"serving {_name(args)} at {address_of(bound)}/v1: mode {engine.mode}"
                     f"{'' if engine.expert_dtype == NATIVE else f', {engine.expert_dtype} experts'}"
