@@ -1,9 +1,10 @@
 """How routed experts are computed. The kernel is chosen by shape alone, never by what is resident.
 
-Measured on two cores (`bench/expert_kernels.py`, docs/log.md; hidden 1024, 64 experts of 512, top-8, bf16): one token
-takes 1.44 ms with one `mm(out=)` per expert and projection and a single activation over all, 1.83 with transformers'
-eager loop, 1.44 with grouped_mm, 3.23 with gathered bmm; the best run at the memory's bandwidth. Over 256 tokens
-grouped_mm is ahead (18.4 ms against 20.9), but it needs every expert at once, which a budget does not give.
+Few rows of an expert run in C where that can be had (`kernels/native`), at the speed of a plain sum over the same
+bytes; more rows, and few where there is no compiler, are torch's: one `mm(out=)` per expert and projection, which was
+as fast for one token as any implementation of transformers (`bench/expert_kernels.py`, docs/log.md). Over 256 tokens
+grouped_mm is ahead (18.4 ms against 20.9; hidden 1024, 64 experts of 512, top-8, bf16), but it needs every expert at
+once, which a budget does not give.
 """
 
 from __future__ import annotations
