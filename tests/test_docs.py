@@ -64,7 +64,7 @@ def test_every_command_is_documented() -> None:
     text = (ROOT / "docs/cli.md").read_text()
     usage = build_parser().format_help()
     commands = re.findall(r"^    (\w+)  ", usage, re.MULTILINE)
-    assert len(commands) == 11
+    assert len(commands) == 12
     for command in commands:
         assert f"`emoe {command}" in text
 

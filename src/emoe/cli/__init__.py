@@ -11,6 +11,7 @@
     emoe simulate TRACE                  what each policy would have loaded, beside the best possible
     emoe roofline MODEL                  how fast this machine could run it
     emoe bench decode                    measure
+    emoe reproduce all                   the paper's figures and tables, done again
 
 Exit codes: 0 done; 1 a defect; 2 usage; 3 damaged checkpoint; 4 unsupported model; 5 budget too small;
 6 read error while running; 130 interrupted; 141 the reader of the output went away.
@@ -25,14 +26,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import emoe
-from emoe.cli import bench, chat, demo, generate, inspect, plan, profile, quantise, roofline, serve, simulate
+from emoe.cli import bench, chat, demo, generate, inspect, plan, profile, quantise, reproduce, roofline, serve, simulate
 from emoe.cli.output import note
 from emoe.errors import EmoeError, UsageError
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
-_COMMANDS = (plan, generate, chat, inspect, demo, serve, profile, quantise, simulate, roofline, bench)
+_COMMANDS = (plan, generate, chat, inspect, demo, serve, profile, quantise, simulate, roofline, bench, reproduce)
 
 
 def build_parser() -> argparse.ArgumentParser:

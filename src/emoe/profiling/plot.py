@@ -74,10 +74,10 @@ def plot_sensitivity(profile: Profile, file: Path) -> None:
     figure.savefig(file, dpi=110)
     plt.close(figure)
     if file.suffix.lower() == ".png":
-        _fewer_colours(file)
+        fewer_colours(file)
 
 
-def _fewer_colours(file: Path) -> None:
+def fewer_colours(file: Path) -> None:
     """Lines and text need no 24 bits a pixel: a quarter of the bytes, and no difference to see."""
     from PIL import Image  # matplotlib depends on it
 

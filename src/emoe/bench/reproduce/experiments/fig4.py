@@ -1,0 +1,74 @@
+"""Figure 4: does an answer's length depend on the task?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from emoe.bench.reproduce import drawing
+from emoe.bench.reproduce.experiment import Experiment
+from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
+from emoe.bench.reproduce.workbench import Workbench
+
+PAPER_RATIO = 2.0
+
+
+def run(bench: Workbench) -> Finding:
+    """Lengths of the greedy answers to the prompts of both sides."""
+    lengths: dict[str, list[int]] = {task: [] for task in bench.tasks}
+    cut: dict[str, int] = dict.fromkeys(bench.tasks, 0)
+    for side in ("learn", "score"):
+        _, answers = bench.recorded(side)
+        for prompt, answer in zip(bench.prompts[side], answers, strict=True):
+            if prompt.task in lengths:
+                lengths[prompt.task].append(len(answer.ids))
+                cut[prompt.task] += answer.cut
+    order = sorted(bench.tasks, key=lambda task: float(np.mean(lengths[task])))
+    rows: tuple[tuple[Any, ...], ...] = tuple(
+        (
+            task,
+            len(lengths[task]),
+            round(float(np.mean(lengths[task])), 2),
+            *(float(q) for q in np.quantile(lengths[task], (0.1, 0.5, 0.9))),
+            round(cut[task] / len(lengths[task]), 3),
+        )
+        for task in order
+    )
+    shortest, longest = rows[0], rows[-1]
+    ratio = longest[2] / shortest[2]
+    limited = sum(cut.values())
+    why = f"{limited} answers ended at the limit of {bench.new_tokens} tokens, so long ones are longer still."
+    holds = ratio >= PAPER_RATIO
+    claim = Claim(
+        "the mean length of an answer depends on the task, up to twice",
+        "2x; question answering shortest, conversation longest",
+        f"{ratio:.1f}x; {shortest[0]} shortest, {longest[0]} longest",
+        "holds" if holds else "does not hold",
+        why if limited or not holds else "",
+    )
+    columns = ("task", "answers", "mean tokens", "1 of 10 within", "median", "9 of 10 within", "share cut")
+    table = Table("lengths", "Answer lengths by task", columns, rows)
+
+    def draw() -> Any:
+        figure, axes = drawing.panels(1, width=5.6)
+        ax = axes[0][0]
+        ax.boxplot([lengths[task] for task in order], whis=(10, 90), showfliers=False, showmeans=True)
+        ax.set_xticks(range(1, len(order) + 1), order, rotation=30)
+        drawing.finish(ax, "", "tokens of an answer")
+        return figure
+
+    caption = "Tokens of greedy answers: quartiles, whiskers at 10 and 90 %, triangles at the mean."
+    return Finding((claim,), (table,), (Picture("lengths", caption, draw),))
+
+
+EXPERIMENT = Experiment(
+    name="fig4",
+    title="Figure 4: output lengths",
+    question="Does the length of an answer depend on its task, so that a scheduler can expect it?",
+    method="Every prompt is answered greedily by the full model; lengths are counted by task.",
+    expected="Output length depends on the task, up to twice: question answering shortest, conversation longest.",
+    kind="quality",
+    minutes=(1, 4),
+    run=run,
+)

@@ -1,0 +1,300 @@
+"""What all experiments share: one model, prompts to learn from and prompts to score, routes, a profile, kept cells.
+
+Everything costly is kept in OUT/work as soon as it is made, so a run that was stopped goes on, and experiments share
+what they have in common. OUT/work/job.json says what a run is of; another run needs another folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+import emoe
+from emoe import nano
+from emoe.checkpoint.fingerprint import fingerprint
+from emoe.checkpoint.source import resolve
+from emoe.errors import UsageError
+from emoe.model import close
+from emoe.model.encoding import encode
+from emoe.profiling.machine import cores, processor
+from emoe.profiling.prompts import Prompt, digest, first_of_each, read_prompts, tasks_of
+from emoe.profiling.record import record
+from emoe.profiling.running import Answer
+from emoe.routing.trace import Trace
+from emoe.tasks.profile import Profile, write_whole
+
+Side = Literal["learn", "score"]
+Step = Callable[[str, int, int], None]
+Say = Callable[[str], None]
+T = TypeVar("T")
+
+WORK = "work"
+JOB = "job.json"
+QUICK_PROMPTS = 4
+"""Prompts of each task on each side of a quick pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run is of.
+
+    model: a folder or hub id, None for emoe-nano; prompts: JSON lines as `emoe profile` reads them, None for those
+    shipped with emoe-nano; learn: prompts to learn from, None for half of `prompts`; traces: other models' routes by
+    name; arrivals: a file of request arrivals; prompt_tokens: longer prompts lose their middle; new_tokens: of an
+    answer; threads: of torch.
+    """
+
+    out: Path
+    model: str | None = None
+    quick: bool = False
+    seed: int = 0
+    prompts: Path | None = None
+    learn: Path | None = None
+    traces: tuple[tuple[str, Path], ...] = ()
+    arrivals: Path | None = None
+    prompt_tokens: int = 384
+    new_tokens: int = 48
+    threads: int = 1
+
+
+class Workbench:
+    """Opened once for a run; see the module's text. mark: a hash of what the run is of.
+
+    Raises:
+        UsageError: no such model, prompts or traces, or OUT holds a run of something else.
+    """
+
+    def __init__(self, settings: Settings, step: Step, say: Say) -> None:
+        """Read the prompts, and note what the run is of; the model is loaded when it is first needed."""
+        self.settings = settings
+        self.step, self.say = step, say
+        self.folder = nano.path() if settings.model is None else resolve(settings.model)
+        self.name = "emoe-nano" if settings.model is None else Path(settings.model).name
+        self.fingerprint = fingerprint(self.folder)
+        self.prompts = _sides(settings)
+        self.tasks = tasks_of(self.prompts["score"])
+        self.traces = {name: Trace.read(path) for name, path in settings.traces}
+        self.work = settings.out / WORK
+        self._recorded: dict[Side, tuple[Trace, list[Answer]]] = {}
+        self.mark = ""
+        self._begin()
+
+    def pick(self, quick: T, full: T) -> T:
+        """One value for a quick pass, another for a full one."""
+        return quick if self.settings.quick else full
+
+    # -- the model -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def model(self, **options: Any) -> Iterator[tuple[PreTrainedModel, Any]]:
+        """The model and its tokenizer, loaded as `emoe.load(**options)` does, and closed afterwards.
+
+        Raises:
+            UsageError: the checkpoint has no tokenizer.
+        """
+        torch.set_num_threads(self.settings.threads)
+        model, tokenizer = emoe.load(self.settings.model, **options)
+        try:
+            if tokenizer is None:
+                raise UsageError(f"{self.folder} has no tokenizer: the experiments ask with text.")
+            yield model, tokenizer
+        finally:
+            close(model)
+
+    def ids(self, side: Side) -> list[list[int]]:
+        """Token ids of every prompt; one longer than `prompt_tokens` loses its middle."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        most = self.settings.prompt_tokens
+        found = [encode(tokenizer, prompt.messages, name=self.name) for prompt in self.prompts[side]]
+        return [ids if len(ids) <= most else ids[: most // 2] + ids[len(ids) - (most - most // 2) :] for ids in found]
+
+    # -- what was recorded and learned ---------------------------------------------------------------------------
+
+    def recorded(self, side: Side) -> tuple[Trace, list[Answer]]:
+        """The full model's greedy answers to the prompts of one side, and all their routes."""
+        if side not in self._recorded:
+            folder = self.work / "routes" / side
+            with self.model() as (model, _):
+                self._recorded[side] = record(
+                    model,
+                    self.prompts[side],
+                    self.ids(side),
+                    self.new_tokens,
+                    folder,
+                    lambda done, total: self.step(f"prompts to {side}", done, total),
+                )
+        return self._recorded[side]
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of an answer at most."""
+        return self.pick(min(self.settings.new_tokens, 16), self.settings.new_tokens)
+
+    @cached_property
+    def profile(self) -> Profile:
+        """What `emoe profile` makes of the prompts to learn from."""
+        from emoe.profiling.job import make_profile
+        from emoe.profiling.settings import ProfileSettings, check_settings
+
+        folder = self.work / "profile"
+        if (folder / "profile.json").is_file():
+            return Profile.read(folder, self.fingerprint)
+        settings = ProfileSettings(
+            new_tokens=self.new_tokens,
+            sensitivity_prompts=self.pick(2, 8),
+            prefixes=self.pick(6, 12),
+            predictors=("task-popularity", "static"),
+            seed=self.settings.seed,
+        )
+        with self.model() as (model, tokenizer):
+            prompts = self.prompts["learn"]
+            make_profile(
+                model,
+                tokenizer,
+                prompts,
+                check_settings(settings),
+                folder,
+                name=self.name,
+                step=self.step,
+                say=self.say,
+            )
+        return Profile.read(folder, self.fingerprint)
+
+    def trained(self, *names: str) -> Profile:
+        """The profile with predictors of these names besides, trained on the routes of the prompts to learn from."""
+        from emoe.profiling.training import train
+        from emoe.tasks.profile import PredictorStates
+
+        trace, _ = self.recorded("learn")
+        states = train(names, trace, self.work / "predictors", self.settings.seed, self.say)
+        return dataclasses.replace(self.profile, predictors=PredictorStates({**self.profile.predictors, **states}))
+
+    # -- cells ------------------------------------------------------------------------------------------------
+
+    def cell(self, of: str, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """A JSON value that `compute` makes once: the run that goes on, and other experiments, find it kept.
+
+        of: what it belongs to (an experiment's name, or a measurement that several share); key: everything that the
+        value depends on beside the run's settings.
+        """
+        text = json.dumps(dict(key), sort_keys=True)
+        file = self.work / "cells" / of / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+        try:
+            return json.loads(file.read_bytes())["value"]
+        except FileNotFoundError:
+            pass
+        value = compute()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps({"key": dict(key), "value": value}, indent=1).encode())
+        return json.loads(file.read_bytes())["value"]
+
+    def cells(self, of: str, keys: Sequence[Mapping[str, Any]], compute: Callable[..., Any]) -> list[Any]:
+        """A cell for each key, with progress; `compute(**key)` makes one."""
+        values = []
+        for number, key in enumerate(keys):
+            self.step(of, number, len(keys))
+            values.append(self.cell(of, key, lambda key=key: compute(**key)))  # type: ignore[misc]
+        self.step(of, len(keys), len(keys))
+        return values
+
+    # -- what the run is of -------------------------------------------------------------------------------------
+
+    def about(self) -> dict[str, Any]:
+        """The machine and the run, for the report."""
+        return {
+            "model": self.name,
+            "quick": self.settings.quick,
+            "prompts to learn from": len(self.prompts["learn"]),
+            "prompts scored": len(self.prompts["score"]),
+            "tokens of an answer": self.new_tokens,
+            "seed": self.settings.seed,
+            "machine": f"{processor()}, {cores()} cores, {_memory_gib():.0f} GiB, {platform.system()}",
+            "threads": self.settings.threads,
+            "versions": ", ".join(f"{name} {_version(name)}" for name in ("emoe", "torch", "transformers")),
+        }
+
+    def _begin(self) -> None:
+        """Note what the run is of; one that goes on must be of the same."""
+        plain = dataclasses.asdict(self.settings)
+        kept = {name: plain[name] for name in ("quick", "seed", "prompt_tokens", "new_tokens", "threads")}
+        job = {
+            "model": self.fingerprint,
+            "prompts": {side: digest(prompts) for side, prompts in self.prompts.items()},
+            **kept,
+        }
+        self.mark = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]
+        file = self.work / JOB
+        if file.is_file():
+            before = json.loads(file.read_bytes())
+            other = [name for name in {**before, **job} if before.get(name) != job.get(name)]
+            if other:
+                raise UsageError(
+                    f"{self.settings.out} holds a run with other {' and '.join(other)}: give another --out, the same "
+                    f"options, or --fresh to begin anew."
+                )
+            return
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(job, indent=1).encode())
+
+
+def forget(out: Path) -> None:
+    """Remove the cells, routes and profile that an earlier run kept; its findings stay until they are made anew."""
+    shutil.rmtree(out / WORK, ignore_errors=True)
+
+
+def _sides(settings: Settings) -> dict[Side, list[Prompt]]:
+    """Prompts to learn from and to score; without prompts to learn from, of each task every other one."""
+    given = nano.path().parent / "prompts.jsonl" if settings.prompts is None else settings.prompts
+    if settings.prompts is None and settings.model is not None:
+        raise UsageError(
+            "experiments on a model of your own need prompts of its tasks: give --prompts FILE, JSON lines such as "
+            '{"task": "maths", "prompt": "What is 2 + 2?", "reference": "4"}.'
+        )
+    score = read_prompts(given)
+    if settings.learn is not None:
+        learn = read_prompts(settings.learn)
+    else:
+        seen: dict[str, int] = {}
+        sides: tuple[list[Prompt], list[Prompt]] = ([], [])
+        for prompt in score:
+            number = seen[prompt.task] = seen.get(prompt.task, -1) + 1
+            sides[number % 2].append(prompt)
+        learn, score = sides[1], sides[0]
+    found: dict[Side, list[Prompt]] = {"learn": learn, "score": score}
+    if settings.quick:
+        found = {side: [rows[i] for i in first_of_each(rows, QUICK_PROMPTS)] for side, rows in found.items()}
+    missing = sorted(set(tasks_of(found["score"])) - set(tasks_of(found["learn"])))
+    if missing:
+        raise UsageError(
+            f"no prompt to learn from is of the task {missing[0]!r}: give at least two of each task, or --learn FILE."
+        )
+    return found
+
+
+def _memory_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _version(name: str) -> str:
+    if name == "emoe":
+        return emoe.__version__
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
