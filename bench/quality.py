@@ -131,23 +131,10 @@ def prompts_of(args: argparse.Namespace) -> list[tuple[str, str, str]]:
     """(task, prompt, reference), held out."""
     if args.data is None:
         return [(p["task"], p["prompt"], p["reference"]) for p in nano.prompts()][: args.prompts]
-    import random
-
+    from bench.task_prompts import choose
     from training.data import load
-    from training.templates import HELD_OUT, TASKS, render
 
-    rng = random.Random(args.seed)
-    chosen = []
-    examples = load(args.data)
-    for task in TASKS:
-        mine = sorted(
-            (e for e in examples if e.task == task and e.held_out and "," not in e.source), key=lambda e: e.key
-        )
-        for example in rng.sample(mine, min(len(mine), -(-args.prompts // len(TASKS)))):
-            text = render(task, example.fields, rng.randrange(len(HELD_OUT[task])), True)
-            chosen.append((task, text, example.answer))
-    rng.shuffle(chosen)
-    return chosen[: args.prompts]
+    return choose(load(args.data), True, args.prompts, args.seed)
 
 
 @torch.no_grad()

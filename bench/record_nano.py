@@ -10,43 +10,24 @@ Each prompt is answered greedily for `--tokens` tokens at most.
 from __future__ import annotations
 
 import argparse
-import random
 from pathlib import Path
 
 import torch
 
 import emoe
+from bench.task_prompts import Row, choose
 from emoe.model.bind import label_task
-from training.data import Example, load
-from training.templates import HELD_OUT, TASKS, TRAIN, render
+from training.data import load
 from training.tokenizer import prompt_text
 
 MAX_PROMPT_TOKENS = 384  # what emoe-nano was trained on
 
 
-def choose(examples: list[Example], held_out: bool, total: int, seed: int) -> list[tuple[str, str]]:
-    """`total` pairs (task, prompt), equally many of each task, shuffled; a task with too few gives what it has."""
-    rng = random.Random(seed)
-    family = HELD_OUT if held_out else TRAIN
-    chosen: list[tuple[str, str]] = []
-    for number, task in enumerate(TASKS):
-        mine = sorted(
-            (e for e in examples if e.task == task and e.held_out == held_out and "," not in e.source),
-            key=lambda e: e.key,
-        )
-        wanted = total // len(TASKS) + (number < total % len(TASKS))
-        for example in rng.sample(mine, min(wanted, len(mine))):
-            phrasing = rng.randrange(len(family[task]))
-            chosen.append((task, render(task, example.fields, phrasing, held_out)))
-    rng.shuffle(chosen)
-    return chosen
-
-
 @torch.no_grad()
-def record(out: Path, prompts: list[tuple[str, str]], tokens: int) -> None:
+def record(out: Path, prompts: list[Row], tokens: int) -> None:
     """Answer every prompt with all experts resident, and write the routes to `out`."""
     model, tokenizer = emoe.load(trace=out)
-    for number, (task, prompt) in enumerate(prompts):
+    for number, (task, prompt, _) in enumerate(prompts):
         ids = tokenizer.encode(prompt_text(prompt), add_special_tokens=False)
         if len(ids) > MAX_PROMPT_TOKENS:
             ids = ids[: MAX_PROMPT_TOKENS // 2] + ids[-MAX_PROMPT_TOKENS // 2 :]
