@@ -4,7 +4,7 @@
 
 Prints, for emoe-nano with all experts resident, prompt tokens/s and answer tokens/s by requests and KV length, and the
 largest mask that transformers holds for it. With --layers, instead: one layer's attention of one query row and of four
-by transformers' sdpa and by emoe's products, in microseconds, taking turns (`strided`: as the engine reads its pages).
+by transformers' sdpa and by emoe's C, in microseconds, taking turns (`strided`: as the engine reads its pages).
 With --decode DIR: a token of that checkpoint with either, resident, after 64, 512 and 2048 tokens, in milliseconds.
 """
 
@@ -24,6 +24,7 @@ import emoe
 from emoe.engine import batching
 from emoe.engine.attention import IMPLEMENTATION
 from emoe.kernels.attention import few_rows
+from emoe.kernels.choice import native_calls
 from emoe.model.attention import FEW_ROWS_SDPA
 from emoe.model.bind import binding_of
 
@@ -74,6 +75,9 @@ def measure(model: object, requests: int, length: int, steps: int, batch_tokens:
 def layers(dtype: torch.dtype, rounds: int) -> None:
     """Print one layer's attention; the mask leaves all keys, and one row needs none."""
     print(f"{'heads':>9} {'rows':>5} {'keys':>5} {'':8} {'sdpa us':>9} {'emoe us':>9}")
+    calls = native_calls()
+    if calls is None:
+        raise SystemExit("there is no C compiler")
     for heads, key_heads, size in ((16, 16, 64), (16, 4, 64), (32, 4, 128)):
         module = nn.Module()
         module.num_key_value_groups = heads // key_heads  # type: ignore[assignment]
@@ -89,7 +93,7 @@ def layers(dtype: torch.dtype, rounds: int) -> None:
                         start = time.perf_counter()
                         sdpa_attention_forward(module, query, key, value, mask)
                         middle = time.perf_counter()
-                        few_rows(query, key, value, mask)
+                        few_rows(calls, query, key, value, mask)
                         times[0].append(middle - start)
                         times[1].append(time.perf_counter() - middle)
                     theirs, ours = (statistics.median(each) * 1e6 for each in times)

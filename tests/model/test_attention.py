@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qw
 import emoe
 from emoe.kernels import attention as kernels
 from emoe.kernels.choice import VARIABLE, kernel_of
+from emoe.kernels.native.calls import Calls
 from emoe.model import attention
 from emoe.model.attention import FEW_ROWS_SDPA
 from tests.conftest import Checkpoints
@@ -20,17 +21,15 @@ from tests.engine.running import SMALL, alone, engine_of, prompt, send
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Query rows of each call of the products, which compute however few keys there are."""
+    """Query rows of each call of the C kernels' attention."""
     if kernel_of("cpu", torch.bfloat16).name != "native":
         pytest.skip("without the C kernels transformers' sdpa attends")
     seen: list[int] = []
 
-    def few_rows(query: torch.Tensor, *args: Any) -> torch.Tensor:
+    def few_rows(calls: Calls, query: torch.Tensor, *args: Any) -> torch.Tensor:
         seen.append(query.shape[2])
-        return kernels.few_rows(query, *args)
+        return kernels.few_rows(calls, query, *args)
 
-    monkeypatch.setattr(kernels, "LEAST", 1)
-    monkeypatch.setattr(kernels, "LEAST_MASKED", 1)
     monkeypatch.setattr(attention, "few_rows", few_rows)
     yield seen
 

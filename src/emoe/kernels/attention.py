@@ -1,76 +1,77 @@
-"""Attention of few query rows in bfloat16 on a CPU, by two matrix products.
+"""Attention of few query rows on a CPU by the C kernels, over keys and values as they lie in the cache.
 
 torch's `scaled_dot_product_attention` takes several times as long there as reading the keys and values does, because it
-prepares blocks for queries that are not there (docs/log.md).
+prepares blocks for queries that are not there; its bfloat16 products take three times as long (docs/log.md).
 """
 
 from __future__ import annotations
 
 import torch
 
+from emoe.kernels.native.calls import MASKS, TYPES, Calls
+
 FEW_ROWS = 8
-"""Query rows up to which the products are faster."""
-
-LEAST, LEAST_MASKED = 1 << 15, 1 << 17
-"""From where they are faster; below, their four operations take longer to call than torch's one. Without a mask:
-products in a row's scores, since torch then reads the keys once a head; with one: numbers in the keys, since
-transformers then packs the heads of a group (measured: bench/engine_attention.py --layers)."""
+"""Query rows up to which it is faster than torch's."""
 
 
-def suits(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether `few_rows` is the faster way for these; decided by shapes, dtypes and devices alone."""
-    rows = query.shape[2]
+def suits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether `few_rows` takes these; decided by shapes, dtypes and devices alone."""
+    batch, heads, rows, _ = query.shape
     return (
-        query.dtype is torch.bfloat16
-        and key.dtype is torch.bfloat16
+        query.dtype in TYPES
+        and key.dtype is query.dtype
+        and value.dtype is query.dtype
         and query.device.type == "cpu"
         and 0 < rows <= FEW_ROWS
-        and query.shape[0] == key.shape[0]
-        and query.shape[1] % key.shape[1] == 0
+        and key.shape[2] > 0
+        and batch == key.shape[0]
+        and heads % key.shape[1] == 0
         and (
-            query.numel() // rows * key.shape[2] >= LEAST
-            if mask is None
-            else mask.dim() == 4 and key.numel() >= LEAST_MASKED
+            mask is None
+            or (
+                mask.dim() == 4
+                and mask.dtype in MASKS
+                and mask.shape[0] in (1, batch)
+                and mask.shape[1] in (1, heads)
+                and mask.shape[2] in (1, rows)
+                and mask.shape[3] == key.shape[2]
+            )
         )
     )
 
 
 def few_rows(
+    calls: Calls,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the attention of `query` over all keys that `mask` leaves; the keys of a group are read once.
 
-    The scores are rounded to the input's dtype, as transformers' eager attention does; the softmax is in float32.
+    Scores, softmax and sums are in float32, and only the result is rounded. A query's bits do not depend on how many
+    rows there are, nor on keys behind its last one that are hidden from it, nor on the number of threads.
 
     Args:
+        calls: the C kernels.
         query: [batch, heads, rows, size].
         key: [batch, key heads, keys, size]; `heads` is a multiple of `key heads`. Any strides.
         value: [batch, key heads, keys, value size].
         mask: [batch or 1, heads or 1, rows or 1, keys]: bool (False hides) or added to the scores.
         scaling: of the scores; None: 1 / sqrt(size).
+        sinks: [heads] a score for each head that takes its share of the softmax and adds no value; None: there is none.
 
     Returns:
-        [batch, rows, heads, value size]. A row that sees no key gets a mean of values, never NaN.
+        [batch, rows, heads, value size]. A row that sees no key gets the mean of all values (0 with sinks), never NaN.
     """
     batch, heads, rows, size = query.shape
-    key_heads, keys = key.shape[1], key.shape[2]
-    group = heads // key_heads
-    grouped = query.reshape(batch, key_heads, group * rows, size)
-    # The keys stand on the left: so torch reads them in place whatever their strides.
-    scores = torch.matmul(key, grouped.transpose(2, 3)).transpose(2, 3).float()
-    scores = scores * (size**-0.5 if scaling is None else scaling)
-    if mask is not None:
-        least = torch.finfo(scores.dtype).min
-        apart = scores.reshape(batch, key_heads, group, rows, keys)
-        each = (
-            mask.unsqueeze(2) if mask.shape[1] == 1 else mask.reshape(mask.shape[0], key_heads, group, *mask.shape[2:])
-        )
-        apart = apart.masked_fill(~each, least) if mask.dtype == torch.bool else (apart + each).clamp(min=least)
-        scores = apart.reshape(batch, key_heads, group * rows, keys)
-    weights = torch.softmax(scores, dim=-1).to(query.dtype)
-    out = torch.matmul(weights, value).view(batch, heads, rows, value.shape[-1])
-    return out.transpose(1, 2).contiguous()
+    query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
+    if mask is not None and mask.stride(3) != 1:
+        mask = mask.contiguous()
+    out = query.new_empty(batch, rows, heads, value.shape[3])
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    calls.attention(query, key, value, mask, sinks, size**-0.5 if scaling is None else scaling, out)
+    return out

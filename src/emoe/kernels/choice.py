@@ -58,6 +58,12 @@ def kernel_of(device: torch.device | str, dtype: torch.dtype) -> Kernel:
     return Kernel("torch", str(calls))
 
 
+def native_calls() -> Calls | None:
+    """The C functions, None where they cannot be had; EMOE_KERNELS is for `kernel_of` to heed."""
+    calls = _calls()
+    return calls if isinstance(calls, Calls) else None
+
+
 @functools.cache
 def _calls() -> Calls | BuildError:
     """Built and loaded at the first call."""

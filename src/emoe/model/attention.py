@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from emoe.kernels.attention import few_rows, suits
-from emoe.kernels.choice import Kernel
+from emoe.kernels.choice import Kernel, native_calls
 
 FEW_ROWS_SDPA = "emoe_sdpa"
 """The name under which transformers finds `attention`."""
@@ -48,14 +48,17 @@ def attention(
         [batch, rows, heads, size], None.
     """
     # Without a mask several rows may be causal, aligned as sdpa does it; one row sees everything.
+    calls = native_calls()
     if (
-        (attention_mask is not None or query.shape[2] == 1)
+        calls is not None
+        and (attention_mask is not None or query.shape[2] == 1)
         and dropout == 0
-        and suits(query, key, attention_mask)
+        and suits(query, key, value, attention_mask)
         and all(kwargs.get(name) is None for name in _THEIRS)
         and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
     ):
-        return few_rows(query, key, value, attention_mask, scaling), None
+        return few_rows(calls, query, key, value, attention_mask, scaling), None
     output: torch.Tensor = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, **kwargs
     )[0]

@@ -16,6 +16,9 @@ ROWS, COLUMNS, INT8, INT4 = range(4)
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What activations may be."""
 
+MASKS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3}
+"""What a mask of attention may be; 0: there is none."""
+
 CHOICES = 7
 """Numbers of threads that are counted: 1, 2, 4, ... 64."""
 
@@ -55,6 +58,18 @@ class Layer(ctypes.Structure):
     )
 
 
+class Attention(ctypes.Structure):
+    """Sizes of queries, keys and values, their strides and a mask's in values, and types."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "key_heads", "group", "rows", "keys", "size", "value_size")),
+        *((f"{of}_{part}", ctypes.c_int64) for of in "qkvm" for part in ("batch", "head", "row")),
+        ("type", ctypes.c_int32),
+        ("mask_type", ctypes.c_int32),
+        ("scaling", ctypes.c_float),
+    )
+
+
 class Calls:
     """The functions of one compiled library.
 
@@ -71,13 +86,14 @@ class Calls:
             library = ctypes.CDLL(str(path))
             self._one_token, self._experts = library.emoe_one_token, library.emoe_experts
             self._products, self._counts = library.emoe_products, library.emoe_thread_counts
-            self._unpack = library.emoe_unpack
+            self._unpack, self._attention = library.emoe_unpack, library.emoe_attention
         except (OSError, AttributeError) as error:
             raise BuildError(f"{path} cannot be loaded: {error}") from error
         pointer, number = ctypes.c_void_p, ctypes.c_int
         self._one_token.argtypes = [pointer, number, pointer, pointer, pointer, number, pointer, number]
         self._experts.argtypes = [pointer, number, pointer, pointer, pointer, pointer, number]
         self._products.argtypes = [pointer, number, pointer, number, number, pointer, pointer, number]
+        self._attention.argtypes = [pointer] * 7 + [number]
         self._unpack.argtypes, self._unpack.restype = [pointer, pointer, pointer, number], None
 
     def one_token(
@@ -116,6 +132,40 @@ class Calls:
         pointers = (ctypes.c_void_p * n)(*matrices)
         threads = torch.get_num_threads()
         _done(self._products(ctypes.addressof(shape), n, pointers, rows, shared, x.data_ptr(), out.data_ptr(), threads))
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        scaling: float,
+        out: torch.Tensor,
+    ) -> None:
+        """Write the attention of `query` [batch, heads, rows, size] to `out` [batch, rows, heads, value size].
+
+        Any strides but the last, which is 1. `mask` has four dimensions, each as long as it is or 1; `sinks` are
+        float32, one for each head.
+        """
+        batch, heads, rows, size = query.shape
+        key_heads, keys = key.shape[1], key.shape[2]
+        m: tuple[int, ...] = (0, 0, 0)
+        if mask is not None:
+            m = tuple(0 if n == 1 else step for n, step in zip(mask.shape[:3], mask.stride(), strict=False))
+        shape = Attention(
+            *(batch, key_heads, heads // key_heads, rows, keys, size, value.shape[3]),
+            *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *m),
+            *(TYPES[query.dtype], 0 if mask is None else MASKS[mask.dtype], scaling),
+        )
+        _done(
+            self._attention(
+                ctypes.addressof(shape),
+                *(query.data_ptr(), key.data_ptr(), value.data_ptr()),
+                *(None if mask is None else mask.data_ptr(), None if sinks is None else sinks.data_ptr()),
+                *(out.data_ptr(), torch.get_num_threads()),
+            )
+        )
 
     def unpack(self, shape: Shape, matrix: int, out: torch.Tensor) -> None:
         """Write a quantised matrix (the address of a `Matrix`) as a plain one to `out` [rows, columns]."""

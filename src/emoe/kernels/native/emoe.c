@@ -38,6 +38,8 @@ static char *scratch(long bytes)
 
 INLINE long room(long bytes) { return align_up(bytes, 64); }
 
+#include "attention.h"
+
 typedef struct {
     const layer *of;
     const char *from;
@@ -176,4 +178,16 @@ EXPORT void emoe_unpack(const shape *s, const matrix *from, char *to, int thread
 {
     unpacking u = {s, from, to};
     spread(threads, s->out, unpack_row, &u);
+}
+
+/* out [batch, rows, heads, value_size] = attention of few rows; `mask` and `sinks` (one for each head) may be none. */
+EXPORT int emoe_attention(const attention *a, const char *q, const char *k, const char *v, const char *mask,
+                          const float *sinks, char *out, int threads)
+{
+    attending all = {a, q, k, v, mask, sinks, out, 0};
+    const double read = (double)a->batch * a->key_heads * a->keys * (a->size + a->value_size) * type_bytes(a->type);
+    timing t = begin_timing(read, threads);
+    spread(t.threads, a->batch * a->key_heads, attend_unit, &all);
+    end_timing(&t);
+    return all.failed ? -1 : 0;
 }
