@@ -19,7 +19,7 @@ from emoe.errors import ReadError, UsageError
 from emoe.model import placement
 from emoe.model.bind import binding_of
 from emoe.model.hybrid import Costs
-from emoe.residency.virtual import VirtualDevice
+from emoe.residency.virtual import VirtualDevice, Waits
 from tests.families import make_checkpoint
 from tests.model.test_exact import batch_of, logits_of
 
@@ -270,3 +270,83 @@ def test_hybrid_is_refused_where_it_cannot_be_meant(path: Path, virtual: Virtual
         virtual.load(path, on_miss="hybrid", mode="resident")
     with pytest.raises(UsageError, match="one of load, hybrid"):
         virtual.load(path, on_miss="guess")
+
+
+def waits_of(model: PreTrainedModel, length: int, device: VirtualDevice) -> tuple[list[str], int, int]:
+    """What a pass over `length` tokens makes a program wait for in emoe's part, routes asked for, and MoE layers."""
+    runtime, found = binding_of(model).runtime, Waits()
+    run, note = runtime.run, runtime.note_route
+
+    def counted(work: Any) -> Any:
+        def call(*args: Any) -> Any:
+            with found:
+                return work(*args)
+
+        return call
+
+    setattr(runtime, "run", counted(run))  # noqa: B010
+    setattr(runtime, "note_route", counted(note))  # noqa: B010
+    before = device.fetches
+    try:
+        with torch.no_grad():
+            model(batch_of(3, 1, length)["input_ids"])
+    finally:
+        del runtime.run, runtime.note_route
+    return found.found, device.fetches - before, len(runtime.layers)
+
+
+@pytest.mark.parametrize("length", [1, 24])
+@pytest.mark.parametrize(
+    "options", [{}, {"eviction": "decayed"}, {"mode": "resident"}, {"on_miss": "hybrid"}], ids=str
+)
+def test_a_layer_waits_once_for_its_route_and_for_nothing_else(
+    path: Path, virtual: Virtual, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], length: int
+) -> None:
+    monkeypatch.setattr(placement, "measure", lambda *args: Costs(link_s=1e-3, cpu_s=0.0, rows_s=1e-5))
+    model = virtual.load(path, expert_memory="50%", host_memory="100%", **options)
+    with torch.no_grad():
+        for seed in range(6):
+            model(batch_of(seed, 1, 12)["input_ids"])
+    device = virtual.devices[0]
+    stops = device.synchronisations
+    found, fetches, layers = waits_of(model, length, device)
+    noted = layers if options.get("mode") == "resident" else 0  # counters, that come with the route
+    assert not found and layers <= fetches <= layers + noted
+    assert device.synchronisations == stops
+    emoe.close(model)
+
+
+def test_counting_waits_finds_them(path: Path, virtual: Virtual, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above can fail."""
+    model = virtual.load(path, expert_memory="50%", host_memory="100%")
+    with torch.no_grad():  # else reads from disk into host memory are found, too
+        for seed in range(6):
+            model(batch_of(seed, 1, 12)["input_ids"])
+    observers = binding_of(model).runtime.observers
+
+    def waits(now: Any, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        weights.sum().item()
+
+    observers.append(waits)
+    found, _, layers = waits_of(model, 24, virtual.devices[0])
+    assert found == ["item"] * layers
+    emoe.close(model)
+
+
+def test_the_numbers_of_a_rerouted_batch_are_those_of_a_cpu(path: Path, virtual: Virtual) -> None:
+    """They come from the device with the route, and are counted later than on a CPU."""
+    models = [
+        virtual.load(path, expert_memory="50%", mode="resident"),
+        emoe.load(path, expert_memory="50%", mode="resident")[0],
+    ]
+    with torch.no_grad():
+        for model in models:
+            for seed in range(4):
+                model(batch_of(seed, 1, 12)["input_ids"], use_cache=False)
+                out = model(batch_of(seed, 2, 5)["input_ids"])
+                model(batch_of(seed, 2, 1)["input_ids"], past_key_values=out.past_key_values)
+    names = ("hits", "misses", "rerouted_tokens", "routed_tokens")
+    first, second = ({name: emoe.stats(model)[name] for name in names} for model in models)
+    assert first == second and first["rerouted_tokens"] > 0
+    for model in models:
+        emoe.close(model)

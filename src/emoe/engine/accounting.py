@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from emoe.model.collecting import stacked
 from emoe.model.runtime import LayerRuntime, Pass
 
 Array = npt.NDArray[Any]
@@ -82,7 +83,7 @@ class Accounting:
         wanted = np.zeros(shape, dtype=bool)
         ranks = np.array([rank for rank, _ in self._seen])
         for k, of in _by_width(self._seen):
-            ids = torch.stack([self._seen[i][1] for i in of], dim=1).cpu().numpy().reshape(-1, len(of), k)
+            ids = stacked([self._seen[i][1] for i in of]).reshape(-1, len(of), k)
             wanted[self._segment[:, None, None], ranks[of][None, :, None], ids] = True
         count = wanted.sum(axis=2)
         tokens = np.bincount(self._segment, minlength=self._segments)

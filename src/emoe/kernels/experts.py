@@ -10,7 +10,7 @@ once, which a budget does not give.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -200,6 +200,15 @@ def round_rows(n: int) -> int:
     return -(-n // step) * step
 
 
+Fetch = Callable[..., Callable[[], tuple[torch.Tensor, ...]]]
+"""Begins to bring small tensors to the program; what it returns waits for them (emoe.residency.devices)."""
+
+
+def at_once(*tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """A `Fetch` of tensors that the program can read where they are."""
+    return lambda: tensors
+
+
 class Grouping:
     """A chunk's (token, choice) pairs as rows sorted by expert, each expert's rows a block.
 
@@ -212,24 +221,34 @@ class Grouping:
         place: [tokens * k] the row of each pair.
     """
 
-    def __init__(self, ids: torch.Tensor, experts: int, *, rounded: bool = False) -> None:
-        """Group `ids` [tokens, k]."""
+    def __init__(self, ids: torch.Tensor, experts: int, *, rounded: bool = False, fetch: Fetch = at_once) -> None:
+        """Group `ids` [tokens, k]. On a device `fetch` brings the counts: the one time that the program waits for it.
+
+        (bincount waits twice by itself, for the least and the largest number.)
+        """
         flat = ids.reshape(-1)
         self.top_k = ids.shape[1]
-        order = torch.sort(flat, stable=True).indices
-        counts = torch.bincount(flat, minlength=experts)
-        every: list[int] = counts.tolist()
+        ordered, order = torch.sort(flat, stable=True)
+        ends = torch.searchsorted(ordered, torch.arange(1, experts + 1, dtype=flat.dtype, device=ids.device))
+        arriving = fetch(ends)
+        row = torch.arange(flat.numel(), device=ids.device)
+        token = order // self.top_k
+        self.place = torch.empty_like(order)
+        if not rounded:
+            self.place[order] = row
+            self.gather = token
+        (at,) = arriving()
+        stops: list[int] = at.tolist()
+        every = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
         self.counts = {expert: n for expert, n in enumerate(every) if n}
         sizes = [round_rows(n) if rounded else n for n in every]
         self.blocks = {expert: sizes[expert] for expert in self.counts}
-        row = torch.arange(flat.numel(), device=ids.device)
-        if rounded:
-            padding = torch.tensor(sizes, device=ids.device) - counts
-            row += (padding.cumsum(0) - padding)[flat[order]]
-        self.place = torch.empty_like(order)
-        self.place[order] = row
-        self.gather = order.new_zeros(sum(sizes))
-        self.gather[row] = order // self.top_k
+        if rounded:  # on a CPU
+            padding = torch.tensor(sizes, device=ids.device) - torch.tensor(every, device=ids.device)
+            row += (padding.cumsum(0) - padding)[ordered]
+            self.place[order] = row
+            self.gather = order.new_zeros(sum(sizes))
+            self.gather[row] = token
 
     def by_count(self) -> list[int]:
         """Experts, most tokens first, ties by number."""

@@ -139,9 +139,16 @@ def _within(wave: Wave, sizes: Mapping[int, int]) -> Iterable[Wave]:
 
 
 def _table(values: Sequence[object], device: torch.device) -> torch.Tensor:
-    """Small integers on the device, without waiting for it: torch keeps the pinned copy until it has been read."""
-    table = torch.tensor(values, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
+    """Small integers on the device."""
+    return sent(torch.tensor(values, dtype=torch.int32), device)
+
+
+def sent(small: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the program's on the device, without waiting for it.
+
+    From pageable memory it would wait. torch keeps the pinned copy until it has been read.
+    """
+    return small.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else small.to(device)
 
 
 def available(parts: Mapping[str, torch.Tensor]) -> tuple[bool, str]:

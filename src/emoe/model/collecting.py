@@ -127,11 +127,19 @@ class RouteCollector:
         """[tokens, layers, k] of each layer's [tokens, its own k]; what is absent is "not computed", or weight 0."""
         there = [layer for layer in layers if layer is not None]
         if len(there) == len(layers) and {layer.shape[1] for layer in there} == {self._top_k}:
-            whole: Array = torch.stack(there, dim=1).cpu().numpy().astype(dtype)
+            whole: Array = stacked(there).astype(dtype)
             return whole
         absent = 0 if dtype.kind == "f" else missing_id(dtype)
-        stacked = np.full((there[0].shape[0], len(layers), self._top_k), absent, dtype=dtype)
+        found = np.full((there[0].shape[0], len(layers), self._top_k), absent, dtype=dtype)
         for rank, layer in enumerate(layers):
             if layer is not None:
-                stacked[:, rank, : layer.shape[1]] = layer.cpu().numpy()
-        return stacked
+                found[:, rank, : layer.shape[1]] = layer.cpu().numpy()
+        return found
+
+
+def stacked(layers: Sequence[torch.Tensor]) -> Array:
+    """[tokens, layers, k] of each layer's [tokens, k]: one copy where all lie on one device."""
+    if len({layer.device for layer in layers}) > 1:
+        layers = [layer.cpu() for layer in layers]
+    found: Array = torch.stack(list(layers), dim=1).cpu().numpy()
+    return found

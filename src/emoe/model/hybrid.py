@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from emoe.kernels.experts import ExpertMath, Weights, combine, one_token
-from emoe.kernels.slots import SlotKernels
+from emoe.kernels.slots import SlotKernels, sent
 from emoe.residency.pool import ExpertPool
 
 LABEL = "exact routes; CPU arithmetic for misses"
@@ -69,7 +69,7 @@ class Hybrid:
     def one_token(
         self,
         layer: int,
-        hidden: torch.Tensor,
+        hidden: tuple[torch.Tensor, torch.Tensor],
         experts: Sequence[int],
         aside: Sequence[int],
         there: tuple[Sequence[int], Sequence[Weights], SlotKernels | None],
@@ -79,7 +79,7 @@ class Hybrid:
 
         Args:
             layer: the layer.
-            hidden: [1, hidden], on the device.
+            hidden: [1, hidden], on the device, and the same on the CPU.
             experts: the k chosen, best first.
             aside: those for the CPU.
             there: slots and weights of the others, in the order of `experts`, and the device's kernels.
@@ -88,19 +88,21 @@ class Hybrid:
         Returns:
             [1, hidden].
         """
-        at_home = hidden.to("cpu")  # before the device is given more to do: this waits for what it has
+        here, at_home = hidden
         slots, weights, kernels = there
-        outer = hidden.new_empty(len(experts), hidden.shape[1])
-        left = [row for row, expert in enumerate(experts) if expert not in aside]
-        if left:
-            outer[left] = _rows(self.math, hidden, slots, weights, kernels)
+        parts = []
+        if slots:
+            parts.append(_rows(self.math, here, slots, weights, kernels))
         bound = [self.weights(layer, expert) for expert in aside]
-        rows = _rows(self.math, at_home, (), bound, None)
-        outer[[row for row, expert in enumerate(experts) if expert in aside]] = rows.to(hidden.device)
+        parts.append(sent(_rows(self.math, at_home, (), bound, None), here.device))
+        order = [row for row, expert in enumerate(experts) if expert not in aside]
+        order += [experts.index(expert) for expert in aside]
+        rows = torch.cat(parts)
+        outer = torch.empty_like(rows).index_copy_(0, sent(torch.tensor(order), here.device), rows)
         self.computed += len(aside)
         self.pool.table.counters[layer].misses += len(aside)
         self.pool.prefetches.ask([(layer, expert) for expert in aside], AHEAD)
-        return combine(outer, gates, hidden.dtype)
+        return combine(outer, gates, here.dtype)
 
 
 def _rows(

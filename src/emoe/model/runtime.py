@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from emoe.config import Mode
 from emoe.errors import UsageError
 from emoe.kernels.experts import ExpertMath, Grouping, Weights, Workspace, many_tokens, one_token, rounds_rows
-from emoe.kernels.slots import SlotKernels
+from emoe.kernels.slots import SlotKernels, sent
 from emoe.model.hybrid import Hybrid
 from emoe.residency.pool import ExpertPool
 
@@ -89,6 +89,7 @@ class LayerRuntime:
     `waits`: a miss is loaded and waited for, also in a mode that reroutes (`balanced`, where the layer is sensitive for
     the running task). `keeps_route`: whether the visit now under way runs the model's own route. `kernels`: those that
     take slots by number, where the device has them. `hybrid`: when to compute a miss on the CPU, where that is allowed.
+    `noted`: on its way from the device, what the model's own route was before rerouting, for the counters.
     """
 
     layer: int
@@ -103,6 +104,7 @@ class LayerRuntime:
     kernels: SlotKernels | None = None
     hybrid: Hybrid | None = None
     prompt_counts: list[int] = field(default_factory=list)
+    noted: Callable[[], tuple[torch.Tensor, ...]] | None = None
     _mask_key: tuple[int, ...] = ()
     _mask: torch.Tensor | None = None
 
@@ -125,7 +127,7 @@ class LayerRuntime:
         if resident != self._mask_key or self._mask is None:
             mask = torch.zeros(self.experts, dtype=torch.bool)
             mask[list(resident)] = True
-            self._mask_key, self._mask = resident, mask.to(self.pool.bank.device)
+            self._mask_key, self._mask = resident, sent(mask, self.pool.bank.device)
         return self._mask
 
 
@@ -256,16 +258,28 @@ class Runtime:
             self.observe(layer.layer, ids, weights)
             if layer.keeps_route:
                 return  # nothing is rerouted; the pool counts
-            counters = layer.pool.table.counters[layer.layer]
-            chosen = torch.unique(ids).tolist() if ids.shape[0] > 1 else ids[0].tolist()
-            missing = [e for e in chosen if not layer.pool.table.is_resident((layer.layer, e))]
-            counters.hits += len(chosen) - len(missing)
-            counters.misses += len(missing)
-            if missing and ids.shape[0] == 1:
-                counters.rerouted += 1
-            elif missing:
-                gone = torch.tensor(missing, device=ids.device)
-                counters.rerouted += int(torch.isin(ids, gone).any(dim=-1).sum())
+            layer.noted = layer.pool.bank.home.fetch(*self._to_note(layer, ids))
+
+    def _to_note(self, layer: LayerRuntime, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What `_count_noted` has to know: one token's route, else which experts a chunk chose, and tokens rerouted."""
+        if ids.shape[0] == 1:
+            return (ids,)
+        chosen = torch.zeros(layer.experts, dtype=torch.bool, device=ids.device).index_fill_(0, ids.reshape(-1), True)
+        allowed = layer.allowed()
+        return (chosen,) if allowed is None else (chosen, (~allowed[ids]).any(dim=-1).sum())
+
+    def _count_noted(self, layer: LayerRuntime) -> None:
+        """Count what was rerouted, now that the program has waited for the layer's route: this is there, too."""
+        if layer.noted is None:
+            return
+        (chosen, *rerouted), layer.noted = layer.noted(), None
+        table, counters = layer.pool.table, layer.pool.table.counters[layer.layer]
+        one = chosen.dim() == 2
+        experts: list[int] = chosen.tolist()[0] if one else [e for e, was in enumerate(chosen.tolist()) if was]
+        missing = sum(not table.is_resident((layer.layer, expert)) for expert in experts)
+        counters.hits += len(experts) - missing
+        counters.misses += missing
+        counters.rerouted += bool(missing) if one else sum(int(each) for each in rerouted)
 
     def run(self, layer: LayerRuntime, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Compute one MoE layer.
@@ -301,10 +315,13 @@ class Runtime:
             table.counters[layer.layer].tokens += hidden.shape[0]
             if self.mode == "exact":  # elsewhere `note_route` has done so, before it read off what is resident
                 layer.pool.prefetches.poll()
-            if self.mode == "exact" and self.observers:
-                self.observe(layer.layer, ids, gates)
             if hidden.shape[0] == 1:
-                experts: list[int] = ids[0].tolist()
+                beside = () if layer.hybrid is None else (hidden,)  # the CPU may need it
+                arrived, *at_home = layer.pool.bank.home.fetch(ids, *beside)()
+                if self.mode == "exact" and self.observers:
+                    self.observe(layer.layer, arrived, gates)
+                self._count_noted(layer)
+                experts: list[int] = arrived.tolist()[0]
                 aside = [] if layer.hybrid is None else layer.hybrid.aside(layer.layer, experts)
                 here = [e for e in experts if e not in aside] if aside else experts
                 slots = layer.pool.take(layer.layer, here, count=self.counts(layer))
@@ -313,18 +330,22 @@ class Runtime:
                         self.after_take(layer)
                     if layer.hybrid is not None and aside:
                         there = (slots, [layer.weights[s] for s in slots], layer.kernels)
-                        return layer.hybrid.one_token(layer.layer, hidden, experts, aside, there, gates)
+                        return layer.hybrid.one_token(layer.layer, (hidden, at_home[0]), experts, aside, there, gates)
                     if layer.kernels is not None:
                         return layer.kernels.one_token(hidden, slots, gates)
                     return one_token(layer.math, hidden, [layer.weights[s] for s in slots], gates)
                 finally:
                     layer.pool.release(slots)
+            if self.mode == "exact" and self.observers:
+                self.observe(layer.layer, ids, gates)
             return self._run_chunk(layer, hidden, ids, gates)
 
     def _run_chunk(
         self, layer: LayerRuntime, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor
     ) -> torch.Tensor:
-        grouping = Grouping(ids, layer.experts, rounded=rounds_rows(hidden.device, hidden.dtype))
+        fetch = layer.pool.bank.home.fetch
+        grouping = Grouping(ids, layer.experts, rounded=rounds_rows(hidden.device, hidden.dtype), fetch=fetch)
+        self._count_noted(layer)
         prefill = self.now.phase == "prefill"
         wanted = None
         if prefill and self.observing:

@@ -58,4 +58,4 @@ class Scores:
     def route(self, now: Pass, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """What the running layer chose, before its experts are asked for."""
         if len(ids) == 1:
-            self.live.route(self._ranks[layer], ids[0].cpu().numpy())
+            self.live.route(self._ranks[layer], ids.cpu().numpy()[0])

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 
 from emoe.errors import BudgetError, UnsupportedModelError
+from emoe.kernels.experts import at_once
 from emoe.kernels.pages import prefer_huge_pages
 from emoe.residency.budget import DIRECT_ALIGN_BYTES
 
@@ -55,12 +56,14 @@ class Device(Protocol):
     Attributes:
         place: the torch device of a bank's memory.
         copies: experts reach a bank by copies from host memory; otherwise readers fill it themselves.
-        synchronisations: how often the program has stood still for the device.
+        synchronisations: how often the program has stood still for a copy.
+        fetches: how often it has asked for a result: routes, which it has to know.
     """
 
     place: torch.device
     copies: bool
     synchronisations: int
+    fetches: int
 
     def bank(self, nbytes: int) -> torch.Tensor:
         """Allocate uint8 memory that kernels read weights from, aligned to a cache line.
@@ -98,7 +101,11 @@ class Device(Protocol):
         ...
 
     def finish(self, mark: Mark) -> None:
-        """Return once `mark` has passed: the one call that makes the program wait."""
+        """Return once `mark` has passed: with `fetch`, all that makes the program wait."""
+        ...
+
+    def fetch(self, *tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """Begin to bring small results of computing to the program; what is returned waits for them and gives them."""
         ...
 
     def clock(self) -> float:
@@ -143,7 +150,7 @@ class CpuDevice:
     def __init__(self, place: torch.device | None = None) -> None:
         """Stand for `place`."""
         self.place = torch.device("cpu") if place is None else place
-        self.synchronisations = 0
+        self.synchronisations = self.fetches = 0
 
     def bank(self, nbytes: int) -> torch.Tensor:
         """Allocate memory for slots, on huge pages where the system has them."""
@@ -173,6 +180,10 @@ class CpuDevice:
     def finish(self, mark: Mark) -> None:
         """It has passed."""
 
+    def fetch(self, *tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """They are there."""
+        return at_once(*tensors)
+
     def clock(self) -> float:
         """Seconds of the machine's clock."""
         return time.perf_counter()
@@ -191,7 +202,7 @@ class CudaDevice:
         """Make the streams."""
         index = torch.cuda.current_device() if place.index is None else place.index
         self.place = torch.device("cuda", index)
-        self.synchronisations = 0
+        self.synchronisations = self.fetches = 0
         self._lock = threading.Lock()
         self._streams = {
             ahead: torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
@@ -271,6 +282,22 @@ class CudaDevice:
         if not mark.query():
             self.synchronisations += 1
             mark.synchronize()
+
+    def fetch(self, *tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """Copy to pinned memory on the current stream, and wait for an event behind the copies, not for the stream."""
+        self.fetches += 1
+        with torch.cuda.device(self.place):
+            there = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors]
+            for host, each in zip(there, tensors, strict=True):
+                host.copy_(each, non_blocking=True)
+            arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrival.record(torch.cuda.current_stream(self.place))
+
+        def arrived() -> tuple[torch.Tensor, ...]:
+            arrival.synchronize()
+            return tuple(there)
+
+        return arrived
 
     def clock(self) -> float:
         """Seconds of the machine's clock."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from emoe.residency.devices import HostMemory, Mark, aligned
 
@@ -23,6 +25,49 @@ POISON = 0xFF
 
 class OrderError(RuntimeError):
     """Work was issued in an order that a real device may run wrongly: a defect in emoe, never a user's error."""
+
+
+WAITING = frozenset(
+    {
+        "tolist", "item", "numpy", "cpu", "__array__", "__bool__", "__int__", "__float__", "__index__",
+        "bincount", "nonzero", "argwhere", "unique", "unique_consecutive", "masked_select", "one_hot", "equal",
+        "allclose", "histc", "repeat_interleave", "is_nonzero",
+    }
+)  # fmt: skip
+"""torch's functions for which a program waits, if what they are given lies on a CUDA device."""
+
+
+class Waits(TorchFunctionMode):
+    """`with Waits() as waits: ...; waits.found`: what would make a program wait for a CUDA device, by name.
+
+    For programs on a virtual device, whose tensors are CPU tensors: all of them are taken to lie on the device, but for
+    what `fetch` has brought. Boolean masks as indices count too: their results' sizes have to be known.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        given = args[0] if args else None
+        index = args[1] if name in ("__getitem__", "__setitem__") else ()
+        masks = [each for each in (index if isinstance(index, tuple) else (index,)) if _is_mask(each)]
+        here = getattr(given, FETCHED, False)
+        if (name in WAITING and isinstance(given, torch.Tensor) and not here) or masks:
+            self.found.append(name)
+        result = func(*args, **(kwargs or {}))
+        if here and isinstance(result, torch.Tensor):
+            setattr(result, FETCHED, True)
+        return result
+
+
+def _is_mask(index: object) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype is torch.bool
+
+
+FETCHED = "emoe_fetched"
+"""Set on tensors that `fetch` has brought to the program."""
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +128,7 @@ class VirtualDevice:
     place: torch.device = field(default_factory=lambda: torch.device("cpu"))
     copies: bool = True
     synchronisations: int = 0
+    fetches: int = 0
     compute_s: float = 0.0
     program_s: float = 0.0
     link_s: float = 0.0
@@ -179,6 +225,19 @@ class VirtualDevice:
             self.synchronisations += 1
         mark.synchronize()
 
+    def fetch(self, *tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """The program waits for what has been given to compute so far, when it asks for the numbers."""
+        self.fetches += 1
+        ready, there = self.compute_s, tuple(tensor.detach().clone() for tensor in tensors)
+        for tensor in there:
+            setattr(tensor, FETCHED, True)
+
+        def arrived() -> tuple[torch.Tensor, ...]:
+            self.program_s = max(self.program_s, ready)
+            return there
+
+        return arrived
+
     def clock(self) -> float:
         """The program's clock."""
         return self.program_s
@@ -194,7 +253,9 @@ class VirtualDevice:
             self._land(self._flying.popleft())
 
     def _land(self, copy: _Copy) -> None:
-        if not torch.equal(copy.source, copy.expected):
+        with torch._C.DisableTorchFunction():  # the clock's own work is no wait of the program's
+            same = torch.equal(copy.source, copy.expected)
+        if not same:
             raise OrderError(f"the source of a copy was overwritten before the copy ended at {copy.end} s")
         copy.landed = True
         copy.target.copy_(copy.source)
