@@ -109,6 +109,25 @@ def test_what_is_urgent_goes_first() -> None:
     assert order == ["now", "later"]
 
 
+def test_who_comes_later_helps_who_came_before() -> None:
+    crew = Crew(1, "alone")  # no helpers: callers run everything
+    gate, begun = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def stuck() -> None:
+        begun.set()
+        assert gate.wait(5)
+
+    first = threading.Thread(target=crew.run, args=([stuck, *(lambda n=n: order.append(n) for n in ("a", "b"))],))
+    first.start()
+    assert begun.wait(5)
+    crew.run([lambda: order.append("c"), lambda: order.append("d")])
+    assert order == ["a", "b", "c", "d"]
+    gate.set()
+    first.join()
+    crew.close()
+
+
 def test_closing_ends_the_threads() -> None:
     crew = Crew(3, "closing")
     crew.run([lambda: None] * 4)

@@ -26,8 +26,9 @@ class _Call:
 class Crew:
     """Threads that help callers with their tasks; they start when they are first needed.
 
-    The caller works too, on its own tasks only, so a call with one task costs no hand-off. Helpers take no more while
-    they and the callers together run `depth` tasks.
+    Tasks are taken in the order of their calls, by whoever is free, so that the first of several calls ends first. The
+    caller works too, until its own tasks have all been taken, so a call with one task costs no hand-off. Helpers take
+    no more while they and the callers together run `depth` tasks.
     """
 
     def __init__(self, depth: int, name: str) -> None:
@@ -59,10 +60,11 @@ class Crew:
         try:
             while True:
                 with self._wake:
-                    mine = self._take(call)
-                if mine is None:
+                    taken = self._take() if call.waiting else None
+                if taken is None:
                     break
-                self._do(call, *mine)
+                self._do(*taken)
+                del taken  # who waits for the rest keeps nobody's memory alive
         except BaseException:  # an interrupt between two tasks
             with self._wake:
                 call.waiting.clear()
@@ -91,13 +93,16 @@ class Crew:
         for thread in self._threads:
             thread.start()
 
-    def _take(self, call: _Call) -> tuple[int, Task] | None:
-        """The call's next task and its number, now running; the lock is held."""
-        if not call.waiting:
+    def _take(self) -> tuple[_Call, int, Task] | None:
+        """The next task, its number and its call, now running; the lock is held."""
+        while self._calls and not self._calls[0][2].waiting:
+            heapq.heappop(self._calls)
+        if not self._calls:
             return None
+        call = self._calls[0][2]
         call.running += 1
         self._under_way += 1
-        return call.waiting.popleft()
+        return call, *call.waiting.popleft()
 
     def _do(self, call: _Call, number: int, task: Task) -> None:
         error: BaseException | None = None
@@ -121,15 +126,11 @@ class Crew:
         while True:
             with self._wake:
                 while True:
-                    while self._calls and not self._calls[0][2].waiting:
-                        heapq.heappop(self._calls)
-                    if self._calls and self._under_way < self._depth:
+                    taken = self._take() if self._under_way < self._depth else None
+                    if taken is not None:
                         break
                     if self._closed:
                         return
                     self._wake.wait()
-                call = self._calls[0][2]
-                taken = self._take(call)
-            if taken is not None:
-                self._do(call, *taken)
-            del call, taken  # an idle thread keeps nobody's memory alive
+            self._do(*taken)
+            del taken  # an idle thread keeps nobody's memory alive
