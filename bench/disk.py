@@ -15,70 +15,16 @@ import json
 import random
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from emoe.bench.page_cache import cached_bytes, drop
-from emoe.checkpoint.index import build_index
-from emoe.checkpoint.readers import Reader
-from emoe.checkpoint.skeleton import skeleton
 from emoe.checkpoint.source import resolve
-from emoe.model.bind import LOADER_THREADS
 from emoe.profiling import disk
-from emoe.residency.bank import Bank
-from emoe.residency.devices import device_at
-from emoe.residency.loader import Loader
+from emoe.profiling.model_rates import ExpertReads
 
-DEPTH = 4
 RAW_WAYS = ((4, 1 << 20), (8, 1 << 20), (8, 4 << 20))
-
-
-class Bench:
-    """One checkpoint's experts, read into a bank of a few slots."""
-
-    def __init__(self, folder: Path, kind: str, seed: int) -> None:
-        """Open the reader."""
-        self.index = build_index(folder, skeleton(folder)[1])
-        self.reader = Reader(kind, self.index.files)  # type: ignore[arg-type]
-        self.bank = Bank(self.index.layers[0].parts, 2 * DEPTH, device_at(torch.device("cpu")))
-        parts = self.index.layers[0].parts
-        alike = [layer.layer for layer in self.index.layers if layer.parts == parts]
-        self.keys = [(layer, e) for layer in alike for e in range(self.index.layer(layer).num_experts)]
-        self.layers = alike
-        self.draw = random.Random(seed)
-        self.loader = Loader(LOADER_THREADS[self.reader.kind])
-
-    def one(self, seconds: float) -> float:
-        """Bytes per second of experts drawn at random, one after another."""
-        start, nbytes = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            key = self.draw.choice(self.keys)
-            nbytes += self.reader.read_into(self.index.pieces(*key), self.bank.views[0])
-        return nbytes / (time.perf_counter() - start)
-
-    def stream(self, seconds: float) -> float:
-        """Bytes per second of whole layers, DEPTH loads under way."""
-        start, nbytes = time.perf_counter(), 0
-        flights: deque[object] = deque()
-        while time.perf_counter() - start < seconds:
-            layer = self.draw.choice(self.layers)
-            for expert in range(self.index.layer(layer).num_experts):
-                if len(flights) == DEPTH:
-                    nbytes += self.loader.wait(flights.popleft())  # type: ignore[arg-type]
-                views = self.bank.views[expert % len(self.bank.views)]
-                pieces = self.index.pieces(layer, expert)
-                flights.append(self.loader.submit(lambda p=pieces, v=views: self.reader.read_into(p, v), "expert"))  # type: ignore[misc]
-        while flights:
-            nbytes += self.loader.wait(flights.popleft())  # type: ignore[arg-type]
-        return nbytes / (time.perf_counter() - start)
-
-    def close(self) -> None:
-        """Stop the threads."""
-        self.loader.close()
-        self.reader.close()
 
 
 def main() -> None:
@@ -95,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = resolve(args.model)
     torch.set_num_threads(1)
-    benches = {kind: Bench(folder, kind, args.seed) for kind in args.kinds.split(",")}
+    benches = {kind: ExpertReads(folder, kind, args.seed) for kind in args.kinds.split(",")}
     first = next(iter(benches.values()))
     files = list(first.index.files)
     seeds = random.Random(args.seed)

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 from emoe.planner import facts_of
-from emoe.profiling.machine import known
+from emoe.profiling.machine import known, layout_of
 from emoe.profiling.roofline import ModelWork, floor
 from emoe.profiling.speed import expected
 
@@ -52,6 +52,7 @@ def main() -> None:
             prompt_missed_bytes=read,
             context=prompt,
             link=args.link,
+            model=machine.models.get(layout_of(facts.path), {}).get(threads),
         )
         rate, first = each["decode_tokens_per_s"]["median"], each["first_token_s"]["median"]
         limit = floor(work.token(missed / work.routed_bytes, prompt), machine, threads, args.link)

@@ -11,8 +11,8 @@ import pytest
 from emoe.cli import main, roofline
 from emoe.planner import facts_of
 from emoe.prediction.protocol import RoutingShape
-from emoe.profiling import engine_rates
-from emoe.profiling.machine import EngineRates, Machine, fingerprint
+from emoe.profiling import engine_rates, model_rates
+from emoe.profiling.machine import EngineRates, Machine, ModelRates, fingerprint
 from emoe.simulation.generate import random_trace
 from tests.conftest import Checkpoints
 
@@ -34,6 +34,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(roofline, "measure", quick)
     monkeypatch.setattr(engine_rates, "measure_engine", lambda _: EngineRates(1e9, 1e9, 1e11, 1e11, 1e-4, 1e-4))
+    monkeypatch.setattr(model_rates, "measure_model", lambda *_: ModelRates(2e8, 3e8, 1e11))
     return calls
 
 

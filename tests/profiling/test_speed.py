@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from emoe.errors import UsageError
 from emoe.planner import facts_of
-from emoe.profiling.machine import EngineRates, Machine, with_engine
+from emoe.profiling.machine import EngineRates, Machine, ModelRates, layout_of, with_engine, with_model
 from emoe.profiling.roofline import ModelWork
 from emoe.profiling.speed import expected
 from tests.conftest import Checkpoints
@@ -51,3 +53,22 @@ def test_a_gpus_kernels_are_not_timed() -> None:
         with_engine(replace(MACHINE, device="cuda"), [1])
     with pytest.raises(UsageError, match="damaged rates"):
         EngineRates.from_dict({})
+
+
+def test_a_models_own_rates_stand_before_the_machines(checkpoints: Checkpoints) -> None:
+    folder = checkpoints("gpt_oss")
+    made = with_model(MACHINE, folder, 1)
+    rates = made.models[layout_of(folder)][1]
+    assert rates.expert_flops > 0
+    assert rates.one_bytes_per_s is None or rates.one_bytes_per_s > 0
+    assert Machine.from_dict(json.loads(json.dumps(made.as_dict()))) == made
+    _, facts = facts_of(folder)
+    work = ModelWork(facts)
+    own = ModelRates(one_bytes_per_s=5e8, stream_bytes_per_s=1e9, expert_flops=1e3)
+    common: dict[str, Any] = {"miss_rate": 0.5, "prompt_tokens": 64, "prompt_missed_bytes": 1e9}
+    found = expected(facts, MACHINE, ENGINE, model=own, **common)
+    assert found.load_s == pytest.approx(work.routed_bytes / 2 / 5e8)
+    assert found.prompt_load_s == pytest.approx(1.0)
+    assert found.prompt_compute_s > expected(facts, MACHINE, ENGINE, **common).prompt_compute_s
+    with pytest.raises(UsageError, match="damaged rates of a model"):
+        ModelRates.from_dict({"one_bytes_per_s": None, "stream_bytes_per_s": None, "expert_flops": None})

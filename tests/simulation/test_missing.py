@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe.errors import UsageError
 from emoe.prediction.protocol import RoutingShape
 from emoe.routing.trace import Trace
 from emoe.simulation.generate import random_trace
-from emoe.simulation.missing import distinct, first_tokens, like_model, missing
+from emoe.simulation.missing import WINDOWS, after_prompt, distinct, first_tokens, like_model, missing
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +59,33 @@ def test_distinct_experts_grow_with_the_window_up_to_all(trace: Trace) -> None:
 def test_shares_that_cannot_be_are_refused(trace: Trace, share: float) -> None:
     with pytest.raises(UsageError, match="shares of experts"):
         missing(trace, [share])
+
+
+def test_tokens_after_a_prompt_find_what_the_prompt_left() -> None:
+    """One layer, top-1, room for two of four experts: counted by hand."""
+    # A prompt of 3 uses experts 0, 1, 2; the two tokens after it want 2 and 3.
+    routes = np.array([0, 1, 2, 2, 3], dtype=np.uint8)[:, None, None]
+    trace = random_trace(RoutingShape(1, 4, 1), 5)
+    trace = dataclasses.replace(trace, experts=routes)
+    found = after_prompt(trace, 0.5, prompt=3, new=2)
+    assert found.prompt_loads[0] in (2.0, 3.0)
+    assert found.miss_rate == found.waiting  # top-1: a token that misses waits
+    assert 0.5 <= found.miss_rate <= 1
+    whole = after_prompt(trace, 1.0, prompt=3, new=2)
+    assert (whole.prompt_loads, whole.miss_rate, whole.waiting) == ((0.0,), 0.0, 0.0)
+
+
+@given(share=st.sampled_from([0.25, 0.5, 0.75]), prompt=st.integers(1, 40), new=st.integers(1, 20))
+@settings(max_examples=15, deadline=None)
+def test_what_follows_a_prompt_stays_within_bounds(share: float, prompt: int, new: int) -> None:
+    trace = random_trace(RoutingShape(2, 8, 2), 100)
+    found = after_prompt(trace, share, prompt, new)
+    assert 0 <= found.miss_rate <= found.waiting <= 1
+    assert found.waiting <= 2 * found.miss_rate + 1e-12  # each that waits misses one of its two, or both
+    assert all(0 <= loads <= 8 for loads in found.prompt_loads)
+    assert WINDOWS > 0
+
+
+def test_numbers_of_tokens_are_checked() -> None:
+    with pytest.raises(UsageError, match="at least one token"):
+        after_prompt(random_trace(RoutingShape(1, 4, 1), 5), 0.5, 0, 1)

@@ -24,6 +24,19 @@ READ_BYTES = 4096  # a page: less costs a disk the same
 _NUMBER = re.compile(r"\d+")
 
 
+def layout_fingerprint(entries: Mapping[str, TensorEntry]) -> str:
+    """A hash of names, dtypes and shapes alone: the same for every training of one architecture."""
+    return _layout(entries).hexdigest()
+
+
+def _layout(entries: Mapping[str, TensorEntry]) -> hashlib._Hash:
+    digest = hashlib.sha256()
+    for name in sorted(entries):
+        entry = entries[name]
+        digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\n".encode())
+    return digest
+
+
 def fingerprint(directory: Path, entries: Mapping[str, TensorEntry] | None = None) -> str:
     """The fingerprint of the checkpoint in `directory`: 64 hexadecimal digits.
 
@@ -33,10 +46,7 @@ def fingerprint(directory: Path, entries: Mapping[str, TensorEntry] | None = Non
         CheckpointError: a file is missing, truncated or malformed, or cannot be read.
     """
     entries = read_headers(directory) if entries is None else entries
-    digest = hashlib.sha256()
-    for name in sorted(entries):
-        entry = entries[name]
-        digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\n".encode())
+    digest = _layout(entries)
     opened: dict[Path, int] = {}
     try:
         for entry, offset, nbytes in samples(entries):

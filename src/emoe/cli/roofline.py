@@ -14,7 +14,7 @@ from emoe.cli.routes import TRACE_TOKENS, trace_of
 from emoe.config import format_bytes
 from emoe.errors import UsageError
 from emoe.planner import facts_of
-from emoe.profiling.machine import Machine, cores, keep, known, measure, with_engine
+from emoe.profiling.machine import Machine, cores, keep, known, layout_of, measure, with_engine, with_model
 
 if TYPE_CHECKING:
     from emoe.profiling.roofline import Floor
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     trace, routes = trace_of(args.trace, args.trace_tokens, facts.path)
     machine = this_machine(facts.path, device=args.device, fresh=args.fresh)
     threads = args.threads or cores()
-    machine = _with_engine(machine, threads)
+    machine = _with_engine(machine, threads, facts.path)
     found = limits(
         facts,
         machine,
@@ -139,12 +139,16 @@ def this_machine(folder: Path, *, device: str = "cpu", fresh: bool = False) -> M
     return found
 
 
-def _with_engine(machine: Machine, threads: int) -> Machine:
-    """The machine with emoe's own rates, measured where they were not: `emoe plan` predicts by them."""
-    if machine.device != "cpu" or threads in machine.engine:
-        return machine
-    found = with_engine(machine, [threads], lambda text: note(f"  {text}"))
-    keep(found)
+def _with_engine(machine: Machine, threads: int, folder: Path) -> Machine:
+    """The machine with emoe's own rates and the model's, measured where they were not: `emoe plan` predicts by them."""
+    found = machine
+    if machine.device == "cpu":
+        if threads not in found.engine:
+            found = with_engine(found, [threads], lambda text: note(f"  {text}"))
+        if folder.is_dir() and threads not in found.models.get(layout_of(folder), {}):
+            found = with_model(found, folder, threads, lambda text: note(f"  {text}"))
+    if found is not machine:
+        keep(found)
     return found
 
 

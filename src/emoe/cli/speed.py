@@ -6,11 +6,15 @@ from typing import Any
 
 from emoe.cli.routes import TRACE_TOKENS, trace_of
 from emoe.planner import Facts, Plan
-from emoe.profiling.machine import known
+from emoe.profiling.machine import known, layout_of
 from emoe.profiling.speed import expected
 
 CONTEXT = 512
 """Tokens before the one whose time is given, and of the prompt, where the plan allows as many."""
+
+
+NEW = 64
+"""Tokens after the prompt whose misses are counted: what a prompt leaves in the slots is not what they want."""
 
 
 def speed_of(made: Plan, facts: Facts, *, threads: int | None, trace: str | None) -> tuple[dict[str, Any] | None, str]:
@@ -31,30 +35,31 @@ def speed_of(made: Plan, facts: Facts, *, threads: int | None, trace: str | None
         return None, "speed: none, it does not fit"
     routes, told = trace_of(trace, TRACE_TOKENS, facts.path)
     context = min(CONTEXT, made.prompt)
-    miss_rate = 1 - made.resident_share
+    layers = facts.expert_layers
     if routes is None:
         from emoe.profiling.roofline import ModelWork
 
-        distinct = ModelWork(facts).uniform_distinct(context)
+        miss_rate = 1 - made.resident_share
+        loads = [each * miss_rate for each in ModelWork(facts).uniform_distinct(context)]
+    elif made.resident_share == 1:
+        miss_rate, loads = 0.0, [0.0] * len(layers)
     else:
-        from emoe.simulation.missing import distinct as counted
-        from emoe.simulation.missing import like_model, missing
+        from emoe.simulation.missing import after_prompt, like_model
 
-        top_k, experts = facts.top_k, max(layer.experts for layer in facts.expert_layers)
-        routes = like_model(routes, len(facts.expert_layers), experts, top_k)
-        (rates,) = missing(routes, [made.resident_share], bound=False)
-        distinct, miss_rate = counted(routes, context), rates.policy
-    touched = sum(n * layer.expert_nbytes for n, layer in zip(distinct, facts.expert_layers, strict=True))
-    link = "direct" if machine.disk_direct_bytes_per_s is not None else "cached"
+        routes = like_model(routes, len(layers), max(layer.experts for layer in layers), facts.top_k)
+        missed = after_prompt(routes, made.resident_share, context, NEW)
+        miss_rate, loads = missed.miss_rate, list(missed.prompt_loads)
+    direct = machine.disk_direct_bytes_per_s is not None
     speed = expected(
         facts,
         machine,
         machine.engine[count],
         miss_rate=miss_rate,
         prompt_tokens=context,
-        prompt_missed_bytes=touched * (1 - made.resident_share),
+        prompt_missed_bytes=sum(n * layer.expert_nbytes for n, layer in zip(loads, layers, strict=True)),
         context=context,
-        link="direct" if link == "direct" else "cached",
+        link="direct" if direct else "cached",
+        model=machine.models.get(layout_of(facts.path), {}).get(count),
     )
     values = speed.as_dict() | {"threads": count, "context": context, "miss_rate": miss_rate, "routes": told}
     text = (

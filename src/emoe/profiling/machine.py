@@ -17,6 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from emoe.checkpoint.fingerprint import layout_fingerprint
+from emoe.checkpoint.headers import read_headers
 from emoe.config import user_cache
 from emoe.errors import UsageError
 
@@ -68,6 +70,34 @@ class EngineRates:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelRates:
+    """Of one checkpoint's own experts and one number of threads, on the CPU; None where files cannot be read directly.
+
+    one_bytes_per_s, stream_bytes_per_s: reading experts into slots, one after another or several at once; expert_flops:
+    operations per second of a prompt of PROMPT_TOKENS.
+    """
+
+    one_bytes_per_s: float | None
+    stream_bytes_per_s: float | None
+    expert_flops: float
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelRates:
+        """The opposite of `dataclasses.asdict`.
+
+        Raises:
+            UsageError: it is no such thing.
+        """
+        try:
+            rates = [None if values[name] is None else float(values[name]) for name in cls.__slots__]
+            if rates[2] is None:
+                raise TypeError("expert_flops is null")
+            return cls(rates[0], rates[1], rates[2])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"damaged rates of a model ({error}): measure anew with `--fresh`.") from error
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """Measured rates; None or an absent key where something was not measured.
 
@@ -82,6 +112,7 @@ class Machine:
         device_bytes_per_s, device_flops: the same two of the GPU's own memory.
         notes: what could not be measured, and why.
         engine: threads -> what emoe's own kernels and layers take (`with_engine`); empty where not measured.
+        models: `layout_of` a checkpoint -> threads -> what its own experts take (`with_model`).
     """
 
     fingerprint: dict[str, str]
@@ -97,6 +128,7 @@ class Machine:
     device_flops: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     engine: dict[int, EngineRates] = field(default_factory=dict)
+    models: dict[str, dict[int, ModelRates]] = field(default_factory=dict)
 
     def memory_rate(self, threads: int) -> float:
         """Bytes per second at which weights are read where experts run, by so many threads.
@@ -153,12 +185,16 @@ class Machine:
         if values.get("format") != FORMAT:
             raise UsageError(f"no measurements of a machine in the format {FORMAT}: measure anew with `--fresh`.")
         try:
-            known = {name: values[name] for name in cls.__slots__ if name != "engine"}
+            known = {name: values[name] for name in cls.__slots__ if name not in ("engine", "models")}
             known["memory_bytes_per_s"] = _rates(known["memory_bytes_per_s"])
             known["flops"] = {dtype: _rates(rates) for dtype, rates in known["flops"].items()}
             known["notes"] = tuple(known["notes"])
             engine = values.get("engine") or {}
             known["engine"] = {int(threads): EngineRates.from_dict(rates) for threads, rates in engine.items()}
+            known["models"] = {
+                model: {int(threads): ModelRates.from_dict(rates) for threads, rates in by_threads.items()}
+                for model, by_threads in (values.get("models") or {}).items()
+            }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
                 f"damaged measurements of a machine ({type(error).__name__}: {error}): measure anew with `--fresh`."
@@ -375,6 +411,28 @@ def with_engine(machine: Machine, threads: Sequence[int], say: Say = lambda _: N
         say(f"emoe's kernels, {count} thread{'s' * (count > 1)}")
         found[count] = measure_engine(count)
     return replace(machine, engine=found)
+
+
+def layout_of(folder: Path) -> str:
+    """The key of `Machine.models`: checkpoints of one architecture take alike."""
+    return layout_fingerprint(read_headers(folder))
+
+
+def with_model(machine: Machine, folder: Path, threads: int, say: Say = lambda _: None) -> Machine:
+    """The machine with what the experts of the checkpoint in `folder` take on it, with so many threads; a few seconds.
+
+    Raises:
+        UsageError: the machine is a GPU's: those are not predicted.
+        CheckpointError, UnsupportedModelError, ReadError: the checkpoint cannot be indexed or read.
+    """
+    from emoe.profiling.model_rates import measure_model
+
+    if machine.device != "cpu":
+        raise UsageError(f"a model's experts are timed on the CPU only, not on {machine.device!r}.")
+    say(f"{folder.name}'s own experts, {threads} thread{'s' * (threads > 1)}")
+    mark = layout_of(folder)
+    of_model = {**machine.models.get(mark, {}), threads: measure_model(folder, threads)}
+    return replace(machine, models={**machine.models, mark: of_model})
 
 
 def thread_counts(most: int) -> tuple[int, ...]:

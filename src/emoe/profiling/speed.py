@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from emoe.planner.facts import Facts, dtype_bytes
-from emoe.profiling.machine import EngineRates, Link, Machine
+from emoe.profiling.machine import EngineRates, Link, Machine, ModelRates
 from emoe.profiling.roofline import ModelWork
 
 
@@ -46,8 +46,11 @@ def expected(
     prompt_missed_bytes: float,
     context: int = 0,
     link: Link = "direct",
+    model: ModelRates | None = None,
 ) -> Speed:
     """The speed with a share `miss_rate` of the routed experts missing, and so many bytes of a prompt's.
+
+    `model`: what its own experts take, where that was measured; else the disk's own rate and made-up experts' stand in.
 
     Raises:
         UsageError: a rate that is needed was not measured.
@@ -56,13 +59,18 @@ def expected(
     token = work.token(miss_rate, context)
     layers = max(len(facts.cache_layers), len(facts.expert_layers))
     memory_s = token.dense_bytes / engine.dense_bytes_per_s + token.expert_bytes / engine.expert_bytes_per_s
-    load_s = token.missed_bytes / machine.link_rate(link) if token.missed_bytes else 0.0
+    one, stream, expert_rate = None, None, engine.expert_flops
+    if model is not None:
+        expert_rate = model.expert_flops
+        if link == "direct":
+            one, stream = model.one_bytes_per_s, model.stream_bytes_per_s
+    load_s = token.missed_bytes / (one or machine.link_rate(link)) if token.missed_bytes else 0.0
     overhead_s = layers * engine.layer_s + engine.token_s
     everything = work.prompt(prompt_tokens, [0.0] * len(facts.expert_layers), 0.0)
     expert_flops = 2 * prompt_tokens * work.routed_elements
     itemsize = dtype_bytes(facts.dtype) / 2  # rates are bfloat16's: a wider dtype takes as much longer
-    compute_s = itemsize * ((everything.flops - expert_flops) / engine.dense_flops + expert_flops / engine.expert_flops)
-    prompt_load_s = prompt_missed_bytes / machine.link_rate(link) if prompt_missed_bytes else 0.0
+    compute_s = itemsize * ((everything.flops - expert_flops) / engine.dense_flops + expert_flops / expert_rate)
+    prompt_load_s = prompt_missed_bytes / (stream or machine.link_rate(link)) if prompt_missed_bytes else 0.0
     return Speed(
         token_s=memory_s + load_s + overhead_s,
         first_token_s=max(compute_s, prompt_load_s) + overhead_s,

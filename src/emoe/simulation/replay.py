@@ -64,6 +64,7 @@ def replay(
     scorer: UseScorer | None = None,
     experts: Mapping[int, int] | None = None,
     link: Link | None = None,
+    passed: Callable[[bool, list[LayerCounters]], None] | None = None,
 ) -> Replay:
     """Serve a trace's passes in the order in which they ran.
 
@@ -74,6 +75,7 @@ def replay(
         scorer: scores the experts of all banks. It is told of prompts and passes as the engine tells its own.
         experts: experts of each decoder layer (default: the trace's number for all).
         link: what loads and layers take; without one the clock stands still.
+        passed: called after each pass with whether it read a prompt, and what the layers have counted so far.
 
     Raises:
         UsageError: both or neither of a rule and a scorer are given.
@@ -121,6 +123,8 @@ def replay(
         if live is not None:
             weights = None if trace.weights is None else trace.weights[rows]
             live.observe(trace.experts[rows], weights, None if trace.token_ids is None else trace.token_ids[rows])
+        if passed is not None:
+            passed(prefill, [pool_of[layer].table.counters[layer] for layer in layers])
     loader.close()
     counters = {layer: pool.table.counters[layer] for layer, pool in sorted(pool_of.items())}
     return Replay(counters, clock.now, plan.slots)
