@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from emoe.bench.cgroup import MemoryCgroup
+from emoe.bench.cores import Cores, pinned
 from emoe.config import format_bytes
 from emoe.errors import EmoeError
 
@@ -28,7 +29,7 @@ class WorkerError(EmoeError):
 
 
 class WorkerClient:
-    """One worker process, inside `cgroup` from its first instruction if one is given.
+    """One worker process, inside `cgroup` and on `cores` from its first instruction if they are given.
 
     `command` serves requests as `emoe.bench.worker.serve` does; `environment` is added to this process's.
     """
@@ -40,6 +41,7 @@ class WorkerClient:
         threads: int | None = None,
         command: Sequence[str] = TORCH_WORKER,
         environment: Mapping[str, str] | None = None,
+        cores: Cores | None = None,
     ) -> None:
         self.what = what
         self._cgroup = cgroup
@@ -54,9 +56,10 @@ class WorkerClient:
         variables = os.environ | quiet | dict(environment or {})
         if threads is not None:
             variables["OMP_NUM_THREADS"] = str(threads)
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=variables
-        )
+        with pinned(cores):
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=variables
+            )
 
     def ask(self, operation: str, /, within_s: float | None = None, **values: Any) -> dict[str, Any]:
         """Send one request and return its answer; a worker that has not answered `within_s` seconds is ended.
@@ -118,6 +121,8 @@ class WorkerClient:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._process.terminate()  # it is at work, and would heed its stdin only afterwards
         self.close()
 
     def close(self) -> None:

@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import sys
 from pathlib import Path
 
+from emoe.bench.options import ended_in_order, modes, say, words
 from emoe.bench.settings import BASELINES, DecodeSettings, parse_budget
 from emoe.checkpoint.codecs.formats import EXPERT_DTYPES, NATIVE
-from emoe.config import MODES, PREFETCHES, ExpertMemory, Mode, format_bytes, parse_bytes
+from emoe.config import PREFETCHES, ExpertMemory, format_bytes, parse_bytes
 from emoe.errors import UsageError
 
 DECODE = "Decode speed at several budgets, beside plain transformers and accelerate's disk offload."
 CHECKPOINT = "Write a random-weight checkpoint of a named shape, to measure on."
 REPLAY = "Feed a planted checkpoint the tokens of its trace and measure. Sizes and routing are real, text is not."
 REPLAY_BUDGETS = "100,80,60,40,20"
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def add_decode(parser: argparse.ArgumentParser) -> None:
@@ -94,17 +89,11 @@ def _add_measuring(parser: argparse.ArgumentParser, budgets: str, baselines: str
 
 def decode_settings(args: argparse.Namespace) -> DecodeSettings:
     """The settings that `args` ask for. Raises UsageError."""
-    modes: list[Mode] = []
-    for word in _words(args.modes):
-        found = next((mode for mode in MODES if mode == word), None)
-        if found is None:
-            raise UsageError(f"no mode is called {word!r}; use {', '.join(MODES)}")
-        modes.append(found)
     return DecodeSettings(
         model=args.model,
-        budgets=tuple(_budget(word, args) for word in _words(args.budgets)),
-        modes=tuple(modes),
-        baselines=tuple(word for word in _words(args.baselines) if word != "none"),
+        budgets=tuple(_budget(word, args) for word in words(args.budgets)),
+        modes=modes(args.modes),
+        baselines=tuple(word for word in words(args.baselines) if word != "none"),
         prompt_tokens=args.prompt_tokens,
         # A replay reads one token off the prompt's logits and one off each step's.
         new_tokens=args.steps + 1 if args.forced else args.new_tokens,
@@ -153,12 +142,8 @@ def run_decode(args: argparse.Namespace) -> int:
     from emoe.bench import decode
     from emoe.bench.report import report_text
 
-    # Ended from outside, the processes it started and the files they wrote must go too: as with Ctrl-C.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        report = decode.run(decode_settings(args), _say)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with ended_in_order():
+        report = decode.run(decode_settings(args), say)
     print(json.dumps(report.as_dict()) if args.json else report_text(report))
     return 1 if report.failed or report.inexact else 0
 
@@ -176,10 +161,6 @@ def run_checkpoint(args: argparse.Namespace) -> int:
     from emoe.bench.shapes import make_checkpoint, shape_of
 
     shape = shape_of(args.shape)
-    _say(f"writing {shape.name}, {format_bytes(shape.total_bytes)}, to {args.folder}")
+    say(f"writing {shape.name}, {format_bytes(shape.total_bytes)}, to {args.folder}")
     print(make_checkpoint(shape, args.folder, args.seed))
     return 0
-
-
-def _say(text: str) -> None:
-    print(f"emoe: {text}", file=sys.stderr, flush=True)

@@ -242,7 +242,7 @@ class _Bench:
             return False
         one.outcome.samples[number] = sample
         if one.cgroup is not None:
-            one.outcome.cgroup_peak_bytes = max(one.cgroup.peak_bytes or 0, one.outcome.cgroup_peak_bytes or 0)
+            one.outcome.note_peak(one.cgroup.peak_bytes)
         rate = decode_rate(sample)
         self.say(
             f"round {number + 1}/{self.settings.rounds}  {one.outcome.name}: {rate:.2f} tokens/s, first token after "
@@ -253,8 +253,7 @@ class _Bench:
     def _generate(self, one: _Live, number: int) -> dict[str, Any] | None:
         """Prompt `number`; those of warm-ups are negative and lie beyond the rounds'."""
         if self.settings.cold:
-            stayed = drop([*self.files, *one.extra_files])
-            one.outcome.still_cached_bytes = max(stayed, one.outcome.still_cached_bytes)
+            one.outcome.note_cached(drop([*self.files, *one.extra_files]))
         try:
             if self.settings.forced:
                 return self._replay(one, number)

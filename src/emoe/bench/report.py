@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from emoe.bench.limits import Limits
 from emoe.bench.plant.card import LABEL
 from emoe.bench.results import DecodeReport, Outcome, Spread, decode_rate, decoded_tokens
 from emoe.checkpoint.codecs.formats import NATIVE
@@ -81,10 +82,12 @@ def _limits(report: DecodeReport, outcome: Outcome) -> tuple[str, ...]:
     if not report.limits:
         return ()
     found = report.limits.get(outcome.name, {})
-    return tuple(
-        f"{found[phase].share:.0%} ({found[phase].floor.bound_by})" if phase in found else ""
-        for phase in ("decode", "prefill")
-    )
+    return (share(found, "decode"), share(found, "prefill"))
+
+
+def share(limits: Limits, phase: str) -> str:
+    """The share of the least time of a phase, with what bounds it; nothing where that is not known."""
+    return f"{limits[phase].share:.0%} ({limits[phase].floor.bound_by})" if phase in limits else ""
 
 
 def _conditions(report: DecodeReport) -> str:

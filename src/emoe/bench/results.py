@@ -35,34 +35,24 @@ class Spread:
         return {"median": self.median, "min": self.least, "max": self.greatest}
 
 
-@dataclass(slots=True)
-class Outcome:
-    """One contender: how it loaded, and a sample for each round it completed (`engines.Sample` as a dict).
+@dataclass(slots=True, kw_only=True)
+class Measured:
+    """What was measured of something that runs in a process of its own: how it loaded, each time, and a sample for each
+    round it completed.
 
-    `plan_bytes` is what the planner expects above a process that has only imported its libraries.
+    `cgroup_peak_bytes` is what was charged to its memory cgroup, page cache included; `still_cached_bytes` what of its
+    files could not be dropped from the page cache; `error` says why it did not complete.
     """
 
-    contender: Contender
-    plan_bytes: int
     loads: list[dict[str, Any]] = field(default_factory=list)
     samples: dict[int, dict[str, Any]] = field(default_factory=dict)
     cgroup_peak_bytes: int | None = None
     still_cached_bytes: int = 0
     error: str | None = None
 
-    @property
-    def name(self) -> str:
-        """The contender's name."""
-        return self.contender.name
-
     def values(self, of: Measure) -> Spread | None:
         """`of` each round; None without rounds."""
         return Spread.of([of(sample) for sample in self.samples.values()]) if self.samples else None
-
-    @property
-    def decode_tokens_per_s(self) -> Spread | None:
-        """Tokens after the first, over the time they took."""
-        return self.values(decode_rate)
 
     @property
     def load_peak_bytes(self) -> int | None:
@@ -73,6 +63,36 @@ class Outcome:
     def peak_bytes(self) -> int | None:
         """The most resident while generating, above the imports."""
         return max((int(sample["peak_bytes"]) for sample in self.samples.values()), default=None)
+
+    def note_peak(self, cgroup_peak_bytes: int | None) -> None:
+        """What a cgroup was charged at most: the greatest stays."""
+        if cgroup_peak_bytes is not None:
+            self.cgroup_peak_bytes = max(cgroup_peak_bytes, self.cgroup_peak_bytes or 0)
+
+    def note_cached(self, still_cached_bytes: int) -> None:
+        """What stayed in the page cache: the greatest stays."""
+        self.still_cached_bytes = max(still_cached_bytes, self.still_cached_bytes)
+
+
+@dataclass(slots=True)
+class Outcome(Measured):
+    """One contender; its samples are `engines.Sample` as dicts.
+
+    `plan_bytes` is what the planner expects above a process that has only imported its libraries.
+    """
+
+    contender: Contender
+    plan_bytes: int
+
+    @property
+    def name(self) -> str:
+        """The contender's name."""
+        return self.contender.name
+
+    @property
+    def decode_tokens_per_s(self) -> Spread | None:
+        """Tokens after the first, over the time they took."""
+        return self.values(decode_rate)
 
     def hit_rate(self, phase: str) -> float | None:
         """Of "prefill" or "decode", over all rounds; None where nothing was counted."""

@@ -44,6 +44,7 @@ class Worker:
         import transformers
 
         from emoe.bench import engines
+        from emoe.bench.cores import usable_cores
         from emoe.bench.process import memory, reset_peak, storage_bytes_read
         from emoe.bench.settings import Contender
 
@@ -66,6 +67,7 @@ class Worker:
             "loaded_bytes": now.now_bytes - base.now_bytes,
             "load_storage_bytes": storage_bytes_read() - read,
             "threads": torch.get_num_threads(),
+            "cores": usable_cores(),
             "extra_files": [str(path) for path in self._running.extra_files],
             "notes": self._running.notes,
             "reader": self._running.reader,
@@ -148,6 +150,8 @@ def serve(operations: Operations) -> None:
     """Answer what comes on stdin."""
     # Ctrl-C goes to the whole terminal; the other end ends this process in order, by closing stdin.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ended while it works, it still removes what it wrote.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # What libraries print must not end up between the answers.
     with os.fdopen(os.dup(1), "w") as channel:
         os.dup2(2, 1)

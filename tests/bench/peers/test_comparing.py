@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from emoe.bench.client import WorkerClient, WorkerError
+from emoe.bench.cores import usable_cores
 from emoe.bench.feeding import feed
+from emoe.bench.peers import comparing
 from emoe.bench.peers.build import VERSION, build_command, build_llama, cache_folder, llama_python, worker_command
 from emoe.bench.peers.comparing import compare
 from emoe.bench.peers.entries import PeersSettings
@@ -25,6 +27,7 @@ from emoe.bench.plant.shapes import PUBLISHED
 from emoe.bench.plant.write import plant
 from emoe.config import ExpertMemory
 from emoe.errors import BudgetError, UsageError
+from emoe.profiling.machine import Machine
 from tests.bench.peers.checkpoints import FAMILIES, VOCABULARY, save
 from tests.bench.plant.made_up import made_up_trace
 
@@ -38,7 +41,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 def settings_of(folder: Path, cache: Path, **changes: object) -> PeersSettings:
     usual = {
-        "memory_limit": None,
+        "memory_limits": ("none",),
         "prefill": 12,
         "decode": 4,
         "rounds": 1,
@@ -56,10 +59,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+MACHINE = Machine({}, memory_bytes_per_s={1: 1e9}, disk_direct_bytes_per_s=1e8, disk_cached_bytes_per_s=1e9,
+                  flops={"float32": {1: 1e10}})  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "machine_of", lambda *_: MACHINE)
+
+
 @pytest.fixture(scope="module")
 def report(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> PeersReport:
     cache = tmp_path_factory.mktemp("cache")
-    made = compare(settings_of(tiny, cache))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparing, "machine_of", lambda *_: MACHINE)
+        made = compare(settings_of(tiny, cache, cores=usable_cores()))
     assert not list(cache.glob("offload-*"))  # what accelerate wrote is gone
     return made
 
@@ -80,6 +94,11 @@ def test_every_engine_that_is_here_is_measured(report: PeersReport) -> None:
     if importlib.util.find_spec("airllm") is None:
         assert rows["airllm"].error == "not installed: pip install airllm"
     assert not report.failed
+    for peer in ("emoe", "transformers", "accelerate"):
+        assert rows[peer].entry.cores == usable_cores()[:1]
+        assert rows[peer].loads[0]["cores"] == list(usable_cores()[:1])  # as the process itself says
+        assert rows[peer].limits.keys() == {"decode", "prefill"}
+        assert rows[peer].samples[0]["first_prompt_s"] != rows[peer].samples[0]["first_token_s"]
     assert json.loads(json.dumps(report.as_dict()))["rows"][0]["decoded_tokens"] == 4
 
 
@@ -107,7 +126,7 @@ def test_an_engine_that_takes_too_long_is_ended(tiny: Path) -> None:
 
 def test_a_limit_too_small_for_emoe_is_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match=r"memory limit of 1\.00 MiB is less than .* needs; give at least"):
-        compare(settings_of(tiny, tmp_path, memory_limit="1MiB", budgets=()))
+        compare(settings_of(tiny, tmp_path, memory_limits=("1MiB",), budgets=()))
 
 
 @LINUX

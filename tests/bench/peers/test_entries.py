@@ -1,4 +1,4 @@
-"""What is measured, from the options; and what follows from the numbers."""
+"""What is measured, from the options."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from emoe.bench.peers.commands import add_peers, peers_settings
-from emoe.bench.peers.entries import Entry, PeersSettings, entries
-from emoe.bench.peers.results import PeersReport, Row, report_text
+from emoe.bench.peers.entries import Entry, MemoryLimit, PeersSettings, entries
 from emoe.config import ExpertMemory
 from emoe.errors import UsageError
 
@@ -97,12 +96,12 @@ def test_quantised_experts_stand_beside_quantised_experts(tmp_path: Path) -> Non
     assert made[1].options == {"expert_dtype": "int4"}
 
 
-def test_the_limit_is_a_share_a_size_or_none(tmp_path: Path) -> None:
-    assert settings_of(tmp_path).limit_bytes(1000) == 400
-    assert settings_of(tmp_path, "--memory-limit", "2KiB").limit_bytes(1000) == 2048
-    assert settings_of(tmp_path, "--memory-limit", "none").limit_bytes(1000) is None
+def test_limits_are_shares_sizes_or_none(tmp_path: Path) -> None:
+    assert settings_of(tmp_path).limits(1000) == (MemoryLimit("40%", 400),)
+    several = settings_of(tmp_path, "--memory-limit", "20%, 2KiB,none,20%").limits(1000)
+    assert [(limit.text, limit.nbytes) for limit in several] == [("20%", 200), ("2KiB", 2048), ("none", None)]
     with pytest.raises(UsageError, match="lots"):
-        settings_of(tmp_path, "--memory-limit", "lots").limit_bytes(1000)
+        settings_of(tmp_path, "--memory-limit", "lots").limits(1000)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +115,10 @@ def test_the_limit_is_a_share_a_size_or_none(tmp_path: Path) -> None:
         (("--threads", "0"), "threads must be numbers from 1"),
         (("--decode", "1"), "decode must be at least 2, not 1"),
         (("--rounds", "0"), "rounds must be at least 1, not 0"),
+        (("--warmups", "-1"), "warmups must be at least 0, not -1"),
+        (("--cores", "first"), "cores are auto, none or numbers, as 0,1, not 'first'"),
+        (("--cores", "100000"), "cores are auto, none or among .*, not '100000'"),
+        (("--memory-limit", ","), "memory limits: give at least one, or none"),
     ],
 )
 def test_mistakes_are_refused(tmp_path: Path, words: tuple[str, ...], said: str) -> None:
@@ -132,85 +135,20 @@ def test_a_folder_is_needed(tmp_path: Path) -> None:
         peers_settings(parser.parse_args([]))
 
 
-def sample(rate: float, first_s: float, log_probabilities: tuple[float, ...] = (-1.0, -2.0)) -> dict[str, Any]:
-    return {
-        "first_token_s": first_s,
-        "step_s": [1 / rate] * 4,
-        "log_probabilities": list(log_probabilities),
-        "prefill_storage_bytes": 2**30,
-        "decode_storage_bytes": 4 * 2**20,
-        "peak_bytes": 2**30,
-        "prefill": {},
-        "decode": {},
-    }
+def test_every_engine_has_the_same_cores_as_many_as_threads(tmp_path: Path) -> None:
+    settings = replace(settings_of(tmp_path), cores=(4, 6, 7))
+    assert {entry.threads: entry.cores for entry in entries_of(settings)} == {1: (4,), 2: (4, 6)}
+    assert len({(entry.threads, entry.cores) for entry in entries_of(settings)}) == 2
+    free = settings_of(tmp_path, "--cores", "none")
+    assert {entry.cores for entry in entries_of(free)} == {None}
 
 
-@pytest.fixture
-def report(tmp_path: Path) -> PeersReport:
-    settings = settings_of(tmp_path)
-    rows = {entry.name: Row(entry) for entry in entries_of(settings)}
-    figures = {
-        "emoe exact 50% -t 1": [sample(4, 3), sample(6, 5)],
-        "emoe exact 50% -t 2": [sample(3, 2), sample(3, 2)],
-        "emoe resident 50% -t 1": [sample(8, 4), sample(8, 4)],
-        "llama.cpp mmap -t 1": [sample(0.5, 6, (-1.0, -2.5)), sample(0.5, 6)],
-        "llama.cpp mmap -t 2": [sample(1.25, 8), sample(1.25, 8)],
-        "accelerate disk -t 1": [sample(0.25, 40), sample(0.25, 40)],
-    }
-    for name, samples in figures.items():
-        rows[name].samples = dict(enumerate(samples))
-        rows[name].loads = [{"load_s": 1.0, "load_peak_bytes": 2**29, "versions": {"torch": "2"}}] * 2
-    rows["transformers grouped_mm -t 1"].error = "was killed: it needs more"
-    machine = {"cpu": "a CPU", "cpus": 2, "memory_bytes": 2**34, "read_ahead_bytes": 2**17}
-    model = {
-        "name": "planted",
-        "model_type": "olmoe",
-        "dtype": "bfloat16",
-        "checkpoint_bytes": 2**33,
-        "layers": 10,
-        "experts_per_layer": 64,
-        "top_k": 8,
-        "label": "planted: text is not real",
-    }
-    return PeersReport(settings, 2**32, machine, model, list(rows.values()), {"torch": "2"})
-
-
-def test_ratios_are_of_the_best_threads_of_each_side(report: PeersReport) -> None:
-    found = {(ratio.emoe, ratio.measure): (round(ratio.times, 6), ratio.peer) for ratio in report.ratios()}
-    assert found == {
-        ("emoe exact 50% -t 1", "decode"): (4.0, "llama.cpp mmap -t 2"),
-        ("emoe exact 50% -t 2", "first token"): (3.0, "llama.cpp mmap -t 1"),
-        ("emoe resident 50% -t 1", "decode"): (6.4, "llama.cpp mmap -t 2"),
-        ("emoe resident 50% -t 1", "first token"): (1.5, "llama.cpp mmap -t 1"),
-    }
-
-
-def test_other_precisions_are_no_match(report: PeersReport) -> None:
-    for row in report.rows:
-        if row.entry.peer == "llama.cpp":
-            row.entry = replace(row.entry, precision="int8")
-    assert {ratio.peer for ratio in report.ratios()} == {"accelerate disk -t 1"}
-
-
-def test_the_text_says_what_was_measured_and_what_not(report: PeersReport) -> None:
-    text = report_text(report)
-    assert "planted: text is not real" in text
-    assert "memory cgroup of 4.00 GiB (50% of the checkpoint, page cache included)" in text
-    assert "the disk reads ahead 128.00 KiB" in text
-    assert "emoe exact 50% -t 1: decode 4.00 times llama.cpp mmap -t 2" in text
-    assert "not measured  transformers grouped_mm -t 1: was killed: it needs more" in text
-    assert "emoe exact 50% -t 1: OMP_NUM_THREADS=1 emoe.load(" in text
-    llama = next(line for line in text.splitlines() if line.startswith("llama.cpp mmap -t 1 "))
-    assert " ".join(llama.split()) == "llama.cpp mmap -t 1 0.50 4 6.00 1.00 MiB 1.00 GiB 1.00 GiB 0.5000"
-
-
-def test_json_has_every_row(report: PeersReport) -> None:
-    values = report.as_dict()
-    assert values["schema"] == "emoe-bench-peers/1"
-    rows = {row["name"]: row for row in values["rows"]}
-    assert len(rows) == 12
-    assert rows["emoe exact 50% -t 1"]["decode_tokens_per_s"] == {"median": 5.0, "min": 4.0, "max": 6.0}
-    assert rows["llama.cpp mmap -t 1"]["log_probability_difference"] == 0.5
-    assert rows["transformers grouped_mm -t 1"]["error"].endswith("it needs more")
-    assert rows["transformers grouped_mm -t 1"]["decode_tokens_per_s"] is None
-    assert values["memory_limit_bytes"] == 2**32
+def test_what_selects_rows_is_no_condition_of_theirs(tmp_path: Path) -> None:
+    """A file of measurements can be gone on with for more rows, not under other conditions."""
+    usual = settings_of(tmp_path)
+    more = settings_of(
+        tmp_path, "--memory-limit", "20%", "--rounds", "9", "--threads", "1", "--out", "x", "--modes", "exact"
+    )
+    assert more.conditions() == usual.conditions()
+    for words in (("--prefill", "9"), ("--decode", "9"), ("--warmups", "0"), ("--cold",), ("--decode-seconds", "9")):
+        assert settings_of(tmp_path, *words).conditions() != usual.conditions()

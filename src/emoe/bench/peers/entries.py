@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from emoe.bench.cores import Cores, cores_for
 from emoe.bench.settings import Contender
 from emoe.config import MODES, ExpertMemory, Mode, parse_bytes
 from emoe.errors import UsageError
@@ -15,24 +16,42 @@ PEERS = ("emoe", "transformers", "accelerate", "airllm", "llama.cpp")
 LLAMA_PRECISIONS = {"native": "native", "int8": "q8_0", "int4": "q4_0"}
 """The GGUF dtype of experts that stands beside each of emoe's."""
 
+NO_LIMIT = "none"
+
 LoadMode = Literal["mmap", "none"]
+LLAMA_EXPERT_BYTES = {"int8": 34 / 32, "int4": 18 / 32}
+"""Bytes of one weight in them: blocks of 32 with a scale of two bytes (ggml's Q8_0 and Q4_0)."""
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLimit:
+    """What one process may take, as asked ("40%", "8GiB", "none") and in bytes; None: no limit."""
+
+    text: str
+    nbytes: int | None
+
+    @property
+    def where(self) -> str:
+        """For sentences."""
+        return "without a memory limit" if self.nbytes is None else f"at {self.text}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeersSettings:
     """One run of `emoe bench peers`.
 
-    `memory_limit`: for each process, "40%" of the checkpoint's bytes, a size, or None. `budgets` of emoe; empty: the
-    largest that the planner fits into the limit. `cold` drops files from the page cache before a process starts
-    also without a limit; with one it always happens. `warmups` prompts are read before the measured one; None: one
-    where everything is compared in memory, else none, so that a process that has just started is measured.
-    `timeout_s` bounds loading and the prompt, each; `decode_s` bounds decoding: what is measured then is fewer tokens.
+    `memory_limits`: of each process, one after the other: "40%" of the checkpoint's bytes, a size, or "none". `budgets`
+    of emoe; empty: the largest that the planner fits into the limit. `cores` that processes are pinned to, the first of
+    them as many as threads; None: not pinned. `cold` drops files from the page cache before a process starts also
+    without a limit; with one it always happens. `warmups` prompts are read before the measured one. `timeout_s` bounds
+    loading and the prompt, each; `decode_s` bounds decoding: what is measured then is fewer tokens. `out` keeps what
+    was measured.
     """
 
     folder: Path
     cache: Path
-    memory_limit: str | None = "40%"
+    memory_limits: tuple[str, ...] = ("40%",)
     prefill: int = 512
     decode: int = 32
     rounds: int = 2
@@ -42,15 +61,24 @@ class PeersSettings:
     budgets: tuple[ExpertMemory, ...] = ()
     expert_dtypes: tuple[str, ...] = ("native",)
     implementations: tuple[str, ...] = ("grouped_mm",)
+    cores: Cores | None = None
     cold: bool = False
-    warmups: int | None = None
+    warmups: int = 1
     check_routes: bool = False
     timeout_s: float = 600.0
     decode_s: float = 60.0
+    out: Path | None = None
 
     def __post_init__(self) -> None:
         """Check. Raises UsageError."""
-        for name, least in (("prefill", 1), ("decode", 2), ("rounds", 1), ("timeout_s", 1), ("decode_s", 1)):
+        for name, least in (
+            ("prefill", 1),
+            ("decode", 2),
+            ("rounds", 1),
+            ("warmups", 0),
+            ("timeout_s", 1),
+            ("decode_s", 1),
+        ):
             if getattr(self, name) < least:
                 raise UsageError(f"{name.replace('_s', '')} must be at least {least}, not {getattr(self, name)}")
         for name, known in (("peers", PEERS), ("modes", MODES), ("expert_dtypes", tuple(LLAMA_PRECISIONS))):
@@ -58,30 +86,34 @@ class PeersSettings:
             if wrong or not getattr(self, name):
                 found = repr(wrong[0]) if wrong else "nothing"
                 raise UsageError(f"{name.replace('_', ' ')} are among {', '.join(known)}, not {found}")
-        if self.warmups is not None and self.warmups < 0:
-            raise UsageError(f"warmups must be at least 0, not {self.warmups}")
+        if not self.memory_limits:
+            raise UsageError("memory limits: give at least one, or none")
         if not self.threads or min(self.threads) < 1:
             raise UsageError(f"threads must be numbers from 1, not {self.threads}")
 
-    @property
-    def prompts_before(self) -> int:
-        """How many prompts a process reads before the measured one."""
-        if self.warmups is not None:
-            return self.warmups
-        return 1 if self.memory_limit is None and not self.cold else 0
+    def limits(self, checkpoint_bytes: int) -> tuple[MemoryLimit, ...]:
+        """The memory limits. Raises UsageError for a text that is neither a share nor a size."""
+        found = []
+        for text in self.memory_limits:
+            share = _PERCENT.fullmatch(text)
+            if text == NO_LIMIT:
+                found.append(MemoryLimit(text, None))
+            elif share is not None:
+                found.append(MemoryLimit(text.strip(), int(checkpoint_bytes * float(share[1]) / 100)))
+            else:
+                found.append(MemoryLimit(text, parse_bytes(text)))
+        return tuple(dict.fromkeys(found))
 
-    def limit_bytes(self, checkpoint_bytes: int) -> int | None:
-        """The memory limit. Raises UsageError for a text that is neither a share nor a size."""
-        if self.memory_limit is None:
-            return None
-        share = _PERCENT.fullmatch(self.memory_limit)
-        if share is not None:
-            return int(checkpoint_bytes * float(share[1]) / 100)
-        return parse_bytes(self.memory_limit)
+    def conditions(self) -> dict[str, Any]:
+        """For JSON: what every row has in common. Rows measured under other conditions are no match."""
+        chosen = ("memory_limits", "rounds", "threads", "peers", "modes", "budgets", "expert_dtypes", "implementations")
+        places = ("folder", "cache", "check_routes", "timeout_s", "out")
+        return {name: value for name, value in self.as_dict().items() if name not in (*chosen, *places)}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        values = asdict(self) | {"folder": str(self.folder), "cache": str(self.cache)}
+        paths = {name: value for name in ("folder", "cache", "out") if (value := getattr(self, name)) is not None}
+        values = asdict(self) | {name: str(path) for name, path in paths.items()}
         values["budgets"] = [str(budget) for budget in self.budgets]
         return values
 
@@ -91,7 +123,8 @@ class Entry:
     """A row: one engine in one configuration with a number of threads.
 
     `command` is what a user would write for the same. `missing` says why it cannot be measured here. One of
-    `contender` (run by this Python) and `llama` (run by the cached build) is set.
+    `contender` (run by this Python) and `llama` (run by the cached build) is set. `cores` are those that the process is
+    pinned to; None: not pinned.
     """
 
     peer: str
@@ -103,6 +136,7 @@ class Entry:
     llama: dict[str, Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     missing: str | None = None
+    cores: Cores | None = None
 
     @property
     def name(self) -> str:
@@ -146,7 +180,8 @@ def entries(
                     made += _llama(settings, dtype, llama_python, ggufs[dtype], llama_resident[dtype], threads)
             elif "native" in settings.expert_dtypes:
                 made += _python(settings, peer, threads, cpu_bytes, {"airllm": airllm, "accelerate": accelerate})
-    return sorted(made, key=lambda entry: settings.peers.index(entry.peer))
+    placed = [replace(entry, cores=cores_for(entry.threads, settings.cores)) for entry in made]
+    return sorted(placed, key=lambda entry: settings.peers.index(entry.peer))
 
 
 def _emoe(

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from emoe.bench.cores import usable_cores
 from emoe.bench.feeding import feed
 from emoe.bench.process import memory, reset_peak, storage_bytes_read
 from emoe.bench.worker import serve
@@ -161,6 +162,7 @@ class Worker:
             "load_peak_bytes": memory().peak_bytes - self._base_bytes,
             "load_storage_bytes": storage_bytes_read() - read,
             "threads": self._llama.threads,
+            "cores": usable_cores(),
             "notes": [],
             "extra_files": [],
             "versions": {"llama-cpp-python": self._llama.version},

@@ -1,20 +1,15 @@
-"""What a comparison of peers found, as numbers and as text. Plain arithmetic, no torch."""
+"""What a comparison of peers found, as numbers. Plain arithmetic, no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from emoe.bench.peers.entries import Entry, PeersSettings
-from emoe.bench.report import table
-from emoe.bench.results import Spread
-from emoe.config import format_bytes
+from emoe.bench.limits import Limits
+from emoe.bench.peers.entries import Entry, MemoryLimit, PeersSettings
+from emoe.bench.results import Measure, Measured
 
-SCHEMA = "emoe-bench-peers/1"
-
-Measure = Callable[[dict[str, Any]], float]
-"""A number of one sample (`feeding.Fed` as a dict)."""
+SCHEMA = "emoe-bench-peers/2"
 
 
 def decode_rate(sample: dict[str, Any]) -> float:
@@ -27,25 +22,26 @@ def first_token(sample: dict[str, Any]) -> float:
     return float(sample["first_token_s"])
 
 
+def first_prompt(sample: dict[str, Any]) -> float:
+    """Seconds for the first prompt that the process read, the measured one where none came before it."""
+    return float(sample.get("first_prompt_s", sample["first_token_s"]))
+
+
 @dataclass(slots=True)
-class Row:
-    """One entry and a sample for each round it completed."""
+class Row(Measured):
+    """One entry under one memory limit; samples are `feeding.Fed` as dicts, with `first_prompt_s` after warm-ups.
+
+    `limits` are the least times for what it did (`peers.limits`).
+    """
 
     entry: Entry
-    loads: list[dict[str, Any]] = field(default_factory=list)
-    samples: dict[int, dict[str, Any]] = field(default_factory=dict)
-    cgroup_peak_bytes: int | None = None
-    still_cached_bytes: int = 0
-    error: str | None = None
+    limit: MemoryLimit
+    limits: Limits = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The entry's name."""
         return self.entry.name
-
-    def spread(self, of: Measure) -> Spread | None:
-        """Over the rounds; None without any."""
-        return Spread.of([of(sample) for sample in self.samples.values()]) if self.samples else None
 
     @property
     def decoded(self) -> int:
@@ -53,10 +49,9 @@ class Row:
         return min((len(sample["step_s"]) for sample in self.samples.values()), default=0)
 
     @property
-    def peak_bytes(self) -> int | None:
-        """The most resident (mapped files count) above the imports; None without a load."""
-        loads = [int(load["load_peak_bytes"]) for load in self.loads]
-        return max([*loads, *(int(sample["peak_bytes"]) for sample in self.samples.values())], default=None)
+    def most_bytes(self) -> int | None:
+        """The most resident (mapped files count) above the imports, loading included; None without a load."""
+        return max((peak for peak in (self.load_peak_bytes, self.peak_bytes) if peak is not None), default=None)
 
     def read_per_token(self) -> float | None:
         """Bytes that decoding fetched from storage, per token."""
@@ -67,29 +62,49 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """How one of emoe's rows stands to the best peer of its precision, by medians: above 1 is emoe's favour."""
+    """How one of emoe's rows stands to the best peer of its precision under its limit, by medians: above 1 is emoe's
+    favour. `peer` None: no peer completed."""
 
-    emoe: str
+    emoe: Row
     measure: str
-    times: float
-    peer: str
+    value: float
+    peer: Row | None = None
+    peer_value: float | None = None
+    times: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"emoe": self.emoe, "measure": self.measure, "times": self.times, "peer": self.peer}
+        return {
+            "memory_limit": self.emoe.limit.text,
+            "precision": self.emoe.entry.precision,
+            "emoe": self.emoe.name,
+            "measure": self.measure,
+            "times": self.times,
+            "peer": None if self.peer is None else self.peer.name,
+            "emoe_median": self.value,
+            "peer_median": self.peer_value,
+        }
+
+
+MEASURES: tuple[tuple[str, Measure, int], ...] = (("decode", decode_rate, 1), ("first token", first_token, -1))
+"""What is compared, and whether more (1) or less (-1) of it is better."""
 
 
 @dataclass(slots=True)
 class PeersReport:
-    """A finished run."""
+    """A finished run, or one that was interrupted. `rates` are those of the machine that limits refer to; `unlimited`
+    says why there are no limits."""
 
     settings: PeersSettings
-    limit_bytes: int | None
+    memory_limits: tuple[MemoryLimit, ...]
     machine: dict[str, Any]
     model: dict[str, Any]
     rows: list[Row]
     versions: dict[str, str]
     routes: dict[str, str] = field(default_factory=dict)
+    rates: dict[str, Any] = field(default_factory=dict)
+    unlimited: str | None = None
+    interrupted: bool = False
 
     @property
     def failed(self) -> list[Row]:
@@ -97,20 +112,25 @@ class PeersReport:
         return [row for row in self.rows if row.entry.peer == "emoe" and row.error is not None]
 
     def ratios(self) -> list[Ratio]:
-        """Each mode of emoe at its best thread count against the best peer, for each precision and measure."""
+        """Under each limit, each mode of emoe at its best thread count against the best peer, for each precision and
+        measure."""
+        return [ratio for limit in self.memory_limits for ratio in self._ratios(limit)]
+
+    def _ratios(self, limit: MemoryLimit) -> list[Ratio]:
         found = []
-        done = [row for row in self.rows if row.samples]
-        own = {(row.entry.how, row.entry.precision) for row in done if row.entry.peer == "emoe"}
-        for how, precision in sorted(own, key=[(r.entry.how, r.entry.precision) for r in done].index):
+        done = [row for row in self.rows if row.samples and row.limit == limit]
+        own = dict.fromkeys((row.entry.how, row.entry.precision) for row in done if row.entry.peer == "emoe")
+        for how, precision in own:
             alike = [row for row in done if row.entry.precision == precision]
             ours = [row for row in alike if (row.entry.peer, row.entry.how) == ("emoe", how)]
             peers = [row for row in alike if row.entry.peer != "emoe"]
-            if not peers:
-                continue
-            for measure, of, sign in (("decode", decode_rate, 1), ("first token", first_token, -1)):
-                best, peer = (max(rows, key=lambda row: sign * _median(row, of)) for rows in (ours, peers))
-                times = (_median(best, of) / _median(peer, of)) ** sign
-                found.append(Ratio(best.name, measure, times, peer.name))
+            for measure, of, sign in MEASURES:
+                best, value = _best(ours, of, sign)
+                if not peers:
+                    found.append(Ratio(best, measure, value))
+                    continue
+                peer, other = _best(peers, of, sign)
+                found.append(Ratio(best, measure, value, peer, other, (value / other) ** sign))
         return found
 
     def disagreement(self, row: Row) -> float | None:
@@ -135,15 +155,18 @@ class PeersReport:
             "machine": self.machine,
             "versions": self.versions,
             "settings": self.settings.as_dict(),
-            "memory_limit_bytes": self.limit_bytes,
+            "memory_limits": [{"memory_limit": one.text, "bytes": one.nbytes} for one in self.memory_limits],
             "routes": self.routes,
+            "rates": self.rates,
+            "no_roofline": self.unlimited,
+            "interrupted": self.interrupted,
             "rows": [self._row(row) for row in self.rows],
             "ratios": [ratio.as_dict() for ratio in self.ratios()],
         }
 
     def _row(self, row: Row) -> dict[str, Any]:
         def spread(of: Measure) -> dict[str, float] | None:
-            found = row.spread(of)
+            found = row.values(of)
             return found.as_dict() if found else None
 
         return {
@@ -152,14 +175,19 @@ class PeersReport:
             "how": row.entry.how,
             "precision": row.entry.precision,
             "threads": row.entry.threads,
+            "cores": row.entry.cores,
+            "memory_limit": row.limit.text,
+            "memory_limit_bytes": row.limit.nbytes,
             "command": row.entry.command,
             "decode_tokens_per_s": spread(decode_rate),
             "decoded_tokens": row.decoded,
             "first_token_s": spread(first_token),
+            "first_prompt_s": spread(first_prompt),
+            "roofline": {phase: limit.as_dict() for phase, limit in row.limits.items()},
             "load_s": [load["load_s"] for load in row.loads],
             "decode_storage_bytes_per_token": row.read_per_token(),
             "prefill_storage_bytes": spread(lambda sample: float(sample["prefill_storage_bytes"])),
-            "peak_bytes": row.peak_bytes,
+            "peak_bytes": row.most_bytes,
             "cgroup_peak_bytes": row.cgroup_peak_bytes,
             "still_cached_bytes": row.still_cached_bytes,
             "log_probability_difference": self.disagreement(row),
@@ -169,77 +197,8 @@ class PeersReport:
         }
 
 
-def _median(row: Row, of: Measure) -> float:
-    found = row.spread(of)
-    return found.median if found is not None else float("nan")
-
-
-HEAD = ("", "decode tok/s", "tokens", "first token s", "read/token", "read/prompt", "peak", "cgroup peak", "agrees")
-
-
-def report_text(report: PeersReport) -> str:
-    """The table, the ratios, each row's command, and what could not be measured."""
-    settings, machine = report.settings, report.machine
-    limit = (
-        "no memory limit"
-        if report.limit_bytes is None
-        else (
-            f"each process in a memory cgroup of {format_bytes(report.limit_bytes)} "
-            f"({report.limit_bytes / report.model['checkpoint_bytes']:.0%} of the checkpoint, page cache included)"
-        )
-    )
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(report.versions.items()))
-    label = f" ({report.model['label']})" if report.model["label"] else ""
-    lines = [
-        f"{report.model['name']}{label}: {report.model['model_type']}, {report.model['dtype']}, "
-        f"{format_bytes(report.model['checkpoint_bytes'])}, {report.model['layers']} layers x "
-        f"{report.model['experts_per_layer']} experts, {report.model['top_k']} per token",
-        f"{machine['cpu']}, {machine['cpus']} CPUs, {format_bytes(machine['memory_bytes'])}; {versions}"
-        + (f"; the disk reads ahead {format_bytes(ahead)}" if (ahead := machine["read_ahead_bytes"]) else ""),
-        f"{settings.prefill} prompt tokens, then at most {settings.decode} given ones in {settings.decode_s:.0f} s; "
-        f"{settings.rounds} rounds, one process at a time in turn; {limit}",
-        "",
-        *table([HEAD, *(_cells(report, row) for row in report.rows if row.samples)]),
-        "",
-    ]
-    lines += [f"{ratio.emoe}: {ratio.measure} {ratio.times:.2f} times {ratio.peer}" for ratio in report.ratios()]
-    lines += [f"{dtype}: {text}" for dtype, text in report.routes.items()]
-    lines += [f"not measured  {row.name}: {row.error}" for row in report.rows if row.error is not None]
-    lines += [
-        "",
-        "-t N: threads (OMP_NUM_THREADS and the engine's own setting); agrees: the greatest difference of a "
-        "given token's log-probability from the first row's",
-        *_commands(report.rows),
-    ]
-    return "\n".join(lines)
-
-
-def _commands(rows: Sequence[Row]) -> list[str]:
-    return [f"{row.name}: OMP_NUM_THREADS={row.entry.threads} {row.entry.command}" for row in rows]
-
-
-def _cells(report: PeersReport, row: Row) -> tuple[str, ...]:
-    read, difference = row.read_per_token(), report.disagreement(row)
-    return (
-        row.name,
-        _spread(row.spread(decode_rate)),
-        str(row.decoded),
-        _spread(row.spread(first_token)),
-        "" if read is None else format_bytes(int(read)),
-        _bytes(row.spread(lambda sample: float(sample["prefill_storage_bytes"]))),
-        "" if row.peak_bytes is None else format_bytes(row.peak_bytes),
-        "" if row.cgroup_peak_bytes is None else format_bytes(row.cgroup_peak_bytes),
-        "" if difference is None else f"{difference:.4f}",
-    )
-
-
-def _spread(spread: Spread | None) -> str:
-    if spread is None:
-        return "-"
-    if spread.least == spread.greatest:
-        return f"{spread.median:.2f}"
-    return f"{spread.median:.2f} ({spread.least:.2f}..{spread.greatest:.2f})"
-
-
-def _bytes(spread: Spread | None) -> str:
-    return "" if spread is None else format_bytes(int(spread.median))
+def _best(rows: list[Row], of: Measure, sign: int) -> tuple[Row, float]:
+    """The row with the most (sign 1) or least (-1) of it, by medians; each has a sample."""
+    medians = [(found.median, row) for row in rows if (found := row.values(of)) is not None]
+    value, row = max(medians, key=lambda one: sign * one[0])
+    return row, value

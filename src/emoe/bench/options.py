@@ -1,0 +1,50 @@
+"""What the benchmarks' options have in common: lists of words, modes, and ending in order."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from emoe.config import MODES, Mode
+from emoe.errors import UsageError
+
+
+def words(text: str) -> list[str]:
+    """The words of a list with commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str, what: str) -> tuple[int, ...]:
+    """The numbers of a list with commas. Raises UsageError, which calls them `what`."""
+    try:
+        return tuple(int(word) for word in words(text))
+    except ValueError as error:
+        raise UsageError(f"{what} must be numbers, as 1,2, not {text!r}") from error
+
+
+def modes(text: str) -> tuple[Mode, ...]:
+    """emoe's modes of a list with commas. Raises UsageError."""
+    found: list[Mode] = []
+    for word in words(text):
+        mode = next((mode for mode in MODES if mode == word), None)
+        if mode is None:
+            raise UsageError(f"no mode is called {word!r}; use {', '.join(MODES)}")
+        found.append(mode)
+    return tuple(found)
+
+
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """Ended from outside (SIGTERM), the processes started inside and the files they wrote go too: as with Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(f"emoe: {text}", file=sys.stderr, flush=True)
