@@ -22,7 +22,7 @@ from emoe.planner.dry_run import facts_by_dry_run
 from emoe.planner.facts import ExpertLayer, Facts, by_size
 from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
 from emoe.planner.live_bytes import LiveBytes
-from emoe.planner.plan import MASK_NBYTES, activation_bytes
+from emoe.planner.plan import MASK_NBYTES, activation_bytes, cache_tokens
 from tests.conftest import Checkpoints
 from tests.families import FAMILIES
 
@@ -158,7 +158,7 @@ def test_a_later_pass_over_a_prompt_takes_what_is_planned(family: str, batch: in
         with LiveBytes() as live:
             model(input_ids=ids[:, 200:], past_key_values=first.past_key_values, use_cache=True, logits_to_keep=1)
     emoe.close(model)
-    planned = facts.cache_bytes(240, batch) + activation_bytes(facts, 40, batch, before=200)
+    planned = facts.cache_bytes(cache_tokens(240), batch) + activation_bytes(facts, 40, batch, before=200)
     assert live.peak <= planned
     assert planned < 3 * live.peak
 

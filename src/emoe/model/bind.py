@@ -24,6 +24,7 @@ from emoe.kernels.choice import Kernel, kernel_of
 from emoe.kernels.dense import DenseKernels
 from emoe.kernels.experts import ExpertMath
 from emoe.model.attention import attend_few_rows
+from emoe.model.cache import let_grow
 from emoe.model.foresight import Ahead
 from emoe.model.loading import load_dense
 from emoe.model.placement import Placement, check_settings, equip, host_plan, make_pool, place, preload
@@ -251,6 +252,7 @@ def load(
         binding.host, binding.on_miss = beside, on_miss
         _bind(model, binding, placement, opened)
         attend_few_rows(model, binding.kernel, asked="attn_implementation" in kwargs)
+        binding.handles.append(let_grow(model))
         binding.handles += ahead.attach(model, binding.pools, tokenizer)
         if plan.all_resident:
             preload(binding.pools, progress)

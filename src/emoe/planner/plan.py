@@ -30,6 +30,9 @@ COMBINE_TOKENS = 128
 WORKSPACE_KEPT_BYTES = 32 << 20
 """The largest workspace that stays between two layers (emoe.kernels.experts.WORKSPACE_KEPT_BYTES)."""
 
+CACHE_STEP = 64
+"""Tokens by which the cache of keys and values grows (emoe.model.cache.STEP)."""
+
 UNPACKED = 1 << 17
 """Numbers of a quantised matrix unpacked at once (emoe.kernels.quantised.UNPACKED), of 12 bytes on their way."""
 
@@ -162,7 +165,7 @@ def make_plan(
         raise UsageError(f"a prompt of {prompt} tokens does not fit a context of {context}; raise --context")
     needs = layer_needs(facts)
     floor, total = floor_bytes(needs), total_bytes(needs)
-    cache = facts.cache_bytes(context, batch)
+    cache = facts.cache_bytes(cache_tokens(context), batch)
     if chunk is not None and chunk < 1:
         raise UsageError(f"chunk must be at least 1, not {chunk}")
     read = min(prompt, chunk or prompt)
@@ -214,6 +217,11 @@ def make_plan(
         expert_dtype=facts.expert_dtype,
         native_expert_bytes=facts.native_expert_bytes or total,
     )
+
+
+def cache_tokens(context: int) -> int:
+    """Tokens that a cache of `context` tokens has room for: it grows by steps (emoe.model.cache)."""
+    return -(-context // CACHE_STEP) * CACHE_STEP
 
 
 def _beyond(context: int, most: int | None) -> tuple[str, ...]:
