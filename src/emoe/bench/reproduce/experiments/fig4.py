@@ -40,26 +40,45 @@ def run(bench: Workbench) -> Finding:
     limited = sum(cut.values())
     why = f"{limited} answers ended at the limit of {bench.new_tokens} tokens, so long ones are longer still."
     holds = ratio >= PAPER_RATIO
-    claim = Claim(
-        "the mean length of an answer depends on the task, up to twice",
-        "2x; question answering shortest, conversation longest",
-        f"{ratio:.1f}x; {shortest[0]} shortest, {longest[0]} longest",
-        "holds" if holds else "does not hold",
-        why if limited or not holds else "",
-    )
+    claims = [
+        Claim(
+            "the mean length of an answer depends on the task",
+            "up to 2x",
+            f"{ratio:.1f}x",
+            "holds" if holds else "does not hold",
+            why if limited or not holds else "",
+        )
+    ]
+    if {"qa", "converse"} <= set(order):
+        ends = (shortest[0], longest[0])
+        hits = (ends[0] == "qa") + (ends[1] == "converse")
+        claims.append(
+            Claim(
+                "question answering has the shortest answers, conversation the longest",
+                "qa, converse",
+                ", ".join(ends),
+                ("does not hold", "partly", "holds")[hits],  # type: ignore[arg-type]
+                "" if hits == 2 else f"Other prompts and another model's habits. {why if limited else ''}".strip(),
+            )
+        )
     columns = ("task", "answers", "mean tokens", "1 of 10 within", "median", "9 of 10 within", "share cut")
     table = Table("lengths", "Answer lengths by task", columns, rows)
 
     def draw() -> Any:
         figure, axes = drawing.panels(1, width=5.6)
         ax = axes[0][0]
-        ax.boxplot([lengths[task] for task in order], whis=(10, 90), showfliers=False, showmeans=True)
+        means = {"marker": "^", "markerfacecolor": drawing.COLOURS[1], "markeredgecolor": "none"}
+        middle = {"color": drawing.COLOURS[0], "linewidth": 2}
+        values = [lengths[task] for task in order]
+        ax.boxplot(values, whis=(10, 90), showfliers=False, showmeans=True, meanprops=means, medianprops=middle)
         ax.set_xticks(range(1, len(order) + 1), order, rotation=30)
         drawing.finish(ax, "", "tokens of an answer")
         return figure
 
-    caption = "Tokens of greedy answers: quartiles, whiskers at 10 and 90 %, triangles at the mean."
-    return Finding((claim,), (table,), (Picture("lengths", caption, draw),))
+    caption = (
+        "Tokens of greedy answers: quartiles, whiskers at 10 and 90 %, a line at the median, triangles at the mean."
+    )
+    return Finding(tuple(claims), (table,), (Picture("lengths", caption, draw),))
 
 
 EXPERIMENT = Experiment(
