@@ -8,7 +8,7 @@ import numpy as np
 
 from emoe.bench.reproduce import drawing
 from emoe.bench.reproduce.experiment import Experiment
-from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
+from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table, Verdict
 from emoe.bench.reproduce.workbench import Workbench
 
 PAPER_RATIO = 2.0
@@ -51,13 +51,14 @@ def run(bench: Workbench) -> Finding:
     ]
     if {"qa", "converse"} <= set(order):
         ends = (shortest[0], longest[0])
+        verdicts: tuple[Verdict, ...] = ("does not hold", "partly", "holds")
         hits = (ends[0] == "qa") + (ends[1] == "converse")
         claims.append(
             Claim(
                 "question answering has the shortest answers, conversation the longest",
                 "qa, converse",
                 ", ".join(ends),
-                ("does not hold", "partly", "holds")[hits],  # type: ignore[arg-type]
+                verdicts[hits],
                 "" if hits == 2 else f"Other prompts and another model's habits. {why if limited else ''}".strip(),
             )
         )
@@ -75,9 +76,7 @@ def run(bench: Workbench) -> Finding:
         drawing.finish(ax, "", "tokens of an answer")
         return figure
 
-    caption = (
-        "Tokens of greedy answers: quartiles, whiskers at 10 and 90 %, a line at the median, triangles at the mean."
-    )
+    caption = "Tokens of greedy answers: quartiles, whiskers at 10 and 90 %, line: median, triangle: mean."
     return Finding(tuple(claims), (table,), (Picture("lengths", caption, draw),))
 
 
