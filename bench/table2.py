@@ -8,19 +8,10 @@ scored; both in random order (`--order trace` keeps the trace's, where prompts o
 several `--seeds`, the split (or the order) and the training are drawn anew for each and figures are means, with the
 largest deviation in brackets.
 
-Before each scored prompt a predictor is asked for its shares, given the prompt's task (`--no-tasks`: nobody knows any);
-afterwards it observes the prompt. With `--after N` it is asked once more knowing the prompt's first N tokens, and
+With `--after N` a predictor is asked once more knowing the prompt's first N tokens, and
 scored on the rest.
 
-The measure. k experts serve each token, E are in a layer. For each prompt and layer
-- the truth is the prompt's k most used experts, the prediction the k experts with the highest predicted shares, ties
-  to the lower number. Accuracy: share of the true experts that were predicted, averaged over layers and prompts.
-- precision, recall, F1: the same as a multilabel problem with a label for each expert of each layer. A label's
-  precision is over the prompts that were predicted to use it, its recall over those that did; a label that never was
-  predicted (used) has precision (recall) 0. Labels neither used nor predicted are left out; the rest average equally.
-- hit@40: the share of the prompts' look-ups (token, layer, one of k) that find their expert among the 40 % of each
-  layer's experts (rounded) with the highest predicted shares, over all scored tokens. This is what loading by the
-  prediction would hit; `best possible` says what the best set for each prompt would.
+The measure is that of `emoe.prediction.scoring`; `best possible` says what the best set for each prompt would score.
 
 MS is the processor time of one prediction in milliseconds, FIT_S that of learning, MB the size of the network.
 """
@@ -29,139 +20,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict
 
-import numpy as np
 import torch
 
-from emoe.prediction.protocol import RoutingShape
-from emoe.prediction.registry import make_predictor
+from emoe.prediction.scoring import BOUND, SIMPLE, Row, measure, network_name, sides, summed_up, unlabelled
 from emoe.routing.trace import Trace
-
-SIMPLE = ("static", "task-popularity", "previous-prompt", "transitions", "decayed-prompt", "moe-infinity")
-RESIDENT = 0.4
-BOUND = "best possible"
-
-
-@dataclass
-class Score:
-    """Adds up what one predictor named, prompt by prompt."""
-
-    shape: RoutingShape
-    overlaps: list[float] = field(default_factory=list)
-    hits: int = 0
-    routed: int = 0
-    seconds: float = 0.0
-    both: Any = 0
-    predicted: Any = 0
-    used: Any = 0
-
-    def add(self, shares: np.ndarray, counts: np.ndarray) -> None:
-        """Score predicted shares against a prompt's counts, both [layers, experts]."""
-        k, resident = self.shape.top_k, round(RESIDENT * self.shape.experts)
-        guess, truth = top(shares, k), top(counts, k)
-        self.overlaps.append(float((guess & truth).sum(axis=1).mean() / k))
-        self.both = self.both + (guess & truth)
-        self.predicted, self.used = self.predicted + guess, self.used + truth
-        self.hits += int(counts[top(shares, resident)].sum())
-        self.routed += int(counts.sum())
-
-    def figures(self) -> dict[str, float]:
-        """Accuracy, macro precision, recall and F1, hit share, milliseconds for each prediction."""
-        precision = self.both / np.maximum(self.predicted, 1)
-        recall = self.both / np.maximum(self.used, 1)
-        f1 = 2 * self.both / np.maximum(self.predicted + self.used, 1)
-        labels = (self.predicted + self.used) > 0
-        return {
-            "accuracy": float(np.mean(self.overlaps)),
-            "precision": float(precision[labels].mean()),
-            "recall": float(recall[labels].mean()),
-            "f1": float(f1[labels].mean()),
-            "hit_at_40": self.hits / self.routed,
-            "ms": 1000 * self.seconds / len(self.overlaps),
-        }
-
-
-def top(amounts: np.ndarray, count: int) -> np.ndarray:
-    """bool [layers, experts]: each layer's `count` largest, ties to the lower number."""
-    chosen = np.zeros(amounts.shape, dtype=bool)
-    np.put_along_axis(chosen, np.argsort(-amounts, axis=1, kind="stable")[:, :count], True, axis=1)
-    return chosen
-
-
-def unlabelled(trace: Trace) -> Trace:
-    """The trace without its tasks."""
-    return replace(trace, task=np.full_like(trace.task, -1), tasks=())
-
-
-def sides(trace: Trace, history: Trace | None, seed: int, in_order: bool) -> tuple[Trace, Trace]:
-    """What is learned from and what is scored."""
-    rng = np.random.default_rng(seed)
-    if history is None:
-        order = rng.permutation(trace.num_prompts)
-        halves = order[: len(order) // 2], order[len(order) // 2 :]
-    else:
-        halves = rng.permutation(history.num_prompts), rng.permutation(trace.num_prompts)
-    if in_order:
-        halves = np.sort(halves[0]), np.sort(halves[1])
-    return (trace if history is None else history).select(halves[0]), trace.select(halves[1])
-
-
-def measure(name: str, history: Trace, scored: Trace, seed: int, after: int) -> dict[str, dict[str, float]]:
-    """Figures of one predictor at the prompts' boundaries, and after their first tokens where that is asked."""
-    shape = RoutingShape.of(history)
-    boundary, within = Score(shape), Score(shape)
-    started = time.process_time()
-    predictor: Any = None if name == BOUND else make_predictor(name, shape)
-    if predictor is not None:
-        predictor.fit(history, seed=seed)
-    fit_s = time.process_time() - started
-
-    def ask(score: Score, task: str | None, counts: np.ndarray) -> None:
-        begun = time.process_time()
-        shares = counts if predictor is None else predictor.predict(task)
-        score.seconds += time.process_time() - begun
-        score.add(shares, counts)
-
-    for prompt in range(scored.num_prompts):
-        routes = scored.experts[scored.offsets[prompt] : scored.offsets[prompt + 1]]
-        if not len(routes):
-            continue
-        task = scored.task_of(prompt)
-        ask(boundary, task, shape.counts(routes))
-        if predictor is not None:
-            predictor.begin_prompt(task)
-            predictor.observe(routes[:after])
-        if after and len(routes) > after:
-            ask(within, task, shape.counts(routes[after:]))
-        if predictor is not None:
-            predictor.observe(routes[after:])
-    more = {"fit_s": fit_s, "mb": getattr(predictor, "nbytes", 0) / 1e6}
-    found = {"boundary": boundary.figures() | more}
-    return found | ({"within": within.figures() | more} if within.overlaps else {})
-
-
-@dataclass(frozen=True)
-class Row:
-    """One predictor's figures: means over the seeds, and the largest deviation from them."""
-
-    predictor: str
-    when: str
-    figures: dict[str, float]
-    deviation: dict[str, float]
-
-
-def summed_up(name: str, runs: list[dict[str, dict[str, float]]]) -> list[Row]:
-    """Means over seeds."""
-    rows = []
-    for when in runs[0]:
-        values = {key: np.array([run[when][key] for run in runs]) for key in runs[0][when]}
-        means = {key: float(value.mean()) for key, value in values.items()}
-        spread = {key: float(np.abs(value - value.mean()).max()) for key, value in values.items()}
-        rows.append(Row(name, when, means, spread))
-    return rows
 
 
 def line(row: Row, after: int, model_bytes: int) -> str:
@@ -199,7 +63,7 @@ def main() -> None:
         trace, history = unlabelled(trace), None if history is None else unlabelled(history)
     seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else [options.split]
     networks = [
-        f"emoe-{kind}" if model == "xlnet" else f"emoe-{kind}-{model}"
+        network_name(model, kind)
         for model in filter(None, options.models.split(","))
         for kind in filter(None, options.kinds.split(","))
     ]

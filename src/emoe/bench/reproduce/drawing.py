@@ -83,9 +83,20 @@ def heat(ax: Any, values: Any, x: str, y: str, label: str, title: str = "", high
 def paper_line(ax: Any, value: float, text: str) -> None:
     """The paper's number as a labelled horizontal line."""
     ax.axhline(value, color=PAPER, linestyle=(0, (5, 2)), linewidth=1.1)
-    ax.annotate(
-        text, (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7, color=PAPER
-    )
+    _paper_text(ax, value, text, "bottom")
+
+
+def paper_band(ax: Any, low: float, high: float, text: str) -> None:
+    """The paper's range as a labelled, shaded band across the picture."""
+    ax.axhspan(low, high, color=PAPER, alpha=0.08, linewidth=0)
+    _paper_text(ax, low, text, "bottom")
+
+
+def _paper_text(ax: Any, value: float, text: str, va: str) -> None:
+    """At the right end, readable also where a curve passes."""
+    box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
+    style = {"ha": "right", "va": va, "fontsize": 7, "color": PAPER, "bbox": box, "zorder": 5}
+    ax.annotate(text, (0.99, value), xycoords=("axes fraction", "data"), **style)
 
 
 def paper_points(ax: Any, points: Points, text: str = "paper") -> None:

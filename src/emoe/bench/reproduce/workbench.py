@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -34,6 +36,7 @@ from emoe.profiling.machine import cores, processor
 from emoe.profiling.prompts import Prompt, digest, first_of_each, read_prompts, tasks_of
 from emoe.profiling.record import record
 from emoe.profiling.running import Answer
+from emoe.routing.counts import PromptCounts, holds_counts, read_counts
 from emoe.routing.trace import Trace
 from emoe.tasks.profile import Profile, write_whole
 
@@ -44,6 +47,7 @@ T = TypeVar("T")
 
 WORK = "work"
 JOB = "job.json"
+BEGUN = "begun"
 QUICK_PROMPTS = 4
 """Prompts of each task on each side of a quick pass."""
 
@@ -72,7 +76,9 @@ class Settings:
 
 
 class Workbench:
-    """Opened once for a run; see the module's text. mark: a hash of what the run is of.
+    """Opened once for a run; see the module's text. mark: a hash of what the run is of, another one for every run that
+    began anew: a finding with this mark need not be made again. traces: other models' routes by name, or where the
+    file holds no more than that, tokens per expert by prompt.
 
     Raises:
         UsageError: no such model, prompts or traces, or OUT holds a run of something else.
@@ -87,7 +93,7 @@ class Workbench:
         self.fingerprint = fingerprint(self.folder)
         self.prompts = _sides(settings)
         self.tasks = tasks_of(self.prompts["score"])
-        self.traces = {name: Trace.read(path) for name, path in settings.traces}
+        self.traces = {name: other_routes(path) for name, path in settings.traces}
         self.work = settings.out / WORK
         self._recorded: dict[Side, tuple[Trace, list[Answer]]] = {}
         self.mark = ""
@@ -238,19 +244,45 @@ class Workbench:
             "prompts": {side: digest(prompts) for side, prompts in self.prompts.items()},
             **kept,
         }
-        self.mark = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]
         file = self.work / JOB
         if file.is_file():
             before = json.loads(file.read_bytes())
+            begun = before.pop(BEGUN, "")
             other = [name for name in {**before, **job} if before.get(name) != job.get(name)]
             if other:
                 raise UsageError(
                     f"{self.settings.out} holds a run with other {' and '.join(other)}: give another --out, the same "
                     f"options, or --fresh to begin anew."
                 )
-            return
-        self.work.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(job, indent=1).encode())
+        else:
+            begun = uuid.uuid4().hex
+            self.work.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps({**job, BEGUN: begun}, indent=1).encode())
+        # Traces and arrivals may be added to a run: what it computed stays, its findings are made anew.
+        added = {
+            "traces": {name: routes_digest(routes) for name, routes in self.traces.items()},
+            "arrivals": None if self.settings.arrivals is None else _file_digest(self.settings.arrivals),
+        }
+        text = json.dumps({**job, BEGUN: begun, **added}, sort_keys=True)
+        self.mark = hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def other_routes(path: Path) -> Trace | PromptCounts:
+    """A trace, or the counts of a file that holds no order of tokens, less what prompts of a label begin with alike.
+
+    Raises:
+        TraceError: the file is neither, or damaged.
+    """
+    return read_counts(path).without_prefix() if holds_counts(path) else Trace.read(path)
+
+
+def routes_digest(routes: Trace | PromptCounts) -> str:
+    """A hash of routes and labels, to tell whether something was computed from the same ones."""
+    arrays = (routes.counts,) if isinstance(routes, PromptCounts) else (routes.experts, routes.offsets)
+    found = hashlib.sha256(json.dumps([routes.tasks, [list(array.shape) for array in arrays]]).encode())
+    for array in (*arrays, routes.task):
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:24]
 
 
 def forget(out: Path) -> None:
@@ -285,6 +317,13 @@ def _sides(settings: Settings) -> dict[Side, list[Prompt]]:
             f"no prompt to learn from is of the task {missing[0]!r}: give at least two of each task, or --learn FILE."
         )
     return found
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _memory_gib() -> float:
