@@ -32,6 +32,8 @@ from emoe import nano
 from emoe.checkpoint.codecs.formats import EXPERT_DTYPES, NATIVE
 from emoe.model import close
 from emoe.model.bind import binding_of
+from emoe.model.encoding import encode
+from emoe.profiling.running import answer, judge
 
 SHORT = ("classify", "compare", "maths")
 """Tasks with one right answer of a word or a number."""
@@ -57,11 +59,10 @@ class Sums:
 
     def add(self, model: Any, text: Text) -> None:
         """Judge one text in one pass."""
-        ids = torch.tensor([text.ids])
-        logits = model(input_ids=ids, use_cache=False).logits[0, text.start - 1 : -1].float()
-        wanted = ids[0, text.start :]
-        self.nll += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
-        self.likeliest += int((logits.argmax(dim=-1) == wanted).sum())
+        wanted = text.ids[text.start :]
+        likeliest, nll = judge(model, text.ids[: text.start], wanted)
+        self.nll += nll
+        self.likeliest += sum(a == b for a, b in zip(likeliest, wanted, strict=True))
         self.tokens += len(wanted)
 
     def as_row(self, name: str) -> Row:
@@ -92,24 +93,17 @@ def references(tokenizer: Any, prompts: Sequence[dict[str, str]]) -> list[Text]:
     """Prompts with their references."""
     found = []
     for prompt in prompts:
-        ids = chat(tokenizer, prompt["prompt"])
+        ids = encode(tokenizer, prompt["prompt"])
         found.append(Text([*ids, *tokenizer.encode(prompt["reference"], add_special_tokens=False)], len(ids)))
     return found
-
-
-def chat(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids of a prompt in the chat template."""
-    message = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
 
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[dict[str, str]], tokens: int) -> list[str]:
     """Greedy answers."""
     found = []
     for prompt in prompts:
-        ids = torch.tensor([chat(tokenizer, prompt["prompt"])])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
-        found.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+        said = answer(model, encode(tokenizer, prompt["prompt"]), tokens)
+        found.append(tokenizer.decode(said.ids, skip_special_tokens=True).strip())
     return found
 
 

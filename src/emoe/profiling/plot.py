@@ -9,11 +9,11 @@ import numpy as np
 
 from emoe.errors import UsageError
 from emoe.tasks.profile import Profile
-from emoe.tasks.sensitivity import MEASURES
+from emoe.tasks.sensitivity import MEASURES, Sensitivity
 
-# Told apart also by people who see fewer colours (Okabe and Ito); markers repeat less often than colours.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-_MARKERS = "osD^vPX*"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+"""Okabe and Ito's, which people of every kind of colour vision tell apart."""
+MARKERS = "osD^vPX*"
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -45,13 +45,25 @@ def check_plot(file: Path) -> None:
 
 
 def plot_sensitivity(profile: Profile, file: Path) -> None:
-    """One panel for each measure: share of layers that route at random -> how alike the answers stay, by task.
+    """Write `sensitivity_figure` to a file.
 
     Raises:
         UsageError: the profile has no sensitivity, or the plot cannot be drawn.
     """
     check_plot(file)
-    known = profile.sensitivity
+    figure = sensitivity_figure(profile.sensitivity)
+    figure.savefig(file, dpi=110)
+    pyplot().close(figure)
+    if file.suffix.lower() == ".png":
+        fewer_colours(file)
+
+
+def sensitivity_figure(known: Sensitivity) -> Any:
+    """One panel for each measure: first layers that route at random -> how alike the answers stay, by task.
+
+    Raises:
+        UsageError: nothing was measured, or matplotlib is not installed.
+    """
     if not known.curves:
         raise UsageError("the profile holds no sensitivity: make it with at least one --sensitivity-prompts.")
     plt = pyplot()
@@ -60,9 +72,9 @@ def plot_sensitivity(profile: Profile, file: Path) -> None:
     layers = np.arange(known.layers + 1)
     for ax, name in zip(axes[0], names, strict=True):
         for i, (task, curve) in enumerate(known.curves[name].items()):
-            colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             ax.plot(layers, [1.0, *curve], color=colour, marker=marker, markersize=4, linewidth=1.3, label=task)
-        ax.axhline(known.threshold, color="#555555", linestyle="--", linewidth=0.9)
+        ax.axhline(known.threshold, color="#555555", linestyle="--", linewidth=0.9, label="threshold")
         ax.set_title(name + (" (decides)" if name == known.measure else ""), fontsize=10)
         ax.set_xlabel("first layers that route at random")
         ax.set_xlim(0, known.layers)
@@ -71,10 +83,7 @@ def plot_sensitivity(profile: Profile, file: Path) -> None:
     axes[0][0].set_ylabel("1: as the full model")
     axes[0][-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-    if file.suffix.lower() == ".png":
-        fewer_colours(file)
+    return figure
 
 
 def fewer_colours(file: Path) -> None:

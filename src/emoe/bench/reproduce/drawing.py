@@ -9,11 +9,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emoe.profiling.plot import fewer_colours, pyplot
+from emoe.profiling.plot import COLOURS, MARKERS, fewer_colours, pyplot
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-"""Okabe and Ito's, which people of every kind of colour vision tell apart."""
-MARKERS = "osD^vPX*"
+__all__ = [
+    "COLOURS",
+    "MARKERS",
+    "bars",
+    "finish",
+    "heat",
+    "legend",
+    "lines",
+    "panels",
+    "paper_line",
+    "paper_points",
+    "save",
+]
+
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++", "oo")
 PAPER = "#8C2D04"
 """What marks the paper's number."""

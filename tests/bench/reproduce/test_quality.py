@@ -1,0 +1,182 @@
+"""Judging: a mode that loses nothing loses nothing, cells are shared, and verdicts follow the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from emoe import nano
+from emoe.bench.reproduce import judging
+from emoe.bench.reproduce.experiments import fig5, fig10, fig15
+from emoe.bench.reproduce.findings import read_finding, write_finding
+from emoe.bench.reproduce.judging import AGNOSTIC, FULL, OURS, Accuracy, Judged, Similar, Texts, Way, judged, similar
+from emoe.bench.reproduce.rivals import ByScore, Random, rivals
+from emoe.bench.reproduce.workbench import Settings, Workbench
+from emoe.errors import UsageError
+from emoe.prediction.protocol import RoutingShape
+from emoe.prediction.registry import PREDICTORS
+from emoe.tasks.profile import Profile
+from emoe.tasks.sensitivity import Sensitivity
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*requires_grad.*")
+TEXTS = Texts(per_task=1, tokens=4)
+TASKS = ("qa", "code")
+
+
+def _bench(out: Path) -> Workbench:
+    """Two tasks of emoe-nano's prompts, two prompts a side, answers of four tokens; the shipped profile."""
+    lines = [row for task in TASKS for row in [row for row in nano.prompts() if row["task"] == task][:4]]
+    prompts = out / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    bench = Workbench(
+        Settings(out / "out", quick=True, prompts=prompts, prompt_tokens=32, new_tokens=4),
+        lambda *_: None,
+        lambda _: None,
+    )
+    bench.__dict__["profile"] = Profile.read(nano.profile_path(), bench.fingerprint)
+    return bench
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    """A workbench whose recorded answers are made once."""
+    return _bench(tmp_path_factory.mktemp("quality"))
+
+
+def test_exact_loses_nothing_and_lossy_modes_are_compared_with_it(bench: Workbench) -> None:
+    full, exact, lossy, agnostic = judged(
+        bench,
+        [
+            (TEXTS, FULL, None),
+            (TEXTS, Way(mode="exact"), "40%"),
+            (TEXTS, OURS, "20%"),
+            (TEXTS, AGNOSTIC, "20%"),
+        ],
+    )
+    assert full.agreement() == exact.agreement() == 100.0
+    assert exact.nll == full.nll and exact.perplexity() == full.perplexity()
+    assert sorted(full.tasks) == sorted(TASKS) and all(0 < count <= 4 for count in full.tokens)
+    for one in (lossy, agnostic):
+        assert one.stats["plans"] == 1 and one.stats["rerouted_share"] > 0 and sum(one.nll) != sum(full.nll)
+    by_task = [(full.perplexity(task) or 0.0, n) for task, n in zip(full.tasks, full.tokens, strict=True)]
+    assert math.log(full.perplexity() or 0) == pytest.approx(
+        sum(n * math.log(value) for value, n in by_task) / sum(full.tokens)
+    )
+
+
+def test_what_was_judged_is_not_judged_again(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = judged(bench, [(TEXTS, FULL, None)])
+    monkeypatch.setattr(judging, "judge", None)
+    assert judged(bench, [(TEXTS, FULL, None)]) == first
+
+
+def test_a_way_that_cannot_run_is_a_note_and_no_number(bench: Workbench) -> None:
+    (refused,) = judged(bench, [(TEXTS, OURS, 1000)])
+    assert refused.agreement() is None and refused.perplexity() is None and refused.refused
+    assert refused.refused in judging.notes(bench, [refused])[-1]
+
+
+def test_whole_answers_are_compared_where_the_encoder_is_there(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Encoder:
+        def similarities(self, text: str, others: list[str]) -> list[float]:
+            return [float(text == other) for other in others]
+
+    monkeypatch.setattr(judging, "encoder_folder", lambda: Path("here"))
+    monkeypatch.setattr("emoe.profiling.similarity.SentenceEncoder", Encoder)
+    (full,) = similar(bench, [(TEXTS, FULL, "60%")])
+    assert full.values == [100.0, 100.0] and full.mean("qa") == 100.0
+    monkeypatch.setattr(judging, "encoder_folder", lambda: None)
+    (none,) = similar(bench, [(TEXTS, FULL, "60%")])
+    assert none.mean() is None and any("not measured" in note for note in judging.notes(bench))
+
+
+def test_texts_keep_their_order_by_seed_or_by_task(bench: Workbench) -> None:
+    texts = judging.items(bench, Texts("references", per_task=2, tokens=3))
+    assert texts == judging.items(bench, Texts("references", per_task=2, tokens=3))
+    blocks = [item.task for item in judging.items(bench, Texts("references", 2, 3, "blocks"))]
+    assert blocks == ["qa", "qa", "code", "code"] and all(1 <= len(item.text) <= 3 for item in texts)
+
+
+def test_no_references_are_refused(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = [dataclasses.replace(prompt, reference=None) for prompt in bench.prompts["score"]]
+    monkeypatch.setitem(bench.prompts, "score", bare)
+    with pytest.raises(UsageError, match="reference"):
+        judging.items(bench, Texts("references"))
+
+
+def test_a_scorer_as_predictor_ranks_each_layer() -> None:
+    class Scorer:
+        name = "scorer"
+
+        def scores(self) -> Any:
+            return np.array([[-3.0, -1.0, -2.0]])
+
+    scorer: Any = Scorer()
+    shares = ByScore(RoutingShape(1, 3, 2), scorer).predict(None)
+    assert shares.argsort(axis=1).tolist() == [[0, 2, 1]]
+    assert shares.sum() == pytest.approx(2)
+
+
+def test_rivals_are_predictors_only_inside_the_block() -> None:
+    before = dict(PREDICTORS)
+    with pytest.raises(ZeroDivisionError), rivals(seed=3):
+        one, two = (PREDICTORS["random"](RoutingShape(2, 4, 2)).predict(None) for _ in range(2))
+        assert np.array_equal(one, two) and not np.array_equal(one, Random(RoutingShape(2, 4, 2)).predict(None))
+        assert PREDICTORS["next-use"](RoutingShape(2, 4, 2)).name == "next-use"
+        raise ZeroDivisionError
+    assert before == PREDICTORS
+
+
+def _judged(nll: float) -> Judged:
+    return Judged(["qa"], [1], [1], [nll], {"plans": 1})
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ((8.0, 8.1, 8.2, 9.5, 10.0), "holds"),
+        ((8.0, 8.1, 8.9, 9.5, 10.0), "partly"),
+        ((8.0, 8.1, 8.1, 8.2, 8.2), "partly"),
+        ((8.0, 11.0, 11.0, 10.5, 12.0), "does not hold"),
+    ],
+)
+def test_flat_to_forty_and_rising_is_what_holds(values: tuple[float, ...], verdict: str) -> None:
+    by = {("shuffled", fig10.OWN, p): _judged(math.log(v)) for p, v in zip(fig10.PAPER_P, values, strict=True)}
+    assert fig10._claim(by, "shuffled", "tasks shuffled", fig10.PAPER_P).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("random", "verdict"), [((60.0, 70.0), "holds"), ((63.0, 70.0), "partly"), ((70.0, 80.0), "does not hold")]
+)
+def test_beating_random_by_the_papers_points_is_what_holds(random: tuple[float, float], verdict: str) -> None:
+    found = {}
+    for share, ours, other in ((40, 65.0, random[0]), (60, 75.0, random[1])):
+        for name, value in (("ours, p = 40", ours), ("random, p = 40", other)):
+            found[share, name] = Accuracy(_judged(0.0), Similar(["qa"], [value]))
+    assert fig15._random(found, (40, 60), 40).verdict == verdict
+
+
+def test_tolerance_is_read_at_the_papers_share_of_layers() -> None:
+    curves = {"agreement": {"qa": np.array([1.0, 0.85, 0.5, 0.4])}}
+    known = Sensitivity("agreement", curves, 4)
+    assert fig5._claim(known, "half", ("qa",), 0.5, 0.8).verdict == "holds"
+    assert fig5._claim(known, "half", ("qa",), 0.5, -0.8).verdict == "does not hold"
+    assert fig5._claim(known, "half", ("converse",), 0.5, 0.8).verdict == "not measured"
+
+
+def test_one_experiment_end_to_end(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fig10, "COARSE_P", (0, 2))
+    found = fig10.run(bench)
+    write_finding(tmp_path / "fig10", "fig10", found, {"run": bench.mark})
+    kept = read_finding(tmp_path / "fig10")
+    assert kept is not None and [claim.verdict for claim in kept.claims] == ["not measured"] * 2
+    assert len(kept.tables[0].rows) == 2 * 2 * 2
+    assert (tmp_path / "fig10" / "perplexity.png").stat().st_size > 1000
