@@ -104,3 +104,16 @@ def test_the_speed_is_predicted_where_the_machine_was_measured(
     routed = json.loads(capsys.readouterr().out)["speed"]
     assert 0.3 < routed["miss_rate"] < 0.7
     assert routed["miss_rate"] != half["miss_rate"]
+
+
+def test_a_devices_memory_and_the_processs_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "--device", "cuda", "--memory", "670MiB", "--process-memory", "500MiB", "--host-memory", "50%"]
+    assert main(asked) == 0
+    out = capsys.readouterr().out
+    for word in ("cuda, in all", "the process, in all", "experts, on the host", "of 500.00 MiB allowed", "pinned"):
+        assert word in out
+    assert "--device cuda --host-memory 50%" in out
+    assert main([*asked[:-3], "390MiB", "--host-memory", "50%"]) == 5
+    assert "The process does not fit in 390.00 MiB" in capsys.readouterr().out
+    assert main(["plan", "--device", "cuda", "--memory", "500MiB", "--process-memory", "500MiB"]) == 5
+    assert "Does not fit in 500.00 MiB on the device" in capsys.readouterr().out

@@ -296,9 +296,7 @@ def waits_of(model: PreTrainedModel, length: int, device: VirtualDevice) -> tupl
 
 
 @pytest.mark.parametrize("length", [1, 24])
-@pytest.mark.parametrize(
-    "options", [{}, {"eviction": "decayed"}, {"mode": "resident"}, {"on_miss": "hybrid"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"eviction": "decayed"}, {"mode": "resident"}, {"on_miss": "hybrid"}], ids=str)
 def test_a_layer_waits_once_for_its_route_and_for_nothing_else(
     path: Path, virtual: Virtual, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], length: int
 ) -> None:

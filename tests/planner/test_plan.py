@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emoe.config import ExpertMemory
+from emoe.config import ExpertMemory, parse_host_memory
 from emoe.errors import BudgetError, UsageError
-from emoe.planner import plan
+from emoe.planner import plan, verdict
 from emoe.planner.facts import Activations, CacheLayer, ExpertLayer, Facts, by_size
-from emoe.planner.plan import COMBINE_TOKENS, READ_BUFFER_BYTES, UNPACKED, WORKSPACE_KEPT_BYTES, make_plan, verdict
+from emoe.planner.plan import COMBINE_TOKENS, READ_BUFFER_BYTES, UNPACKED, WORKSPACE_KEPT_BYTES, make_plan
 
 parts = st.lists(st.integers(1, 1 << 20), min_size=1, max_size=4).map(by_size)
 
@@ -142,10 +142,64 @@ def test_expert_memory_texts() -> None:
 
 
 def test_host_memory_is_counted_apart() -> None:
-    from emoe.planner import plan
-
-    without, beside = plan(expert_memory="40%"), plan(expert_memory="40%", host_memory="50%")
-    assert (without.host_memory, without.host_bytes, without.host_experts) == (None, 0, 0)
-    assert beside.total_bytes == without.total_bytes
+    on_cpu = plan(expert_memory="40%")
+    assert (on_cpu.host_memory, on_cpu.host_bytes, on_cpu.host_experts) == (None, 0, 0)
+    assert on_cpu.process_bytes == on_cpu.total_bytes and on_cpu.process_limit_bytes is None
+    beside = plan(expert_memory="40%", host_memory="50%", device="cuda", memory="8GiB", process_memory="1GiB")
     assert beside.host_bytes == beside.host_experts * beside.expert_nbytes
     assert 0.49 * beside.experts <= beside.host_experts <= 0.5 * beside.experts
+    process = on_cpu.import_bytes + on_cpu.runtime_bytes + on_cpu.buffer_bytes
+    assert beside.process_bytes == process + beside.host_bytes
+    assert beside.total_bytes == beside.dense_bytes + beside.cache_bytes + beside.activation_bytes + (
+        beside.device_runtime_bytes + beside.resident_bytes
+    )
+    assert "on the device" in verdict(beside) and "The process fits" in verdict(beside)
+    staging = plan(expert_memory="40%", host_memory=0, device="cuda", memory="8GiB")
+    assert 0 < staging.host_bytes < beside.host_bytes and staging.process_limit_bytes is not None
+
+
+@given(models(), st.floats(0.5, 1.5), st.floats(0.9, 3), st.sampled_from([None, "0", "50%", "100%"]))
+def test_a_device_and_the_process_beside_it_have_each_their_own_limit(
+    facts: Facts, at: float, beside: float, host: str | None
+) -> None:
+    free = make_plan(facts, model="m", device="cuda", context=32, host_memory="0", process_limit_bytes=1 << 60)
+    made = make_plan(
+        facts,
+        model="m",
+        device="cuda",
+        context=32,
+        memory_bytes=int(free.full_bytes * at),
+        process_limit_bytes=int(free.process_bytes * beside),
+        host_memory=parse_host_memory(host),
+    )
+    on_device = made.memory_bytes is not None and made.total_bytes <= made.memory_bytes
+    assert (
+        made.process_limit_bytes is not None and (made.process_bytes <= made.process_limit_bytes) == made.process_fits
+    )
+    assert (made.fit == "none") == (not on_device or not made.process_fits)
+    told = verdict(made)
+    assert ("The process does not fit" in told) == (not made.process_fits)
+    assert told.startswith("Does not fit") == (not on_device)
+    if host is None and beside > 1.0001:  # what is left to choose keeps to the limit
+        assert made.process_fits or made.host_experts <= free.host_experts
+
+
+def test_what_a_plan_of_a_device_cannot_ask_it_wants_to_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="--memory"):
+        plan(device="cuda")
+    with pytest.raises(UsageError, match="no device"):
+        plan(device="gpu0")
+    with pytest.raises(UsageError, match="on the CPU"):
+        plan(process_memory="1GiB")
+    with pytest.raises(UsageError, match="run on a GPU"):
+        plan(host_memory="1GiB")
+
+
+def test_what_is_free_on_devices_is_asked_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: ((1 + number) << 30, 80 << 30))
+    assert plan(device="cuda").memory_bytes == 1 << 30
+    assert plan(device="cuda:1").memory_bytes == 2 << 30
+    assert plan(device="auto").memory_bytes == 3 << 30

@@ -87,3 +87,17 @@ def test_kv_memory_is_what_the_engine_takes(facts: Facts, nano_engine: Any) -> N
         if isinstance(each, torch.Tensor) and (storage := each.untyped_storage()).nbytes() > MIB
     }
     assert 0.95 * plan.kv_bytes <= sum(storages.values()) <= plan.kv_bytes
+
+
+def test_on_a_device_kv_memory_and_experts_share_the_devices_memory(facts: Facts) -> None:
+    options: dict[str, Any] = {"device": "cuda", "process_limit_bytes": 600 * MIB, "process_source": "allowed"}
+    rest = planned(facts, **options).memory.rest_bytes
+    plan = planned(facts, memory_bytes=rest + 10 * MIB, memory_source="allowed", **options)
+    assert 9 * MIB < plan.memory.budget_bytes <= 10 * MIB
+    assert plan.memory.total_bytes <= rest + 10 * MIB and plan.kv_bytes < plan.memory.total_bytes
+    assert plan.memory.process_bytes == plan.memory.import_bytes + plan.memory.runtime_bytes + (
+        plan.memory.buffer_bytes + plan.memory.host_bytes
+    )
+    plan.check()
+    with pytest.raises(BudgetError, match=r"of the machine's memory to be served on cuda.*--host-memory"):
+        planned(facts, **options | {"process_limit_bytes": 100 * MIB}).check()

@@ -63,11 +63,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
     add_expert_dtype(parser)
     add_host_memory(parser)
-    parser.add_argument(
-        "--device",
-        metavar="NAME",
-        help="where the model runs: cpu, cuda, cuda:1, or auto, which spreads its layers over all GPUs (default: cpu)",
-    )
+    add_device(parser)
     parser.add_argument(
         "--mode",
         choices=MODES,
@@ -127,6 +123,25 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trace", metavar="FILE", help="record the routing to FILE")
     parser.add_argument("--task", metavar="LABEL", help="the prompts' task, for the trace and for what looks ahead")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="where the model runs: cpu, cuda, cuda:1, or auto, which spreads its layers over all GPUs (default: cpu)",
+    )
+
+
+def add_process_memory(parser: Any) -> None:
+    """--process-memory."""
+    parser.add_argument(
+        "--process-memory",
+        type=size,
+        metavar="SIZE",
+        help="on a GPU, what the process may use of the machine's memory, host memory included (default: what is free)",
+    )
 
 
 def add_host_memory(parser: argparse.ArgumentParser) -> None:

@@ -8,17 +8,19 @@ from typing import Any
 
 from emoe.cli.options import (
     add_command,
+    add_device,
     add_expert_dtype,
     add_host_memory,
     add_json,
     add_model,
+    add_process_memory,
     expert_memory,
     positive,
     size,
 )
 from emoe.cli.output import lossy_experts, print_json, table
 from emoe.cli.speed import speed_of
-from emoe.config import format_bytes
+from emoe.config import AUTO, format_bytes
 from emoe.errors import BudgetError
 from emoe.planner import Plan, facts_of, plan_facts, verdict
 
@@ -31,8 +33,11 @@ def add_parser(commands: Any) -> None:
         "--memory",
         type=size,
         metavar="SIZE",
-        help="what the process may use, e.g. 16GiB (default: what is free here)",
+        help="what may be used where the model runs, e.g. 16GiB: of the process's memory, or of the device's "
+        "(default: what is free there)",
     )
+    add_device(parser)
+    add_process_memory(parser)
     parser.add_argument(
         "--expert-memory",
         type=expert_memory,
@@ -75,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         name,
         facts,
         memory=args.memory,
+        device=args.device,
+        process_memory=args.process_memory,
         expert_memory=args.expert_memory,
         host_memory=args.host_memory,
         context=args.context,
@@ -103,23 +110,21 @@ def plan_text(made: Plan) -> str:
             size(made.activation_bytes),
             f"at most, {made.batch} x {made.prompt} prompt tokens in one pass",
         ),
+    ]
+    process = [
         ("read buffers", size(made.buffer_bytes), "experts on their way into memory"),
         ("Python and torch", size(made.import_bytes), "before anything is loaded"),
         ("in use", size(made.runtime_bytes), "thread pools, compiled kernels"),
-        ("experts, resident", size(made.resident_bytes), _resident(made)),
     ]
-    if made.host_memory is not None:
-        share = made.host_experts / made.experts
-        rows.append(
-            (
-                "experts, on the host",
-                size(made.host_bytes),
-                f"{made.host_experts} of {made.experts} ({share:.0%}), "
-                "pinned, beside the GPU's memory and not in the sum",
-            )
-        )
-    if made.fit != "none":
-        rows.append(("in all", size(made.total_bytes), _of_memory(made)))
+    resident = ("experts, resident", size(made.resident_bytes), _resident(made))
+    shown = made.fit != "none" or made.on_device
+    if made.on_device:
+        rows += [("CUDA", size(made.device_runtime_bytes), "its context and kernels, assumed"), resident]
+        rows += [(f"{made.device}, in all", size(made.total_bytes), _of_memory(made)), *process, _on_host(made)]
+        rows.append(("the process, in all", size(made.process_bytes), _of_process(made)))
+    else:
+        rows += [*process, resident]
+        rows += [("in all", size(made.total_bytes), _of_memory(made))] if shown else []
     lines = [
         f"{made.model} ({made.model_type}, {made.dtype}): {size(made.checkpoint_bytes)} at rest",
         f"  all {made.experts} experts: {size(made.expert_bytes)}  ({many}, {made.top_k} per token){stored_as(made)}",
@@ -132,11 +137,29 @@ def plan_text(made: Plan) -> str:
     ]
     if made.fit == "some" and made.expert_memory is None:
         form = f" --expert-dtype {made.expert_dtype}" if made.lossy else ""
+        form += f" --device {made.device} --host-memory {_host_argument(made)}" if made.on_device else ""
         lines.append(f"  emoe generate {made.model} --expert-memory {_argument(made.budget_bytes)}{form} -p ...")
     if made.lossy:
         lines.append(f"LOSSY: {lossy_experts(made.expert_dtype)}")
     lines.extend(f"note: {text}" for text in made.assumed)
     return "\n".join(lines)
+
+
+def _on_host(made: Plan) -> tuple[str, str, str]:
+    share = made.host_experts / made.experts
+    what = f"{made.host_experts} of {made.experts} ({share:.0%}), pinned, of the machine's memory"
+    return ("experts, on the host", format_bytes(made.host_bytes), what)
+
+
+def _of_process(made: Plan) -> str:
+    if made.process_limit_bytes is None:
+        return ""
+    return f"of {format_bytes(made.process_limit_bytes)} {made.process_source}"
+
+
+def _host_argument(made: Plan) -> str:
+    """Host memory to copy into a command: in bytes, where it was left open."""
+    return made.host_memory if made.host_memory not in (None, AUTO) else _argument(made.host_bytes)
 
 
 def stored_as(made: Plan) -> str:

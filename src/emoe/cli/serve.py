@@ -13,7 +13,6 @@ from typing import Any
 
 from emoe import nano
 from emoe.checkpoint.codecs.formats import NATIVE
-from emoe.checkpoint.memory_room import memory_room
 from emoe.cli.early import refuse_early, refuse_settings
 from emoe.cli.layers import Layers
 from emoe.cli.options import add_command
@@ -24,6 +23,7 @@ from emoe.config import format_bytes
 from emoe.engine.interface import EngineSettings, TaskTargets
 from emoe.errors import UsageError
 from emoe.planner import facts_of
+from emoe.planner.limits import find_limits
 from emoe.planner.remote import is_hub_id
 from emoe.server.planning import ServingPlan, plan_serving
 
@@ -82,12 +82,16 @@ def _default_profile(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> ServingPlan:
     dtype = None if args.dtype == "auto" else args.dtype
     name, facts = facts_of(args.model, dtype=dtype, expert_dtype=args.expert_dtype, revision=args.revision)
-    room = None if args.memory is not None else memory_room(with_own=True)
+    limits = find_limits(args.device, args.memory, args.process_memory)
     return plan_serving(
         facts,
         model=name,
-        memory_bytes=args.memory if room is None else room.available_bytes,
-        memory_source="allowed" if room is None else f"free ({room.bound})",
+        memory_bytes=limits.memory_bytes,
+        memory_source=limits.memory_source,
+        device=limits.device,
+        process_limit_bytes=limits.process_bytes,
+        process_source=limits.process_source,
+        host_memory=args.host_memory,
         expert_memory=args.expert_memory,
         context=args.max_model_len,
         kv_memory_bytes=args.kv_memory,
@@ -118,10 +122,23 @@ def plan_text(planned: ServingPlan, name: str) -> str:
             format_bytes(plan.activation_bytes),
             f"at most, {planned.max_batch_tokens} tokens of {planned.max_running} requests in a step",
         ),
+    ]
+    whole = _of(plan.memory_bytes, plan.memory_source)
+    process = [
         ("read buffers", format_bytes(plan.buffer_bytes), "experts on their way into memory"),
         ("Python and torch", format_bytes(plan.import_bytes + plan.runtime_bytes), "libraries, threads, kernels"),
-        ("in all", format_bytes(plan.total_bytes), _of(plan.memory_bytes, plan.memory_source)),
     ]
+    if plan.on_device:
+        limit = _of(plan.process_limit_bytes, plan.process_source)
+        rows += [
+            ("CUDA", format_bytes(plan.device_runtime_bytes), "its context and kernels, assumed"),
+            (f"{plan.device}, in all", format_bytes(plan.total_bytes), whole),
+            *process,
+            ("experts, on the host", format_bytes(plan.host_bytes), f"{plan.host_experts} of {plan.experts}, pinned"),
+            ("the process, in all", format_bytes(plan.process_bytes), limit),
+        ]
+    else:
+        rows += [*process, ("in all", format_bytes(plan.total_bytes), whole)]
     lines = [f"emoe serve {name} ({plan.model_type}, {plan.dtype})", table(rows, right=(1,))]
     if plan.lossy:
         lines.append(f"LOSSY: {lossy_experts(plan.expert_dtype)}")

@@ -6,7 +6,7 @@ import argparse
 import math
 
 from emoe.cli.layers import Layers
-from emoe.cli.options import add_json, add_loading, add_model, positive, size
+from emoe.cli.options import add_json, add_loading, add_model, add_process_memory, positive, size
 from emoe.engine.interface import EngineSettings, TaskTargets
 from emoe.scheduling.registry import SCHEDULERS
 
@@ -34,8 +34,10 @@ def _add_memory(layers: Layers) -> None:
         "--memory",
         type=size,
         metavar="SIZE",
-        help="what the process may use; experts get what is left of it (default: what is free here)",
+        help="what may be used where the model runs, of the process's memory or the device's; experts get what is left "
+        "of it (default: what is free there)",
     )
+    add_process_memory(memory)
     memory.add_argument(
         "--kv-memory",
         type=size,

@@ -23,6 +23,8 @@ def speed_of(made: Plan, facts: Facts, *, threads: int | None, trace: str | None
     Raises:
         UsageError: what is kept of the machine is damaged, or the trace is of another model.
     """
+    if made.on_device:
+        return None, f"speed: predicted for the CPU only, not for {made.device}"
     files = sorted(facts.path.glob("*.safetensors")) if facts.path.is_dir() else []
     machine = known(files) if files else None
     if machine is None or not machine.engine:

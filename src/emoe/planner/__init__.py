@@ -12,14 +12,15 @@ from typing import Any
 
 from emoe.checkpoint.codecs.formats import NATIVE, ExpertCodec, codec_of
 from emoe.checkpoint.headers import TensorEntry, read_headers
-from emoe.checkpoint.memory_room import memory_room
 from emoe.checkpoint.source import resolve
-from emoe.config import ExpertMemory, parse_bytes, parse_host_memory
+from emoe.config import ExpertMemory, parse_host_memory
 from emoe.errors import UnsupportedModelError
 from emoe.planner.facts import Facts
 from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
-from emoe.planner.plan import Plan, make_plan, verdict
+from emoe.planner.limits import find_limits
+from emoe.planner.plan import Plan, make_plan
 from emoe.planner.remote import is_hub_id, remote_checkpoint
+from emoe.planner.verdict import verdict
 
 __all__ = ["Facts", "Plan", "facts_of", "plan", "plan_facts", "verdict"]
 
@@ -28,6 +29,8 @@ def plan(
     model_id: str | Path | None = None,
     *,
     memory: str | int | None = None,
+    device: str | None = None,
+    process_memory: str | int | None = None,
     expert_memory: str | int | ExpertMemory | None = None,
     host_memory: str | int | ExpertMemory | None = None,
     context: int | None = None,
@@ -43,9 +46,12 @@ def plan(
 
     Args:
         model_id: a checkpoint's folder or a hub id; None is the embedded emoe-nano.
-        memory: what the process may use ("16GiB"); None asks the machine what is free.
-        host_memory: of a model that runs on a GPU (whose memory `memory` is then): what pinned RAM the experts get,
-            "16GiB", "50%", "auto" or 0; counted apart.
+        memory: what may be used where the model runs ("16GiB"): of the process's memory, or of the device's; None asks
+            what is free there.
+        device: where it runs: None or "cpu", "cuda", "cuda:1", or "auto" (all GPUs, their memory together).
+        process_memory: on a GPU, what the process may use of the machine's memory, host memory included; None asks the
+            machine what is free.
+        host_memory: on a GPU, what pinned RAM other experts get: "16GiB", "50%", 0, or "auto" (also None).
         expert_memory: give the experts this much instead of what is left.
         context: tokens that each sequence may grow to; None: 8192, or what the model was made for if less.
         batch: sequences at once.
@@ -67,6 +73,8 @@ def plan(
         name,
         facts,
         memory=memory,
+        device=device,
+        process_memory=process_memory,
         expert_memory=expert_memory,
         host_memory=host_memory,
         context=context,
@@ -81,6 +89,8 @@ def plan_facts(
     facts: Facts,
     *,
     memory: str | int | None = None,
+    device: str | None = None,
+    process_memory: str | int | None = None,
     expert_memory: str | int | ExpertMemory | None = None,
     host_memory: str | int | ExpertMemory | None = None,
     context: int | None = None,
@@ -89,16 +99,15 @@ def plan_facts(
     chunk: int | None = None,
 ) -> Plan:
     """Plan what `facts_of` found; arguments and errors as of `plan`."""
-    if memory is not None:
-        allowed, source = parse_bytes(memory), "allowed"
-    else:
-        room = memory_room(with_own=True)
-        allowed, source = room.available_bytes, f"free ({room.bound})"
+    limits = find_limits(device, memory, process_memory)
     return make_plan(
         facts,
         model=name,
-        memory_bytes=allowed,
-        memory_source=source,
+        memory_bytes=limits.memory_bytes,
+        memory_source=limits.memory_source,
+        device=limits.device,
+        process_limit_bytes=limits.process_bytes,
+        process_source=limits.process_source,
         expert_memory=None if expert_memory is None else ExpertMemory.parse(expert_memory),
         host_memory=parse_host_memory(host_memory),
         context=context,

@@ -1,4 +1,4 @@
-"""The plan: what a model needs, what a memory holds of it, and the sentence that says so. Arithmetic."""
+"""The plan: what a model needs, and what a memory holds of it. Arithmetic."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.checkpoint.memory_room import memory_room
-from emoe.config import ExpertMemory, format_bytes
+from emoe.config import AUTO, ExpertMemory
 from emoe.errors import UsageError
 from emoe.planner.facts import Facts, dtype_bytes, layer_needs
+from emoe.planner.limits import CPU
+from emoe.planner.verdict import verdict
 from emoe.residency.budget import SlotPlan, floor_bytes, plan_host, plan_slots, total_bytes
 
 IMPORT_BYTES = 334 << 20
@@ -33,6 +35,14 @@ WORKSPACE_KEPT_BYTES = 32 << 20
 CACHE_STEP = 64
 """Tokens by which the cache of keys and values grows (emoe.model.cache.STEP)."""
 
+WAVE_ROWS = 16384
+"""Rows of one launch on a GPU, whose intermediate lies in memory at once (emoe.kernels.slots.WAVE_ROWS)."""
+
+DEVICE_RUNTIME_BYTES = 640 << 20
+"""Taken for what CUDA keeps on a device beside tensors: its context, kernels, cuBLAS's workspace. Not measured here."""
+
+CUDA_ASSUMED = "what CUDA takes for itself, on the device and of the process, is assumed, not measured"
+
 UNPACKED = 1 << 17
 """Numbers of a quantised matrix unpacked at once (emoe.kernels.quantised.UNPACKED), of 12 bytes on their way."""
 
@@ -46,7 +56,9 @@ Fit = Literal["all", "some", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes by purpose. `memory_bytes` is what the process may use, None when nothing was asked about it.
+    """Bytes by purpose. `memory_bytes` is what may be used where the model runs, None when nothing was asked about it:
+    the process's memory on a CPU. On a GPU it is the device's, and the process is counted apart: `process_bytes`,
+    pinned host memory included, of `process_limit_bytes`.
 
     Experts are counted as `expert_dtype` stores them; natively all of them are `native_expert_bytes`.
     """
@@ -86,6 +98,29 @@ class Plan:
     assumed: tuple[str, ...]
     expert_dtype: str = NATIVE
     native_expert_bytes: int = 0
+    device: str = CPU
+    device_runtime_bytes: int = 0
+    process_limit_bytes: int | None = None
+    process_source: str = ""
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the model runs in other memory than the process's."""
+        return self.device != CPU
+
+    @property
+    def process_bytes(self) -> int:
+        """The process: all of it on a CPU, else what stays in the machine's memory beside a GPU."""
+        return self._process_rest_bytes + self.host_bytes if self.on_device else self.total_bytes
+
+    @property
+    def _process_rest_bytes(self) -> int:
+        return self.import_bytes + self.runtime_bytes + self.buffer_bytes
+
+    @property
+    def process_fits(self) -> bool:
+        """Whether the process keeps to its limit, where that is another than the device's."""
+        return self.process_limit_bytes is None or self.process_bytes <= self.process_limit_bytes
 
     @property
     def lossy(self) -> bool:
@@ -94,23 +129,23 @@ class Plan:
 
     @property
     def rest_bytes(self) -> int:
-        """Everything but the experts."""
-        process = self.import_bytes + self.runtime_bytes
-        return self.dense_bytes + self.cache_bytes + self.activation_bytes + self.buffer_bytes + process
+        """Everything but the experts, where the model runs."""
+        beside = self.device_runtime_bytes if self.on_device else self._process_rest_bytes
+        return self.dense_bytes + self.cache_bytes + self.activation_bytes + beside
 
     @property
     def total_bytes(self) -> int:
-        """The process with the experts this plan keeps resident."""
+        """Where the model runs, with the experts this plan keeps resident: the process, or the GPU's memory."""
         return self.rest_bytes + self.resident_bytes
 
     @property
     def full_bytes(self) -> int:
-        """The process with every expert resident."""
+        """The same with every expert resident."""
         return self.rest_bytes + self.expert_bytes
 
     @property
     def smallest_bytes(self) -> int:
-        """The process with as few experts resident as work at all."""
+        """The same with as few experts resident as work at all."""
         return self.rest_bytes + self.floor_bytes
 
     @property
@@ -123,6 +158,7 @@ class Plan:
         return asdict(self) | {
             "rest_bytes": self.rest_bytes,
             "total_bytes": self.total_bytes,
+            "process_bytes": self.process_bytes,
             "full_bytes": self.full_bytes,
             "smallest_bytes": self.smallest_bytes,
             "resident_share": self.resident_share,
@@ -137,6 +173,9 @@ def make_plan(
     model: str,
     memory_bytes: int | None = None,
     memory_source: str = "given",
+    device: str = CPU,
+    process_limit_bytes: int | None = None,
+    process_source: str = "",
     expert_memory: ExpertMemory | None = None,
     host_memory: ExpertMemory | str | None = None,
     context: int | None = None,
@@ -149,12 +188,16 @@ def make_plan(
 
     Prompts are read in passes of `chunk` tokens (None: in one). With `expert_memory` the experts get that much; else
     what `memory_bytes` leaves beside everything else;
-    else all. `host_memory` is pinned RAM beside a GPU; it is counted apart from what the plan adds up.
+    else all. On another `device` than the CPU `memory_bytes` is that device's, and the process, with the pinned
+    `host_memory` (None: "auto"), has a limit of its own.
 
     Raises:
-        UsageError: a number that cannot be meant.
+        UsageError: a number that cannot be meant, or host memory of a model that runs on the CPU.
         BudgetError: `expert_memory` is below the floor.
     """
+    on_device = device != CPU
+    if host_memory is not None and not on_device:
+        raise UsageError("host memory is for models that run on a GPU: give --device, e.g. cuda")
     if context is None:
         context = min(DEFAULT_CONTEXT, facts.max_context or DEFAULT_CONTEXT)
     prompt = context if prompt is None else prompt
@@ -169,17 +212,21 @@ def make_plan(
     if chunk is not None and chunk < 1:
         raise UsageError(f"chunk must be at least 1, not {chunk}")
     read = min(prompt, chunk or prompt)
-    activations = activation_bytes(facts, read, batch, prompt - read)
-    rest = facts.dense_bytes + cache + activations + READ_BUFFER_BYTES + IMPORT_BYTES + RUNTIME_BYTES
+    activations = activation_bytes(facts, read, batch, prompt - read, on_device=on_device)
+    process = READ_BUFFER_BYTES + IMPORT_BYTES + RUNTIME_BYTES
+    rest = facts.dense_bytes + cache + activations + (DEVICE_RUNTIME_BYTES if on_device else process)
     if expert_memory is not None:
         slots = plan_slots(expert_memory, needs)
     else:
         left = total if memory_bytes is None else min(memory_bytes - rest, total)
         slots = plan_slots(ExpertMemory("bytes", max(left, floor)), needs)
     host = None
-    if host_memory is not None:
-        host = plan_host(host_memory, slots, needs, memory_room().available_bytes)
+    if on_device:
+        free = memory_room().available_bytes if process_limit_bytes is None else max(0, process_limit_bytes - process)
+        host = plan_host(host_memory, slots, needs, free)
     fits = memory_bytes is None or rest + slots.resident_bytes <= memory_bytes
+    if host is not None and process_limit_bytes is not None:
+        fits = fits and process + host.nbytes <= process_limit_bytes
     return Plan(
         model=model,
         model_type=facts.model_type,
@@ -205,7 +252,7 @@ def make_plan(
         memory_bytes=memory_bytes,
         memory_source="" if memory_bytes is None else memory_source,
         expert_memory=None if expert_memory is None else str(expert_memory),
-        host_memory=None if host_memory is None else str(host_memory),
+        host_memory=(AUTO if on_device else None) if host_memory is None else str(host_memory),
         host_bytes=0 if host is None else host.nbytes,
         host_experts=0 if host is None else sum(pool.slots for pool in host.pools.values()),
         budget_bytes=slots.budget_bytes,
@@ -213,9 +260,13 @@ def make_plan(
         resident_experts=slots.slots,
         fit=_fit(slots, fits),
         source=facts.source,
-        assumed=(*facts.assumed, *_beyond(context, facts.max_context)),
+        assumed=(*facts.assumed, *_beyond(context, facts.max_context), *((CUDA_ASSUMED,) if on_device else ())),
         expert_dtype=facts.expert_dtype,
         native_expert_bytes=facts.native_expert_bytes or total,
+        device=device,
+        device_runtime_bytes=DEVICE_RUNTIME_BYTES if on_device else 0,
+        process_limit_bytes=process_limit_bytes if on_device else None,
+        process_source=process_source if on_device else "",
     )
 
 
@@ -236,7 +287,7 @@ def _fit(slots: SlotPlan, fits: bool) -> Fit:
     return "all" if slots.all_resident else "some"
 
 
-def activation_bytes(facts: Facts, prompt: int, batch: int, before: int = 0) -> int:
+def activation_bytes(facts: Facts, prompt: int, batch: int, before: int = 0, *, on_device: bool = False) -> int:
     """Upper bound of what one pass over `batch` prompts of `prompt` tokens, `before` read already, holds at its fullest
     moment.
 
@@ -252,7 +303,8 @@ def activation_bytes(facts: Facts, prompt: int, batch: int, before: int = 0) -> 
     widened = tokens + batch * before if latent else tokens
     block = widened * a.token_nbytes + pairs * a.pair_nbytes
     workspace = workspace_bytes(facts, tokens)
-    experts = 2 * tokens * a.hidden * itemsize + _route_bytes(facts, tokens) + workspace + _unpacked_bytes(facts)
+    route = _route_bytes(facts, tokens, _rows_at_once(facts, tokens) if on_device else tokens)
+    experts = 2 * tokens * a.hidden * itemsize + route + workspace + _unpacked_bytes(facts)
     logits = batch * a.vocabulary * (itemsize + 2 * 4)
     kept = workspace if workspace <= WORKSPACE_KEPT_BYTES else 0
     beyond_window = sum(layer.nbytes(prompt, whole=True) - layer.nbytes(prompt) for layer in facts.cache_layers)
@@ -272,17 +324,22 @@ def workspace_bytes(facts: Facts, tokens: int) -> int:
     return rows + min(tokens, COMBINE_TOKENS) * k * a.hidden * (itemsize + 4)
 
 
-def _route_bytes(facts: Facts, tokens: int) -> int:
+def _rows_at_once(facts: Facts, tokens: int) -> int:
+    """Rows whose intermediate a GPU's kernels hold: of one launch, or of one expert where that has more."""
+    return max(min(tokens * facts.top_k, WAVE_ROWS), tokens)
+
+
+def _route_bytes(facts: Facts, tokens: int, rows: int) -> int:
     """What one layer's experts hold for a chunk beside their workspace (emoe.kernels.experts.many_tokens).
 
-    The route (probabilities of all experts in float32, the chosen ones as 64-bit numbers, sorted and placed), and one
-    expert's intermediate, at worst for all tokens, or the result and the sum of one block of it.
+    The route (probabilities of all experts in float32, the chosen ones as 64-bit numbers, sorted and placed), and the
+    intermediate of `rows` (of one expert, at worst all tokens), or the result and the sum of one block of it.
     """
     a, k, itemsize = facts.activations, facts.top_k, dtype_bytes(facts.dtype)
     route = tokens * (3 * 4 * max(layer.experts for layer in facts.expert_layers) + 10 * 8 * k)
-    one_expert = 2 * tokens * a.expert_inner * itemsize
+    inner = 2 * rows * a.expert_inner * itemsize
     combine = min(tokens, COMBINE_TOKENS) * a.hidden * 4 + tokens * a.hidden * itemsize
-    return route + max(one_expert, combine)
+    return route + max(inner, combine)
 
 
 def _unpacked_bytes(facts: Facts) -> int:
@@ -290,41 +347,3 @@ def _unpacked_bytes(facts: Facts) -> int:
     if facts.expert_dtype == NATIVE:
         return 0
     return facts.activations.hidden * facts.activations.expert_inner * dtype_bytes(facts.dtype) + 12 * UNPACKED
-
-
-def verdict(plan: Plan) -> str:
-    """One or two sentences: does it fit, how, and what to do next."""
-    full, smallest = format_bytes(plan.full_bytes), format_bytes(plan.smallest_bytes)
-    if plan.expert_memory is not None:
-        return _verdict_as_asked(plan)
-    if plan.memory_bytes is None:
-        return f"Needs {full} with every expert resident, {smallest} at the least."
-    memory = format_bytes(plan.memory_bytes)
-    if plan.fit == "all":
-        return f"Everything fits in {memory}: {format_bytes(plan.total_bytes)} with every expert resident."
-    if plan.fit == "some":
-        per_layer = plan.resident_experts / plan.layers
-        return (
-            f"{plan.resident_share:.0%} of the experts fit in {memory} ({per_layer:.1f} of "
-            f"{plan.experts_per_layer} per layer); the others are read when a token needs them."
-        )
-    return (
-        f"Does not fit in {memory}: {format_bytes(plan.rest_bytes)} is needed beside the experts, and "
-        f"{format_bytes(plan.floor_bytes)} for one token's experts of one layer. The smallest memory that "
-        "works is "
-        f"{smallest}; a shorter context, prompt or a smaller batch lowers it."
-    )
-
-
-def _verdict_as_asked(plan: Plan) -> str:
-    """The verdict when the experts' memory was given."""
-    needs = (
-        f"{format_bytes(plan.total_bytes)} with {plan.expert_memory} for experts: {plan.resident_experts} of "
-        f"{plan.experts} resident ({plan.resident_share:.0%})"
-    )
-    if plan.memory_bytes is None:
-        return f"Needs {needs}."
-    memory = format_bytes(plan.memory_bytes)
-    if plan.fit == "none":
-        return f"Does not fit in {memory}: needs {needs}."
-    return f"Fits in {memory}: needs {needs}."

@@ -9,6 +9,7 @@ from emoe.config import ExpertMemory, format_bytes
 from emoe.errors import BudgetError, UsageError
 from emoe.planner import Facts, Plan
 from emoe.planner.facts import dtype_bytes
+from emoe.planner.limits import CPU
 from emoe.planner.plan import DEFAULT_CONTEXT, make_plan
 
 DEFAULT_KV_TOKENS = 16384
@@ -49,7 +50,11 @@ class ServingPlan:
         """What the model is to be loaded with."""
         if self.memory.expert_memory is not None:
             return ExpertMemory.parse(self.memory.expert_memory)
-        return None if self.memory.fit == "all" else ExpertMemory("bytes", self.memory.budget_bytes)
+        return (
+            None
+            if self.memory.resident_experts == self.memory.experts
+            else ExpertMemory("bytes", self.memory.budget_bytes)
+        )
 
     def check(self) -> None:
         """Refuse what does not fit.
@@ -58,6 +63,12 @@ class ServingPlan:
             BudgetError: it names what is missing and what would help.
         """
         plan = self.memory
+        if not plan.process_fits:
+            raise BudgetError(
+                f"{plan.model} needs {format_bytes(plan.process_bytes)} of the machine's memory to be served on "
+                f"{plan.device}, {format_bytes(plan.host_bytes)} of it pinned for experts; {plan.process_source} are "
+                f"{format_bytes(plan.process_limit_bytes or 0)}. Lower --host-memory."
+            )
         if plan.fit != "none" or plan.memory_bytes is None:
             return
         need = plan.total_bytes if plan.expert_memory is not None else plan.smallest_bytes
@@ -87,6 +98,10 @@ def plan_serving(
     model: str,
     memory_bytes: int | None,
     memory_source: str = "given",
+    device: str = CPU,
+    process_limit_bytes: int | None = None,
+    process_source: str = "",
+    host_memory: ExpertMemory | str | None = None,
     expert_memory: ExpertMemory | None = None,
     context: int | None = None,
     kv_memory_bytes: int | None = None,
@@ -95,6 +110,8 @@ def plan_serving(
     page_tokens: int,
 ) -> ServingPlan:
     """Plan a server. The experts get what is left of the memory, at most all, unless `expert_memory` says otherwise.
+
+    KV memory lies where the model runs, as `memory_bytes` does (`make_plan`).
 
     Without `kv_memory_bytes` KV memory holds `max_running` full contexts, but no more than 16384 tokens or one context.
 
@@ -131,6 +148,10 @@ def plan_serving(
         model=model,
         memory_bytes=room,
         memory_source=memory_source,
+        device=device,
+        process_limit_bytes=process_limit_bytes,
+        process_source=process_source,
+        host_memory=host_memory,
         expert_memory=expert_memory,
         context=kv_tokens + PADDING_PAGES * page_tokens,
         batch=1,
