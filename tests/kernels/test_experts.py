@@ -17,6 +17,7 @@ from emoe.kernels.experts import (
     combine,
     many_tokens,
     one_token,
+    one_token_arriving,
     round_rows,
 )
 
@@ -79,6 +80,33 @@ def test_the_order_of_arrival_changes_no_bit(
         alone = one_token(math, x, [weights[int(e)] for e in ids[0]], gates)
         scale = float(expected.abs().max())
         torch.testing.assert_close(alone.float(), expected, rtol=tolerance, atol=tolerance * scale)
+
+
+@given(
+    hidden=st.integers(1, 70),
+    width=st.integers(1, 50),
+    order=st.permutations(range(4)),
+    cuts=st.lists(st.booleans(), min_size=3, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 10**6),
+)
+def test_one_token_has_the_same_bits_however_its_experts_arrive(
+    hidden: int, width: int, order: list[int], cuts: list[bool], dtype: torch.dtype, seed: int
+) -> None:
+    math, weights = make(4, hidden, width, dtype, seed)
+    x, gates = torch.randn(1, hidden).to(dtype), torch.rand(1, 4).softmax(-1).to(dtype)
+    at_once = one_token(math, x, weights, gates)
+    assert torch.equal(at_once, one_token_arriving(math, x, waves(order, cuts, weights), gates))
+
+
+def waves(order: list[int], cuts: list[bool], weights: list[Weights]) -> list[tuple[list[int], list[Weights]]]:
+    """Places in some order, in groups that end where a cut is, and the experts for them."""
+    groups: list[list[int]] = [[order[0]]]
+    for place, cut in zip(order[1:], cuts, strict=True):
+        if cut:
+            groups.append([])
+        groups[-1].append(place)
+    return [(group, [weights[place] for place in group]) for group in groups]
 
 
 @given(

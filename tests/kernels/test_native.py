@@ -17,7 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from emoe.kernels import choice, experts
-from emoe.kernels.experts import NATIVE_ROWS, ExpertMath, Grouping, Weights, many_tokens, one_token
+from emoe.kernels.experts import NATIVE_ROWS, ExpertMath, Grouping, Weights, many_tokens, one_token, one_token_arriving
 from emoe.kernels.gates import CLAMPED, SILU, apply_gate, gate_of
 from emoe.kernels.native import build
 from emoe.kernels.native.calls import COLUMNS, INT4, INT8, ROWS, TYPES, Calls, Matrix, Shape
@@ -182,6 +182,35 @@ def test_a_layer_is_transformers_own(
     else:  # no further from the truth than transformers' own rounding, within a rounding
         off = (expected.double() - exact).abs().max()
         assert (out.double() - exact).abs().max() <= 1.5 * off + 2**-7 * scale
+
+
+@given(
+    family=st.sampled_from(["gpt_oss", "qwen3_moe"]),
+    hidden=st.integers(1, 90),
+    width=st.integers(1, 70),
+    order=st.permutations(range(4)),
+    alone=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+    wide_gates=st.booleans(),
+)
+def test_one_token_has_the_same_bits_however_its_experts_arrive(
+    calls: Calls,
+    family: str,
+    hidden: int,
+    width: int,
+    order: list[int],
+    alone: int,
+    dtype: torch.dtype,
+    wide_gates: bool,
+) -> None:
+    module = theirs(family, hidden, width, 4, dtype)
+    math = ExpertMath(module, kernel(calls))
+    weights = bound(math, module, 4)
+    x, gates = torch.randn(1, hidden).to(dtype), torch.rand(1, 4).softmax(-1)
+    gates = gates if wide_gates else gates.to(dtype)
+    groups = [order[: 4 - alone], *([place] for place in order[4 - alone :])]
+    ready = [(group, [weights[place] for place in group]) for group in groups]
+    assert torch.equal(one_token(math, x, weights, gates), one_token_arriving(math, x, ready, gates))
 
 
 @given(biased=st.booleans(), normed=st.booleans(), tokens=st.integers(1, 10), dtype=st.sampled_from(DTYPES))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 import emoe
 from emoe.errors import CheckpointError, ReadError, UnsupportedModelError, UsageError
+from emoe.kernels.experts import ExpertMath
 from emoe.model.bind import binding_of
 from tests.families import make_checkpoint
 
@@ -108,6 +112,80 @@ def test_a_slow_disk_changes_nothing_but_time(path: Path) -> None:
         for seed in range(3):
             assert torch.equal(model(tokens(seed)).logits, whole(tokens(seed)).logits)
     assert emoe.stats(model)["load_wait_s"] > 0.003
+
+
+@settings(max_examples=12)
+@given(
+    share=st.integers(26, 90),
+    lengths=st.lists(st.sampled_from([1, 1, 1, 3, 12]), min_size=1, max_size=4),
+    kind=st.sampled_from(["cached", "direct"]),
+    seed=st.integers(0, 10**6),
+)
+def test_the_order_in_which_loads_end_changes_no_bit(
+    path: Path, whole: PreTrainedModel, share: int, lengths: list[int], kind: str, seed: int
+) -> None:
+    model, _ = emoe.load(path, expert_memory=f"{share}%", reader=kind)
+    draw = random.Random(seed)
+
+    def late(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        time.sleep(draw.choice([0, 0, 0.001, 0.004]))
+        return os.preadv(descriptor, buffers, offset)
+
+    _failing(model, late)
+    try:
+        with torch.no_grad():
+            for number, length in enumerate(lengths):
+                ids = tokens(seed + number, length)
+                assert torch.equal(model(ids).logits, whole(ids).logits)
+        assert emoe.stats(model)["peak_resident_bytes"] <= emoe.stats(model)["budget_bytes"]
+    finally:
+        emoe.close(model)
+
+
+@pytest.fixture(scope="module")
+def whole(path: Path) -> Iterator[PreTrainedModel]:
+    model, _ = emoe.load(path)
+    yield model
+    emoe.close(model)
+
+
+@pytest.mark.parametrize("length", [1, 12])
+def test_a_load_that_fails_while_others_are_computed_ends_the_request(
+    path: Path, whole: PreTrainedModel, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = emoe.load(path, expert_memory="60%")
+    computing, failed = threading.Event(), threading.Event()
+
+    def faulty(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if not computing.wait(5):
+            return os.preadv(descriptor, buffers, offset)
+        failed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    activate = ExpertMath.natively
+
+    def natively(self: ExpertMath, *args: Any) -> Any:  # asked for whenever something is computed
+        computing.set()
+        return activate(self, *args)
+
+    try:
+        with torch.no_grad():
+            model(tokens(0))  # something is resident
+            _failing(model, faulty)
+            monkeypatch.setattr(ExpertMath, "natively", natively)
+            with pytest.raises(ReadError, match="safetensors"):
+                for seed in range(1, 40):
+                    computing.clear()
+                    model(tokens(seed, length))
+            assert failed.is_set()
+            monkeypatch.undo()
+            _failing(model, os.preadv)
+            for seed in range(3):
+                assert torch.equal(model(tokens(seed, length)).logits, whole(tokens(seed, length)).logits)
+        for pool in binding_of(model).pools:
+            assert all(slot.state.value in ("empty", "ready") for slot in pool.table.slots)
+    finally:
+        emoe.close(model)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -10,7 +10,7 @@ once, which a budget does not give.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -158,30 +158,57 @@ def one_token(math: ExpertMath, hidden: torch.Tensor, weights: list[Weights], ga
     Returns:
         [1, hidden], the weighted sum in the router's order.
     """
-    k = len(weights)
     native = math.natively(weights[0], hidden.dtype)
-    if native is not None:
-        return _one_token_natively(math, native, hidden, [cast(Bound, w.native) for w in weights], gates)
-    inner = hidden.new_empty(k, weights[0].first.shape[1])
-    for j, w in enumerate(weights):
-        _project(hidden, w.first, w.first_bias, inner[j : j + 1])
-    inner = math.activate(inner)
-    outer = hidden.new_empty(k, weights[0].down.shape[1])
-    for j, w in enumerate(weights):
-        _project(inner[j : j + 1], w.down, w.down_bias, outer[j : j + 1])
-    if math.post_norm is not None:
-        outer = math.post_norm(outer)
-    return combine(outer, gates, hidden.dtype)
+    if native is not None and native.whole and math.post_norm is None:
+        return native.one_token(hidden, [cast(Bound, w.native) for w in weights], gates)
+    return one_token_arriving(math, hidden, [(range(len(weights)), weights)], gates)
 
 
-def _one_token_natively(
-    math: ExpertMath, native: NativeExperts, hidden: torch.Tensor, experts: list[Bound], gates: torch.Tensor
+def one_token_arriving(
+    math: ExpertMath, hidden: torch.Tensor, ready: Iterable[tuple[Sequence[int], list[Weights]]], gates: torch.Tensor
 ) -> torch.Tensor:
-    if native.whole and math.post_norm is None:
-        return native.one_token(hidden, experts, gates)
-    inner = math.activate(native.first(hidden, experts))
-    outer = hidden.new_empty(len(experts), hidden.shape[1])
-    native.down(inner, experts, outer)
+    """Run one token through its experts in whatever order they become ready, with the bits of `one_token`.
+
+    What has arrived is computed before more is asked for: all of it where the C kernels know what stands between the
+    projections, else the first projections (an elementwise function of one row may round otherwise than of several).
+
+    Args:
+        math: the family's arithmetic.
+        hidden: [1, hidden].
+        ready: (places among the router's k choices, their experts), every place once.
+        gates: [1, k] router weights.
+
+    Returns:
+        [1, hidden], the weighted sum in the router's order.
+    """
+    k = gates.shape[1]
+    outer = hidden.new_empty(k, hidden.shape[1])
+    there: dict[int, Weights] = {}
+    inner: torch.Tensor | None = None
+    native = whole = None
+    for places, weights in ready:
+        there.update(zip(places, weights, strict=True))
+        native = math.natively(weights[0], hidden.dtype)
+        if native is not None and native.whole and math.post_norm is None:
+            whole = native
+            outer[list(places)] = native.rows(hidden, [cast(Bound, w.native) for w in weights])
+            continue
+        if inner is None:
+            inner = hidden.new_empty(k, weights[0].first.shape[1])
+        if native is not None:
+            inner[list(places)] = native.first(hidden, [cast(Bound, w.native) for w in weights])
+            continue
+        for place, w in zip(places, weights, strict=True):
+            _project(hidden, w.first, w.first_bias, inner[place : place + 1])
+    if whole is not None:
+        return whole.combine(outer, cast(Bound, there[0].native), gates)
+    inner = math.activate(inner)
+    if native is not None:
+        native.down(inner, [cast(Bound, there[place].native) for place in range(k)], outer)
+    else:
+        for place in range(k):
+            w = there[place]
+            _project(inner[place : place + 1], w.down, w.down_bias, outer[place : place + 1])
     if math.post_norm is not None:
         outer = math.post_norm(outer)
     return combine(outer, gates, hidden.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -14,10 +14,20 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from emoe.config import Mode
 from emoe.errors import UsageError
-from emoe.kernels.experts import ExpertMath, Grouping, Weights, Workspace, many_tokens, one_token, rounds_rows
+from emoe.kernels.experts import (
+    ExpertMath,
+    Grouping,
+    Weights,
+    Workspace,
+    many_tokens,
+    one_token,
+    one_token_arriving,
+    rounds_rows,
+)
 from emoe.kernels.slots import SlotKernels, sent
 from emoe.model.hybrid import Hybrid
 from emoe.residency.pool import ExpertPool
+from emoe.residency.prefetches import Taking
 
 IMPLEMENTATION = "emoe"
 """The name under which transformers finds `experts_forward`."""
@@ -324,8 +334,13 @@ class Runtime:
                 experts: list[int] = arrived.tolist()[0]
                 aside = [] if layer.hybrid is None else layer.hybrid.aside(layer.layer, experts)
                 here = [e for e in experts if e not in aside] if aside else experts
-                slots = layer.pool.take(layer.layer, here, count=self.counts(layer))
+                taking = layer.pool.begin(layer.layer, here, count=self.counts(layer))
                 try:
+                    if taking.flights and layer.kernels is None and not aside:
+                        return one_token_arriving(layer.math, hidden, self._arriving(layer, taking), gates)
+                    while taking.flights:
+                        layer.pool.arrive(taking)
+                    slots = taking.slots
                     if self.after_take is not None:
                         self.after_take(layer)
                     if layer.hybrid is not None and aside:
@@ -335,10 +350,21 @@ class Runtime:
                         return layer.kernels.one_token(hidden, slots, gates)
                     return one_token(layer.math, hidden, [layer.weights[s] for s in slots], gates)
                 finally:
-                    layer.pool.release(slots)
+                    layer.pool.end(taking)
             if self.mode == "exact" and self.observers:
                 self.observe(layer.layer, ids, gates)
             return self._run_chunk(layer, hidden, ids, gates)
+
+    def _arriving(self, layer: LayerRuntime, taking: Taking) -> Iterator[tuple[list[int], list[Weights]]]:
+        """Places among one token's choices and the experts for them, as they are there; loads go on meanwhile."""
+        there = [place for place, slot in enumerate(taking.slots) if slot >= 0]
+        if there:
+            yield there, [layer.weights[taking.slots[place]] for place in there]
+        while taking.flights:
+            places = layer.pool.arrive(taking)
+            if not taking.flights and self.after_take is not None:
+                self.after_take(layer)
+            yield places, [layer.weights[taking.slots[place]] for place in places]
 
     def _run_chunk(
         self, layer: LayerRuntime, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor

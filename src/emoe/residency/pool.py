@@ -13,7 +13,7 @@ from emoe.checkpoint.readers import Reader
 from emoe.errors import BudgetError
 from emoe.residency.bank import Bank
 from emoe.residency.loader import DEMAND, Load, Loader
-from emoe.residency.prefetches import Flight, Prefetches
+from emoe.residency.prefetches import Flight, Prefetches, Taking
 from emoe.residency.table import Key, ResidencyTable, SlotState
 from emoe.residency.transfers import Transfers
 
@@ -59,20 +59,42 @@ class ExpertPool:
     def take(self, layer: int, experts: Sequence[int], *, count: bool = True) -> list[int]:
         """Return the pinned slots of `experts`, in their order, having loaded and waited for the missing ones.
 
-        All of them are resident at once, so there must be room for them (the floor of the budget for one token).
-        Give the slots back with `release`. `count` says whether hits and misses are counted.
+        Give the slots back with `release`.
 
         Raises:
-            BudgetError: there are more experts than slots.
-            ReadError: an expert could not be read; no slot stays pinned or loading.
+            BudgetError, ReadError: as `begin` and `arrive`; no slot stays pinned or loading.
+        """
+        taking = self.begin(layer, experts, count=count)
+        try:
+            while taking.flights:
+                self.arrive(taking)
+        except BaseException:
+            self.end(taking)
+            raise
+        return taking.slots
+
+    def release(self, slots: Iterable[int]) -> None:
+        """Unpin the slots that `take` returned."""
+        if not self._settled:
+            self._unpin(set(slots))
+
+    def begin(self, layer: int, experts: Sequence[int], *, count: bool = True) -> Taking:
+        """Pin those of `experts` that are there and begin the loads of all others at once; end it with `end`.
+
+        All of them are resident at once, so there must be room for them (the floor of the budget for one token).
+        `count` says whether hits and misses are counted.
+
+        Raises:
+            BudgetError: there are more experts than slots; no slot stays pinned or loading.
         """
         table = self.table
         table.visit(layer)
         counters = table.counters[layer]
+        taking = Taking(layer, experts)
         if self._settled:
             counters.hits += count * len(experts)
-            return [self._slot_of(layer, expert) for expert in experts]
-        slots: list[int] = []
+            taking.slots = [self._slot_of(layer, expert) for expert in experts]
+            return taking
         missing: list[int] = []
         for expert in experts:
             key = (layer, expert)
@@ -83,63 +105,70 @@ class ExpertPool:
             if slot is None or table.slots[slot].state is SlotState.LOADING:
                 missing.append(expert)
                 counters.misses += count
-                slots.append(-1)
+                taking.slots.append(-1)
             else:
                 if table.slots[slot].state is SlotState.READY:  # a duplicate is pinned already
                     table.pin(slot)
                 if self.transfers is not None:
                     self.transfers.use(slot)
                 counters.hits += count
-                slots.append(slot)
+                taking.slots.append(slot)
         if missing:
-            held = [slot for slot in slots if slot >= 0]
-            self._load_missing(layer, experts, missing, held)
-            for i, expert in enumerate(experts):
-                if slots[i] < 0:
-                    slots[i] = self._slot_of(layer, expert)
-        return slots
+            try:
+                self._begin_loads(taking, missing)
+            except BaseException:
+                self.end(taking)
+                raise
+        return taking
 
-    def release(self, slots: Iterable[int]) -> None:
-        """Unpin the slots that `take` returned."""
-        if not self._settled:
-            self._unpin(set(slots))
-
-    def _load_missing(self, layer: int, experts: Sequence[int], missing: list[int], held: list[int]) -> None:
-        protect = frozenset((layer, expert) for expert in experts)
-        beside = self.prefetches.flying
-        before = self.load_wait_s
-        flights: deque[Flight] = deque()
-        taken: list[int] = []
-        try:
-            flights.extend(self._claim(layer, missing))
-            begun = {flight.key for flight in flights}
-            for expert in dict.fromkeys(missing):
-                key = (layer, expert)
-                if key in begun:
-                    continue
-                if not self._room(key, False):
-                    self.prefetches.cancel()
+    def _begin_loads(self, taking: Taking, missing: list[int]) -> None:
+        layer, protect = taking.layer, frozenset((taking.layer, expert) for expert in taking.experts)
+        taking.beside, taking.waited_s = self.prefetches.flying, self.load_wait_s
+        flights = taking.flights
+        flights.extend(self._claim(layer, missing))
+        begun = {flight.key for flight in flights}
+        for expert in dict.fromkeys(missing):
+            key = (layer, expert)
+            if key in begun:
+                continue
+            if not self._room(key, False):
+                self.prefetches.cancel()
+            slot = self.table.reserve(key, protect=protect)
+            if slot is None and self.prefetches.flying:
+                self.prefetches.cancel()
                 slot = self.table.reserve(key, protect=protect)
-                if slot is None and self.prefetches.flying:
-                    self.prefetches.cancel()
-                    slot = self.table.reserve(key, protect=protect)
-                if slot is None:
-                    raise BudgetError(
-                        f"layer {layer} needs {len(protect)} experts at once and the budget has "
-                        f"{self.table.plan.slots} slots. Give at least "
-                        f"{len(protect) * self.bank.slot_nbytes} bytes of expert memory."
-                    )
-                flights.append(self._start(layer, expert, slot))
-            demanded = [flight.key for flight in flights if not flight.ahead]
-            while flights:
-                flight = flights.popleft()
-                self._finish(flight)
-                taken.append(flight.slot)
-            self.prefetches.demanded(demanded, self.load_wait_s - before, beside=beside, prefill=False)
-        except BaseException:
-            self._drain(flights)
-            self._unpin({*held, *taken})
-            raise
+            if slot is None:
+                raise BudgetError(
+                    f"layer {layer} needs {len(protect)} experts at once and the budget has "
+                    f"{self.table.plan.slots} slots. Give at least "
+                    f"{len(protect) * self.bank.slot_nbytes} bytes of expert memory."
+                )
+            flights.append(self._start(layer, expert, slot))
+        taking.demanded = [flight.key for flight in flights if not flight.ahead]
+
+    def arrive(self, taking: Taking) -> list[int]:
+        """Wait for the next load of `taking` to end; return the places in `taking.slots` that it filled.
+
+        Raises:
+            ReadError: the expert could not be read.
+        """
+        flights = taking.flights
+        flight = next((flight for flight in flights if flight.load.done.is_set()), flights[0])
+        flights.remove(flight)
+        self._finish(flight)
+        places = [place for place, expert in enumerate(taking.experts) if expert == flight.key[1]]
+        for place in places:
+            taking.slots[place] = flight.slot
+        if not flights:
+            waited_s = self.load_wait_s - taking.waited_s
+            self.prefetches.demanded(taking.demanded, waited_s, beside=taking.beside, prefill=False)
+        return places
+
+    def end(self, taking: Taking) -> None:
+        """Give the slots of `taking` back, and those of loads that nobody waited for."""
+        self._drain(taking.flights)
+        taking.flights.clear()
+        self.release(slot for slot in taking.slots if slot >= 0)
 
     def stream(
         self,

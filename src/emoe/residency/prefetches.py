@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from emoe.residency.loader import Load, Loader
 from emoe.residency.table import Key, ResidencyTable
@@ -32,6 +32,27 @@ class Flight:
     slot: int
     load: Load
     ahead: bool = False
+
+
+@dataclass(slots=True)
+class Taking:
+    """The experts that one token needs of a layer: those that are there, and the loads of the others, all begun.
+
+    Attributes:
+        layer, experts: what is asked for.
+        slots: the pinned slot of each of `experts`, -1 while it is not there.
+        flights: the loads under way.
+        demanded: the keys whose loads began for this, `beside` prefetches or not.
+        waited_s: what had been waited for loads before.
+    """
+
+    layer: int
+    experts: Sequence[int]
+    slots: list[int] = field(default_factory=list)
+    flights: deque[Flight] = field(default_factory=deque)
+    demanded: list[Key] = field(default_factory=list)
+    beside: bool = False
+    waited_s: float = 0.0
 
 
 @dataclass(slots=True)

@@ -87,10 +87,13 @@ class Calls:
             self._one_token, self._experts = library.emoe_one_token, library.emoe_experts
             self._products, self._counts = library.emoe_products, library.emoe_thread_counts
             self._unpack, self._attention = library.emoe_unpack, library.emoe_attention
+            self._rows, self._combine = library.emoe_rows, library.emoe_combine
         except (OSError, AttributeError) as error:
             raise BuildError(f"{path} cannot be loaded: {error}") from error
         pointer, number = ctypes.c_void_p, ctypes.c_int
         self._one_token.argtypes = [pointer, number, pointer, pointer, pointer, number, pointer, number]
+        self._rows.argtypes = [pointer, number, pointer, pointer, pointer, number]
+        self._combine.argtypes, self._combine.restype = [pointer, number, pointer, pointer, number, pointer], None
         self._experts.argtypes = [pointer, number, pointer, pointer, pointer, pointer, number]
         self._products.argtypes = [pointer, number, pointer, number, number, pointer, pointer, number]
         self._attention.argtypes = [pointer] * 7 + [number]
@@ -113,6 +116,19 @@ class Calls:
                 torch.get_num_threads(),
             )
         )
+
+    def rows(self, layer: Layer, experts: Sequence[int], hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """Write what each expert (addresses of `Expert`) makes of `hidden` [1, hidden] to `out` [experts, hidden]."""
+        k = len(experts)
+        pointers = (ctypes.c_void_p * k)(*experts)
+        threads = torch.get_num_threads()
+        _done(self._rows(ctypes.addressof(layer), k, pointers, hidden.data_ptr(), out.data_ptr(), threads))
+
+    def combine(self, layer: Layer, rows: torch.Tensor, gates: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the weighted sum of one token's rows [k, hidden] to `out` [1, hidden]."""
+        kind = TYPES[gates.dtype]
+        address = ctypes.addressof(layer)
+        self._combine(address, rows.shape[0], rows.data_ptr(), gates.data_ptr(), kind, out.data_ptr())
 
     def experts(
         self, layer: Layer, experts: Sequence[int], counts: Sequence[int], x: torch.Tensor, out: torch.Tensor

@@ -113,6 +113,23 @@ EXPORT int emoe_one_token(const layer *l, int k, const expert *const *weights, c
     return failed;
 }
 
+/* outer [k, hidden]: what each of k experts of one token x [hidden] gives, as emoe_one_token computes it. */
+EXPORT int emoe_rows(const layer *l, int k, const expert *const *weights, const char *x, char *outer, int threads)
+{
+    int32_t counts[k];
+    for (int j = 0; j < k; j++) counts[j] = 1;
+    timing t = begin_timing(bytes_of(&l->first, k) + bytes_of(&l->down, k), threads);
+    int failed = run_experts(l, k, weights, counts, 1, x, outer, t.threads);
+    end_timing(&t);
+    return failed;
+}
+
+/* out [hidden] = the weighted sum of such rows, as emoe_one_token adds them. */
+EXPORT void emoe_combine(const layer *l, int k, const char *outer, const char *gates, int gates_type, char *out)
+{
+    combine_row(l->down.type, gates_type, l->down.out, k, outer, gates, out);
+}
+
 /* outer [rows, hidden]: experts with counts[e] rows of x each, one expert's after another. */
 EXPORT int emoe_experts(const layer *l, int experts, const expert *const *weights, const int32_t *counts, const char *x,
                         char *outer, int threads)

@@ -79,6 +79,22 @@ class NativeExperts:
         self._calls.one_token(layer, addresses, hidden.contiguous(), gates.contiguous(), out)
         return out
 
+    def rows(self, hidden: torch.Tensor, experts: Sequence[Bound]) -> torch.Tensor:
+        """Return what each of the experts of one token gives: [experts, hidden], to be given to `combine`."""
+        out = hidden.new_empty(len(experts), hidden.shape[1])
+        self._calls.rows(
+            self._layer(experts[0], hidden.dtype), [bound.expert for bound in experts], hidden.contiguous(), out
+        )
+        return out
+
+    def combine(self, rows: torch.Tensor, bound: Bound, gates: torch.Tensor) -> torch.Tensor:
+        """Return the weighted sum [1, hidden] of one token's `rows` (`bound`: any of their experts) as `one_token`."""
+        if gates.dtype not in TYPES:
+            gates = gates.float()
+        out = rows.new_empty(1, rows.shape[1])
+        self._calls.combine(self._layer(bound, rows.dtype), rows, gates.contiguous(), out)
+        return out
+
     def run(self, bound: Bound, x: torch.Tensor, out: torch.Tensor) -> None:
         """Run one expert over rows `x` into the rows `out`, both contiguous."""
         self._calls.experts(self._layer(bound, x.dtype), (bound.expert,), (x.shape[0],), x, out)
