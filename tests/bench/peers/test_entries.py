@@ -90,8 +90,8 @@ def test_quantised_experts_stand_beside_quantised_experts(tmp_path: Path) -> Non
     assert [(entry.name, entry.precision) for entry in made] == [
         ("emoe exact 50% int8 -t 1", "int8"),
         ("emoe exact 50% int4 -t 1", "int4"),
-        ("llama.cpp mmap int8 -t 1", "int8"),
-        ("llama.cpp mmap int4 -t 1", "int4"),
+        ("llama.cpp mmap Q8_0 -t 1", "int8"),
+        ("llama.cpp mmap Q4_0 -t 1", "int4"),
     ]
     assert made[1].options == {"expert_dtype": "int4"}
 

@@ -100,6 +100,7 @@ def test_the_text_says_what_was_measured_and_what_not(report: PeersReport) -> No
     assert "the disk reads ahead 128.00 KiB" in text
     assert "pinned, -t 1: core 3, -t 2: cores 3,5; whole processes" in text
     assert "no share of the limit: no rates" in text
+    assert "LOSSY: mode resident\n" in text
     assert "not measured at 50%  transformers grouped_mm -t 1: was killed: it needs more" in text
     assert "emoe exact 50% -t 2: OMP_NUM_THREADS=2 taskset -c 3,5 run emoe" in text
     lines = [" ".join(line.split()) for line in text.splitlines()]

@@ -141,7 +141,8 @@ class Entry:
     @property
     def name(self) -> str:
         """What tables call it."""
-        dtype = "" if self.precision == "native" else f" {self.precision}"
+        own = LLAMA_PRECISIONS[self.precision].upper() if self.peer == "llama.cpp" else self.precision
+        dtype = "" if self.precision == "native" else f" {own}"
         return f"{self.peer} {self.how}{dtype} -t {self.threads}".replace("  ", " ")
 
 

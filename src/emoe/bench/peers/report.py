@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from emoe.bench.peers.entries import MemoryLimit
+from emoe.bench.peers.entries import LLAMA_PRECISIONS, MemoryLimit
 from emoe.bench.peers.results import PeersReport, Ratio, Row, decode_rate, first_prompt, first_token
 from emoe.bench.report import share, table
 from emoe.bench.results import Spread
+from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.config import format_bytes
 
 HEAD = (
@@ -149,16 +150,21 @@ def _side(ratio: Ratio, phase: str) -> tuple[str, ...]:
 
 
 def _legend(report: PeersReport) -> list[str]:
+    settings = report.settings
     lines = [
         "-t N: threads (OMP_NUM_THREADS and the engine's own setting); agrees: the greatest difference of a "
         "given token's log-probability from emoe's first row",
     ]
+    lossy = [f"{name} beside {LLAMA_PRECISIONS[name].upper()}" for name in settings.expert_dtypes if name != NATIVE]
+    lossy += [f"mode {mode}" for mode in settings.modes if mode != "exact"]
+    if lossy:
+        lines.append(f"LOSSY: {', '.join(lossy)}")
     if report.unlimited is None:
         lines.append(
             "of limit: the least time for the row's own bytes and operations on this machine over the time taken (what "
             "bounds it); an engine that reads more than it needs has a low limit"
         )
-    if report.settings.warmups:
+    if settings.warmups:
         lines.append("1st prompt: the time to the first token of the first prompt that each process read")
     return lines
 
