@@ -29,8 +29,8 @@ def test_every_option_reaches_the_settings() -> None:
     found = settings_of(
         *shlex.split(
             "m --budgets 80,2/layer --modes exact --baselines none --prompt-tokens 5 --new-tokens 6 --rounds 7 "
-            "--warmups 0 --threads 2 --memory-limit 1700MiB --cold --reader direct --eviction lru --seed 9 "
-            "--one-at-a-time --offload-folder /somewhere --against 'emoe exact 80%'"
+            "--warmups 0 --threads 2 --memory-limit 1700MiB --cold --reader direct --eviction lru,next-use --seed 9 "
+            "--history t.npz --one-at-a-time --offload-folder /somewhere --against 'emoe exact 80% lru'"
         )
     )
     assert found == DecodeSettings(
@@ -46,12 +46,18 @@ def test_every_option_reaches_the_settings() -> None:
         memory_limit=1700 * 2**20,
         cold=True,
         reader="direct",
-        eviction="lru",
+        evictions=("lru", "next-use"),
+        history="t.npz",
         seed=9,
         one_at_a_time=True,
         offload_folder="/somewhere",
-        baseline="emoe exact 80%",
+        baseline="emoe exact 80% lru",
     )
+
+
+def test_an_unknown_eviction_rule_is_named_before_anything_runs() -> None:
+    with pytest.raises(UsageError, match="no eviction rule is called 'newest'"):
+        settings_of("--eviction", "lru,newest")
 
 
 def test_an_unknown_mode_is_named() -> None:

@@ -78,7 +78,8 @@ def _add_measuring(parser: argparse.ArgumentParser, budgets: str, baselines: str
     add("--cold", action="store_true", help="drop the checkpoint from the page cache before every generation")
     add("--one-at-a-time", action="store_true", help="never hold two contenders in memory")
     add("--reader", choices=("auto", "cached", "direct", "advised"), default="auto", help="how emoe reads experts")
-    add("--eviction", metavar="NAME", help="emoe's eviction rule (default: emoe.load's)")
+    add("--eviction", default="", metavar="LIST", help="emoe's eviction rules, each a contender (default: emoe.load's)")
+    add("--history", metavar="TRACE", help="routes of other prompts, from which next-use learns before it is measured")
     add("--expert-dtype", choices=EXPERT_DTYPES, default=NATIVE, help="emoe's experts in int8 or int4 (lossy)")
     add("--expert-cache", metavar="DIR", help="where those are kept (default: .emoe in the model's folder)")
     add("--prefetch", choices=PREFETCHES, help="emoe's prefetching (default: none)")
@@ -103,7 +104,8 @@ def decode_settings(args: argparse.Namespace) -> DecodeSettings:
         memory_limit=None if args.memory_limit is None else parse_bytes(args.memory_limit),
         cold=args.cold,
         reader=args.reader,
-        eviction=args.eviction,
+        evictions=tuple(words(args.eviction)),
+        history=args.history,
         baseline=args.against,
         offload_folder=args.offload_folder,
         seed=args.seed,

@@ -20,6 +20,7 @@ from typing import Any
 
 from emoe.bench.cgroup import MemoryCgroup, memory_cgroup
 from emoe.bench.client import WorkerClient, WorkerError
+from emoe.bench.learning import learned
 from emoe.bench.limits import Limits, limits_of, machine_of
 from emoe.bench.page_cache import drop
 from emoe.bench.plant.card import is_planted, read_card
@@ -34,7 +35,7 @@ from emoe.planner import Plan, facts_of, plan
 
 Say = Callable[[str], None]
 
-LOADING = ("reader", "eviction", "expert_dtype", "expert_cache", "prefetch")
+LOADING = ("reader", "expert_dtype", "expert_cache", "prefetch")
 """Settings that say how emoe loads."""
 
 FREE_SHARE = 0.9
@@ -48,7 +49,7 @@ def run(settings: DecodeSettings, say: Say = lambda _: None) -> DecodeReport:
     """Measure. `say` is told what happens, one line at a time.
 
     Raises:
-        UsageError: a model or a length that cannot be meant.
+        UsageError: a model, a length or a history that cannot be meant.
         CgroupError: a memory limit is asked for and no cgroup can be made here.
         BudgetError: a budget is below the floor.
         CheckpointError, UnsupportedModelError: the checkpoint is damaged, or no MoE.
@@ -57,15 +58,16 @@ def run(settings: DecodeSettings, say: Say = lambda _: None) -> DecodeReport:
     if settings.memory_limit is not None:
         with memory_cgroup(settings.memory_limit):
             pass  # refused here, before anything long
-    alternating = bench.fits_together()
-    if alternating:
-        bench.alternate(range(settings.rounds))
-    else:
-        half = -(-settings.rounds // TURNS)
-        for start in range(0, settings.rounds, half):
-            rounds = range(start, min(start + half, settings.rounds))
-            for outcome in bench.outcomes:
-                bench.alone(outcome, rounds)
+    with learned(bench.folder, settings.history, settings.evictions, say) as bench.profile:
+        alternating = bench.fits_together()
+        if alternating:
+            bench.alternate(range(settings.rounds))
+        else:
+            half = -(-settings.rounds // TURNS)
+            for start in range(0, settings.rounds, half):
+                rounds = range(start, min(start + half, settings.rounds))
+                for outcome in bench.outcomes:
+                    bench.alone(outcome, rounds)
     return bench.report(alternating)
 
 
@@ -85,6 +87,7 @@ class _Bench:
 
         self.settings = settings
         self.say = say
+        self.profile: str | None = None
         card = read_card(settings.model or nano.path()) if settings.forced else None
         self.folder = nano.path() if settings.model is None else resolve(settings.model)
         self.card = read_card(self.folder) if is_planted(self.folder) else card
@@ -186,6 +189,7 @@ class _Bench:
             if settings.memory_limit is not None:
                 cgroup = stack.enter_context(memory_cgroup(settings.memory_limit))
             options: dict[str, Any] = {name: getattr(settings, name) for name in LOADING}
+            options["profile"] = self.profile
             if outcome.contender.engine == "accelerate":
                 offload = tempfile.mkdtemp(prefix="emoe-bench-", dir=settings.offload_folder)
                 stack.callback(shutil.rmtree, offload, ignore_errors=True)

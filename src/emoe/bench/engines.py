@@ -24,8 +24,9 @@ from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.config import ExpertMemory
 from emoe.errors import UnsupportedModelError
 from emoe.model.bind import binding_of
+from emoe.prediction.registry import SCORERS
 
-CHOICES = ("eviction", "expert_dtype", "expert_cache", "prefetch")
+CHOICES = ("expert_dtype", "expert_cache", "prefetch", "profile")
 """Options that go to `emoe.load` where they are given."""
 
 COUNTED = ("hits", "misses", "loads", "bytes_read", "load_wait_s", "rerouted_tokens", "routed_tokens")
@@ -85,7 +86,8 @@ def rehearse(contender: Contender, folder: Path, options: dict[str, Any]) -> Non
     with tempfile.TemporaryDirectory(prefix="emoe-bench-") as scratch:
         tiny = make_checkpoint("tiny", Path(scratch) / "tiny")
         small = {**options, "offload_folder": f"{scratch}/offload", "cpu_bytes": 2**19}
-        small.pop("expert_cache", None)  # the tiny model's experts go with it
+        for name in ("expert_cache", "profile"):  # the tiny model's experts go with it, and other routes
+            small.pop(name, None)
         # A budget that suits the model may be too small for this one, whose experts are few.
         budget = contender.expert_memory and ExpertMemory("share", 0.6)
         running = load(replace(contender, expert_memory=budget), tiny, small)
@@ -113,6 +115,10 @@ def load(contender: Contender, folder: Path, options: dict[str, Any]) -> Running
 
 def _emoe(contender: Contender, folder: Path, options: dict[str, Any]) -> Running:
     chosen = {name: options[name] for name in CHOICES if options.get(name)}
+    if contender.eviction is not None:
+        chosen["eviction"] = contender.eviction
+    if contender.eviction not in SCORERS:
+        chosen.pop("profile", None)  # it holds what scorers learned
     loaded, _ = emoe_model.load(
         folder,
         expert_memory=contender.expert_memory,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from emoe.checkpoint.codecs.formats import NATIVE, codec_of
 from emoe.config import ExpertMemory, Mode
 from emoe.errors import UsageError
+from emoe.policies.foresight import Foresight
 
 Engine = Literal["emoe", "transformers", "accelerate", "airllm"]
 
@@ -27,16 +28,18 @@ class Contender:
     expert_memory: ExpertMemory | None = None
     mode: Mode | None = None
     implementation: str | None = None
+    eviction: str | None = None
 
     @property
     def name(self) -> str:
-        """What tables call it: "emoe exact 40%", "transformers grouped_mm", "accelerate disk 40%"."""
+        """What tables call it: "emoe exact 40%", "emoe exact 40% next-use", "transformers grouped_mm"."""
         if self.engine == "transformers":
             return f"transformers {self.implementation}"
         if self.engine == "airllm":
             return "airllm"
         how = "disk" if self.engine == "accelerate" else self.mode
-        return f"{self.engine} {how} {'100%' if self.expert_memory is None else self.expert_memory}"
+        rule = "" if self.eviction is None else f" {self.eviction}"
+        return f"{self.engine} {how} {'100%' if self.expert_memory is None else self.expert_memory}{rule}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` reads it back."""
@@ -46,6 +49,7 @@ class Contender:
             "expert_memory": memory,
             "mode": self.mode,
             "implementation": self.implementation,
+            "eviction": self.eviction,
         }
 
     @classmethod
@@ -64,9 +68,10 @@ class DecodeSettings:
     generation. `forced`: the checkpoint is a planted one, and the tokens of its trace are fed whatever the logits say,
     `batch` sequences at once, prompts in passes of `chunk` tokens (None: in one); `new_tokens` counts the logits read,
     one more than the steps after the prompt.
-    `expert_dtype`, `expert_cache`, `prefetch` as `emoe.load` has them. `baseline` names the contender that ratios refer
-    to; None takes the fastest of transformers' implementations at what is compared, or emoe with every expert where
-    none of those ran.
+    `expert_dtype`, `expert_cache`, `prefetch` as `emoe.load` has them. Each of `evictions` is a contender (none: the
+    default of `emoe.load`); `history` is a trace of other prompts, from which those that learn do so beforehand.
+    `baseline` names the contender that ratios refer to; None takes the fastest of transformers' implementations at
+    what is compared, or emoe with every expert where none of those ran.
     """
 
     model: str | None = None
@@ -81,7 +86,8 @@ class DecodeSettings:
     memory_limit: int | None = None
     cold: bool = False
     reader: str = "auto"
-    eviction: str | None = None
+    evictions: tuple[str, ...] = ()
+    history: str | None = None
     baseline: str | None = None
     offload_folder: str | None = None
     seed: int = 0
@@ -106,7 +112,9 @@ class DecodeSettings:
         if (self.batch > 1 or self.chunk is not None) and not self.forced:
             raise UsageError("batches and chunks can be replayed (emoe bench replay), not generated")
         codec_of(self.expert_dtype)
-        made = tuple(_contenders(self.budgets, self.modes, self.baselines))
+        for rule in self.evictions:
+            Foresight(eviction=rule)  # refuses a name that no rule has
+        made = tuple(_contenders(self.budgets, self.modes, self.baselines, self.evictions))
         if not made:
             raise UsageError("nothing to measure: give at least one budget and mode, or a baseline")
         names = [contender.name for contender in made]
@@ -133,13 +141,17 @@ def parse_budget(text: str) -> ExpertMemory:
     return ExpertMemory.parse(f"{text}%" if text.replace(".", "", 1).isdigit() else text)
 
 
-def _contenders(budgets: Sequence[ExpertMemory], modes: Sequence[Mode], baselines: Sequence[str]) -> list[Contender]:
-    """Every mode at every budget, then the baselines. With every expert resident the modes do the same: one is run."""
+def _contenders(
+    budgets: Sequence[ExpertMemory], modes: Sequence[Mode], baselines: Sequence[str], evictions: Sequence[str]
+) -> list[Contender]:
+    """Every mode and rule at every budget, then the baselines. With every expert resident they do the same: one is
+    run."""
     made: list[Contender] = []
     for budget in budgets:
         everything = budget.kind == "share" and budget.value == 1
         for mode in modes[:1] if everything else modes:
-            made.append(Contender("emoe", budget, mode))
+            for rule in (evictions or (None,)) if not everything else (None,):
+                made.append(Contender("emoe", budget, mode, eviction=rule))
     offloads = [budget for budget in budgets if not (budget.kind == "share" and budget.value == 1)]
     for baseline in baselines:
         name, _, asked = baseline.partition(":")

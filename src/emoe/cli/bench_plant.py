@@ -28,6 +28,12 @@ def add_parser(benchmarks: Any) -> None:
         action="store_true",
         help="run it and compare its routes with the trace; without --shape, what is in DIR already",
     )
+    add(
+        "--history",
+        action="store_true",
+        help="without --shape: write routes of TRACE's other prompts beside what was planted from it in DIR, to learn "
+        "from (writing a checkpoint does so too)",
+    )
     add("--json", action="store_true", help="print one JSON object: the card, and what the check found")
 
 
@@ -40,8 +46,18 @@ def run(args: argparse.Namespace) -> int:
         if args.trace is None or args.tokens is None:
             raise UsageError("--shape needs --trace and --tokens: what its routers are to repeat")
         _write(args)
+    elif args.history:
+        if args.trace is None:
+            raise UsageError("--history needs --trace: the trace that the checkpoint was planted from")
+        from emoe.bench.plant.history import HISTORY, add_history
+
+        made = add_history(args.out, args.trace)
+        note(f"{args.out / HISTORY}: {len(made)} tokens of {made.num_prompts} prompts that are never fed")
     elif not args.check:
-        raise UsageError("nothing to do: give --shape, --trace and --tokens to write, or --check to check --out")
+        raise UsageError(
+            "nothing to do: give --shape, --trace and --tokens to write, or --check to check --out, or --trace and "
+            "--history to add a history"
+        )
     card = read_card(args.out)
     found = []
     # What is tiny is always checked.

@@ -64,6 +64,29 @@ def test_every_peer_at_every_number_of_threads(tmp_path: Path) -> None:
     assert 'max_memory={"cpu": 1000}' in made[6].command
 
 
+def test_each_eviction_rule_of_emoe_is_a_row(tmp_path: Path) -> None:
+    settings = settings_of(
+        tmp_path,
+        "--peers",
+        "emoe",
+        "--threads",
+        "1",
+        "--modes",
+        "exact",
+        "--eviction",
+        "lru,next-use",
+        "--history",
+        "t",
+    )
+    assert settings.history == "t"
+    made = entries_of(settings)
+    assert [entry.name for entry in made] == ["emoe exact 50% lru -t 1", "emoe exact 50% next-use -t 1"]
+    assert made[1].command.endswith('expert_memory="50%", mode="exact", eviction="next-use")')
+    assert [entry.contender and entry.contender.eviction for entry in made] == ["lru", "next-use"]
+    everything = entries_of(settings, budgets={"native": (ALL,)})
+    assert [entry.name for entry in everything] == ["emoe exact 100% -t 1"]
+
+
 def test_what_is_not_installed_says_how(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, "--threads", "1")
     made = {e.peer: e for e in entries_of(settings, llama_python=None, airllm=False, accelerate=False)}

@@ -36,6 +36,8 @@ def add_peers(parser: argparse.ArgumentParser) -> None:
     )
     add("--budgets", metavar="LIST", help="emoe's expert memory (default: the most that the limit allows)")
     add("--modes", default="exact,resident", metavar="LIST", help="emoe's modes (default: exact,resident)")
+    add("--eviction", default="", metavar="LIST", help="emoe's eviction rules, a row for each (default: emoe.load's)")
+    add("--history", metavar="TRACE", help="routes of other prompts, from which next-use learns before it is measured")
     add("--threads", default="1,2", metavar="LIST", help="numbers of threads (default: 1,2)")
     add(
         "--cores",
@@ -102,6 +104,8 @@ def peers_settings(args: argparse.Namespace) -> PeersSettings:
         expert_dtypes=tuple(words(args.expert_dtypes)),
         implementations=tuple(words(args.implementations)),
         cores=parse_cores(args.cores),
+        evictions=tuple(words(args.eviction)),
+        history=args.history,
         cold=args.cold,
         warmups=args.warmups,
         check_routes=args.check_routes,

@@ -16,6 +16,7 @@ from emoe.bench.cgroup import memory_cgroup
 from emoe.bench.client import TORCH_WORKER, WorkerClient, WorkerError
 from emoe.bench.decode import machine
 from emoe.bench.fitting import fitting_budget
+from emoe.bench.learning import learned
 from emoe.bench.limits import machine_of
 from emoe.bench.page_cache import drop, read_ahead_bytes
 from emoe.bench.peers.build import llama_python, worker_command
@@ -49,20 +50,21 @@ def compare(settings: PeersSettings, say: Say = lambda _: None) -> PeersReport:
     A row that fails says why and is not tried again; so does one whose engine is not installed.
 
     Raises:
-        UsageError: settings that do not suit the checkpoint, or the file of an earlier run.
+        UsageError: settings or a history that do not suit the checkpoint, or the file of an earlier run.
         CgroupError: a memory limit is asked for and no cgroup can be made here.
         BudgetError: a budget of emoe's is below the floor, or none fits into a limit.
         CheckpointError, UnsupportedModelError: the checkpoint is damaged, or no MoE.
     """
     run = _Comparison(settings, say)
     try:
-        for limit in run.limits:
-            rows = [row for row in run.rows if row.limit == limit]
-            for number in range(settings.rounds):
-                turn = number % len(rows)
-                for row in [*rows[turn:], *rows[:turn]]:
-                    if row.error is None and number not in row.samples:
-                        run.measure(row, number)
+        with learned(settings.folder, settings.history, settings.evictions, say) as run.profile:
+            for limit in run.limits:
+                rows = [row for row in run.rows if row.limit == limit]
+                for number in range(settings.rounds):
+                    turn = number % len(rows)
+                    for row in [*rows[turn:], *rows[:turn]]:
+                        if row.error is None and number not in row.samples:
+                            run.measure(row, number)
     except KeyboardInterrupt:
         say("interrupted; this is what was measured")
         return run.report(interrupted=True)
@@ -78,6 +80,7 @@ class _Tokens:
 class _Comparison:
     def __init__(self, settings: PeersSettings, say: Say) -> None:
         self.settings, self.say = settings, say
+        self.profile: str | None = None
         self.files = sorted(settings.folder.glob("*.safetensors"))
         self.full = self._plan(ExpertMemory("share", 1.0))
         self.limits = settings.limits(self.full.checkpoint_bytes)
@@ -304,7 +307,7 @@ class _Comparison:
                 load = dict(entry.llama)
                 files = [Path(load["gguf"])]
             else:
-                options: dict[str, Any] = {"reader": "auto", "eviction": None} | entry.options
+                options: dict[str, Any] = {"reader": "auto", "profile": self.profile} | entry.options
                 if entry.peer in ("accelerate", "airllm"):
                     options["offload_folder"] = str(self._offload(entry.peer, stack))
                     files += sorted(Path(options["offload_folder"]).rglob("*.safetensors"))

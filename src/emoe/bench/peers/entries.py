@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from emoe.bench.cores import Cores, cores_for
 from emoe.bench.settings import Contender
 from emoe.config import MODES, ExpertMemory, Mode, parse_bytes
 from emoe.errors import UsageError
+from emoe.policies.foresight import Foresight
 
 PEERS = ("emoe", "transformers", "accelerate", "airllm", "llama.cpp")
 LLAMA_PRECISIONS = {"native": "native", "int8": "q8_0", "int4": "q4_0"}
@@ -46,7 +48,8 @@ class PeersSettings:
     them as many as threads; None: not pinned. `cold` drops files from the page cache before a process starts also
     without a limit; with one it always happens. `warmups` prompts are read before the measured one. `timeout_s` bounds
     loading and the prompt, each; `decode_s` bounds decoding: what is measured then is fewer tokens. `out` keeps what
-    was measured.
+    was measured. Each of `evictions` gives a row of emoe's for each budget and mode (none: its default); those that
+    learn do so beforehand from `history`, a trace of other prompts.
     """
 
     folder: Path
@@ -58,6 +61,8 @@ class PeersSettings:
     threads: tuple[int, ...] = (1, 2)
     peers: tuple[str, ...] = PEERS
     modes: tuple[Mode, ...] = ("exact", "resident")
+    evictions: tuple[str, ...] = ()
+    history: str | None = None
     budgets: tuple[ExpertMemory, ...] = ()
     expert_dtypes: tuple[str, ...] = ("native",)
     implementations: tuple[str, ...] = ("grouped_mm",)
@@ -88,6 +93,8 @@ class PeersSettings:
                 raise UsageError(f"{name.replace('_', ' ')} are among {', '.join(known)}, not {found}")
         if not self.memory_limits:
             raise UsageError("memory limits: give at least one, or none")
+        for rule in self.evictions:
+            Foresight(eviction=rule)  # refuses a name that no rule has
         if not self.threads or min(self.threads) < 1:
             raise UsageError(f"threads must be numbers from 1, not {self.threads}")
 
@@ -106,7 +113,8 @@ class PeersSettings:
 
     def conditions(self) -> dict[str, Any]:
         """For JSON: what every row has in common. Rows measured under other conditions are no match."""
-        chosen = ("memory_limits", "rounds", "threads", "peers", "modes", "budgets", "expert_dtypes", "implementations")
+        rows = ("memory_limits", "rounds", "threads", "peers", "modes", "evictions", "budgets")
+        chosen = (*rows, "expert_dtypes", "implementations")
         places = ("folder", "cache", "check_routes", "timeout_s", "out")
         return {name: value for name, value in self.as_dict().items() if name not in (*chosen, *places)}
 
@@ -191,17 +199,19 @@ def _emoe(
     made = []
     for budget in budgets[dtype]:
         everything = budget.kind == "share" and budget.value == 1
-        for mode in settings.modes[:1] if everything else settings.modes:
+        rules = (None,) if everything else settings.evictions or (None,)
+        for mode, rule in product(settings.modes[:1] if everything else settings.modes, rules):
             options = {} if dtype == "native" else {"expert_dtype": dtype}
-            extra = "".join(f', {name}="{value}"' for name, value in options.items())
+            choices = options if rule is None else options | {"eviction": rule}
+            extra = "".join(f', {name}="{value}"' for name, value in choices.items())
             made.append(
                 Entry(
                     "emoe",
-                    f"{mode} {budget}",
+                    f"{mode} {budget}" if rule is None else f"{mode} {budget} {rule}",
                     dtype,
                     threads,
                     f'emoe.load("{settings.folder}", expert_memory="{budget}", mode="{mode}"{extra})',
-                    contender=Contender("emoe", budget, mode),
+                    contender=Contender("emoe", budget, mode, eviction=rule),
                     options=options,
                 )
             )

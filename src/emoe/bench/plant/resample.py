@@ -70,25 +70,95 @@ def fit(trace: Trace, shape: PublishedShape, tokens: int, seed: int) -> Routes:
     Raises:
         UsageError: too few tokens or layers recorded, or too many for the shape.
     """
+    return _planted(trace, shape, tokens, seed)[0]
+
+
+def fit_others(trace: Trace, shape: PublishedShape, tokens: int, seed: int) -> tuple[Routes, tuple[int, ...]]:
+    """Routes of the prompts that `fit` with the same arguments takes nothing of, made in the same way (the same layers
+    side by side, the same experts merged), and their numbers in the trace. Loops are skipped too.
+
+    Raises:
+        UsageError: as `fit`; or there are no other prompts.
+    """
+    _, maker = _planted(trace, shape, tokens, seed)
+    others = other_prompts(trace, tokens)
+    if not others:
+        raise UsageError(f"the trace has no prompts beside those of its first {tokens} tokens")
+    spans = [(int(trace.offsets[n]), int(trace.offsets[n + 1])) for n in others]
+    ends = np.cumsum([end - start for start, end in spans]).tolist()
+    prompts = tuple(zip([0, *ends[:-1]], ends, strict=True))
+    rows = np.concatenate([np.arange(*span) for span in spans])
+    experts, weights, notes = _recorded(trace, shape, rows)
+    if maker is None:
+        return Routes(experts, weights, prompts, False, "; ".join(["every route as recorded", *notes])), others
+    made, made_weights = maker.run(len(shape.moe_layers), experts, weights, prompts)
+    return Routes(made, made_weights, prompts, True, "; ".join([maker.kept, *notes])), others
+
+
+def _planted(trace: Trace, shape: PublishedShape, tokens: int, seed: int) -> tuple[Routes, _Resampler | None]:
+    """What `fit` returns, and what made it where it was resampled."""
     check_tokens(tokens, shape.hidden)
     rows, prompts = first_tokens(trace, tokens)
     layers, recorded = len(shape.moe_layers), trace.experts.shape[1]
-    same = trace.num_experts == shape.experts and trace.top_k <= shape.top_k
-    used = slice(layers if same else recorded)
-    experts, filled = _filled(trace.experts[rows, used], trace.num_experts)
-    weights = None if trace.weights is None else trace.weights[rows, used].astype(np.float32)
-    notes = [f"{filled:.1%} of routes, not recorded, repeat a neighbouring token's"] if filled else []
-    if same:
+    experts, weights, notes = _recorded(trace, shape, rows)
+    if _same(trace, shape):
         if recorded < layers:
             raise UsageError(
                 f"the trace has {recorded} layers and {shape.name} has {layers} with experts; plant fewer with --layers"
             )
         if trace.top_k < shape.top_k:
             notes.insert(0, f"{trace.top_k} of {shape.top_k} experts per token, as recorded")
-        return Routes(experts, weights, prompts, False, "; ".join(["every route as recorded", *notes]))
-    maker = _Resampler(experts, weights, trace.num_experts, prompts, shape, seed)
-    made, made_weights = maker.run(layers)
-    return Routes(made, made_weights, prompts, True, "; ".join([maker.kept, *notes]))
+        return Routes(experts, weights, prompts, False, "; ".join(["every route as recorded", *notes])), None
+    maker = _Resampler(experts, trace.num_experts, shape, seed)
+    made, made_weights = maker.run(layers, experts, weights, prompts)
+    return Routes(made, made_weights, prompts, True, "; ".join([maker.kept, *notes])), maker
+
+
+def _same(trace: Trace, shape: PublishedShape) -> bool:
+    """Whether the trace's routes are taken as they are."""
+    return trace.num_experts == shape.experts and trace.top_k <= shape.top_k
+
+
+def _recorded(trace: Trace, shape: PublishedShape, rows: Array) -> tuple[Array, Array | None, list[str]]:
+    """Routes and weights of some tokens, gaps filled, in the layers that are used; and what was filled, in words."""
+    used = slice(len(shape.moe_layers) if _same(trace, shape) else trace.experts.shape[1])
+    experts, filled = _filled(trace.experts[rows, used], trace.num_experts)
+    weights = None if trace.weights is None else trace.weights[rows, used].astype(np.float32)
+    return experts, weights, [f"{filled:.1%} of routes, not recorded, repeat a neighbouring token's"] if filled else []
+
+
+def other_prompts(trace: Trace, tokens: int) -> tuple[int, ...]:
+    """Numbers of the prompts that the first `tokens` tokens take nothing of, loops left out, and texts that are fed."""
+    fed = _fed(trace, tokens)
+    texts = {_text(trace, n) for n in fed} - {None}
+    return tuple(
+        n
+        for n, about in enumerate(trace.prompts)
+        if n not in fed
+        and not about.get("repetition")
+        and trace.offsets[n] < trace.offsets[n + 1]
+        and _text(trace, n) not in texts
+    )
+
+
+def _text(trace: Trace, prompt: int) -> bytes | None:
+    """The prompt's text as token ids, where the trace has it."""
+    if trace.prompt_token_ids is None or trace.prompt_token_offsets is None:
+        return None
+    first, end = trace.prompt_token_offsets[prompt : prompt + 2]
+    return trace.prompt_token_ids[first:end].tobytes()
+
+
+def _fed(trace: Trace, tokens: int) -> list[int]:
+    """Numbers of the prompts that the first `tokens` tokens are of; the last may be cut."""
+    fed: list[int] = []
+    there = 0
+    for prompt, about in enumerate(trace.prompts):
+        length = int(trace.offsets[prompt + 1] - trace.offsets[prompt])
+        if there < tokens and length and not about.get("repetition"):
+            fed.append(prompt)
+            there += length
+    return fed
 
 
 def first_tokens(trace: Trace, tokens: int) -> tuple[Array, tuple[tuple[int, int], ...]]:
@@ -100,11 +170,9 @@ def first_tokens(trace: Trace, tokens: int) -> tuple[Array, tuple[tuple[int, int
     rows: list[Array] = []
     prompts: list[tuple[int, int]] = []
     start = 0
-    for prompt, about in enumerate(trace.prompts):
-        first, end = int(trace.offsets[prompt]), int(trace.offsets[prompt + 1])
-        if about.get("repetition") or first == end or start == tokens:
-            continue
-        end = min(end, first + tokens - start)
+    for prompt in _fed(trace, tokens):
+        first = int(trace.offsets[prompt])
+        end = min(int(trace.offsets[prompt + 1]), first + tokens - start)
         rows.append(np.arange(first, end))
         prompts.append((start, start + end - first))
         start += end - first
@@ -132,22 +200,15 @@ def _filled(experts: Array, num_experts: int) -> tuple[Array, float]:
 
 
 class _Resampler:
-    def __init__(
-        self,
-        experts: Array,
-        weights: Array | None,
-        num_experts: int,
-        prompts: tuple[tuple[int, int], ...],
-        shape: PublishedShape,
-        seed: int,
-    ) -> None:
-        self.experts = experts.astype(np.int64)
-        self.weights = np.ones(experts.shape, dtype=np.float32) / experts.shape[2] if weights is None else weights
+    """Makes routes of `shape` out of recorded ones. Which experts are merged follows from the `planted` routes
+    [tokens, layers, k], whatever is made."""
+
+    def __init__(self, planted: Array, num_experts: int, shape: PublishedShape, seed: int) -> None:
+        self.planted = planted.astype(np.int64)
         self.num_experts = num_experts
-        self.prompts = prompts
         self.shape = shape
         self.rng = np.random.default_rng(seed)
-        self.together = -(-shape.top_k // experts.shape[2])
+        self.together = -(-shape.top_k // planted.shape[2])
         if self.together * num_experts > shape.experts:
             # Merging makes some of the chosen fall together: one more layer leaves enough of them.
             self.together += 1
@@ -155,7 +216,7 @@ class _Resampler:
     @property
     def kept(self) -> str:
         """What the steps leave of reuse distances."""
-        found, chosen = self.together * self.num_experts, self.together * self.experts.shape[2]
+        found, chosen = self.together * self.num_experts, self.together * self.planted.shape[2]
         said = [f"{self.together} recorded layers side by side"] if self.together > 1 else []
         if found < self.shape.experts:
             said.append(f"{found} experts split into {self.shape.experts}, within prompts distances are kept")
@@ -166,40 +227,48 @@ class _Resampler:
         exact = found == self.shape.experts and chosen == self.shape.top_k
         return "resampled: " + ", ".join([*said, *(["every reuse distance is kept"] if exact else [])])
 
-    def run(self, layers: int) -> tuple[Array, Array]:
-        """Routes [tokens, layers, k] and their weights."""
-        sets = list(layer_sets(self.experts.shape[1], self.together, layers))
+    def run(
+        self, layers: int, recorded: Array, shares: Array | None, prompts: tuple[tuple[int, int], ...]
+    ) -> tuple[Array, Array]:
+        """Routes [tokens, layers, k] and their weights, of recorded ones and theirs."""
+        recorded = recorded.astype(np.int64)
+        shares = np.ones(recorded.shape, dtype=np.float32) / recorded.shape[2] if shares is None else shares
+        sets = list(layer_sets(recorded.shape[1], self.together, layers))
         k = self.shape.top_k
-        experts = np.zeros((len(self.experts), layers, k), dtype=id_dtype(self.shape.experts))
+        experts = np.zeros((len(recorded), layers, k), dtype=id_dtype(self.shape.experts))
         weights = np.zeros(experts.shape, dtype=np.float32)
         for layer, chosen in enumerate(sets):
-            ids = np.concatenate([self.experts[:, one] + n * self.num_experts for n, one in enumerate(chosen)], axis=1)
-            gates = np.concatenate([self.weights[:, one] for one in chosen], axis=1) / self.together
+            ids = self._side_by_side(recorded, chosen)
+            gates = np.concatenate([shares[:, one] for one in chosen], axis=1) / self.together
             order = np.argsort(-gates, axis=1, kind="stable")
             ids, gates = np.take_along_axis(ids, order, 1), np.take_along_axis(gates, order, 1)
             count = self.together * self.num_experts
             if count < self.shape.experts:
-                ids = self._split(ids, count)
+                ids = self._split(ids, count, prompts)
             elif count > self.shape.experts:
-                ids, gates = self._merge(ids, gates, count)
+                group = merged(self._side_by_side(self.planted, chosen), count, self.shape.experts)
+                ids, gates = self._merge(group[ids], gates)
             experts[:, layer], weights[:, layer] = ids[:, :k], gates[:, :k]
         return experts, weights
 
-    def _split(self, ids: Array, count: int) -> Array:
+    def _side_by_side(self, experts: Array, chosen: tuple[int, ...]) -> Array:
+        """Ids [tokens, choices] of the chosen layers, each layer's experts numbered after those of the one before."""
+        return np.concatenate([experts[:, one] + n * self.num_experts for n, one in enumerate(chosen)], axis=1)
+
+    def _split(self, ids: Array, count: int, prompts: tuple[tuple[int, int], ...]) -> Array:
         """Each expert becomes the experts e, e + count, ..., as many as there are; each prompt uses one of them."""
         copies = (self.shape.experts - 1 - np.arange(count)) // count + 1
         made = ids.copy()
-        for start, end in self.prompts:
+        for start, end in prompts:
             used = np.arange(count) + count * self.rng.integers(0, copies)
             made[start:end] = used[ids[start:end]]
         return made
 
-    def _merge(self, ids: Array, gates: Array, count: int) -> tuple[Array, Array]:
-        """Experts fall into the shape's number of groups; of a token's choices in one group the best stays."""
-        group = merged(ids, count, self.shape.experts)[ids]
+    def _merge(self, group: Array, gates: Array) -> tuple[Array, Array]:
+        """Experts fell into the shape's number of groups; of a token's choices in one group the best stays."""
         k = self.shape.top_k
-        made = np.zeros((len(ids), k), dtype=np.int64)
-        weights = np.zeros((len(ids), k), dtype=np.float32)
+        made = np.zeros((len(group), k), dtype=np.int64)
+        weights = np.zeros((len(group), k), dtype=np.float32)
         recent: list[int] = list(range(self.shape.experts))
         for token, row in enumerate(group):
             _, first = np.unique(row, return_index=True)

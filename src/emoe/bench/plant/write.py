@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from emoe.bench.plant.card import CARD, LABEL, ROUTES, PlantCard
-from emoe.bench.plant.resample import Routes, fit, read_trace
+from emoe.bench.plant.history import HISTORY, history_of
+from emoe.bench.plant.resample import Routes, fit, other_prompts, read_trace
 from emoe.bench.plant.routers import logits_of
 from emoe.bench.plant.shapes import PublishedShape, vocabulary_for
 from emoe.bench.plant.tensors import DTYPE, tensors_of
@@ -30,7 +31,8 @@ def plant(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PlantCard:
-    """Write a checkpoint of `shape` whose routers repeat the first `tokens` of `trace`, and return its card.
+    """Write a checkpoint of `shape` whose routers repeat the first `tokens` of `trace`, and return its card. Routes of
+    the trace's other prompts, where it has any, lie beside it as a history to learn from (`history.HISTORY`).
 
     The same arguments give the same bytes. Memory stays at a few hundred MB whatever the shape. The folder appears
     under its name only when it is complete.
@@ -66,6 +68,7 @@ def plant(
         prompts=routes.prompts,
         vocabulary=vocabulary_for(tokens),
     )
+    history = history_of(recorded, shape, card) if other_prompts(recorded, tokens) else None
     config = shape.config(card.vocabulary) | {"num_experts_per_tok": routes.top_k}
     if "experts_per_token" in config:
         config["experts_per_token"] = routes.top_k
@@ -75,6 +78,8 @@ def plant(
         write_json(GENERATION, work / "generation_config.json")
         as_trace(routes, shape, card).write(work / ROUTES)
         write_json(card.as_dict(), work / CARD)
+        if history is not None:
+            history.write(work / HISTORY)
 
     def logits(layer: int) -> torch.Tensor:
         weights = None if routes.weights is None else routes.weights[:, layer]

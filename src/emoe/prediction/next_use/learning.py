@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,6 +148,18 @@ class Learner:
         self._network.dropout = None
         self.steps += 1
         return total
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread. The tensors are small: with two threads beside another busy process learning a history
+    took sixty times as long, for waiting at each operation's end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_history(history: Trace, shape: RoutingShape) -> None:

@@ -21,6 +21,7 @@ from emoe.prediction.next_use.learning import (
     count_prompts,
     fit,
     multi_hot,
+    one_thread,
     whole_raw,
 )
 from emoe.prediction.next_use.network import Network
@@ -75,7 +76,7 @@ class NextUse:
             stream.add_prior(counts[prompt], history.task_of(prompt), tokens)
         self._network = self._new_network(seed)
         self._learner = Learner(self._network, seed, FIT_RATE, FIT_BYTES)
-        with torch.no_grad():
+        with torch.no_grad(), one_thread():
             fit(self._learner, stream, history, seed, progress)
         stream.begin_prompt(None)
         self.stream = Stream(self.shape)  # only the priors go on; what was read last is of no special interest
@@ -126,9 +127,10 @@ class NextUse:
         if self.stream.tokens % MAX_CHUNK:
             return
         self._owed += self._learner.settle() * (1 if self._fitted else 2)
-        while self._owed >= BATCH:
-            self._owed -= BATCH
-            self._learner.step()
+        with one_thread():
+            while self._owed >= BATCH:
+                self._owed -= BATCH
+                self._learner.step()
 
     # -- scoring --------------------------------------------------------------------------------------------
 
