@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emoe.bench.reproduce import correlation as of
+from emoe.prediction.protocol import Array
 
 SEEDS = st.integers(0, 9999)
 
@@ -76,7 +77,7 @@ def test_renaming_is_one_to_one_and_finds_a_permutation(seed: int) -> None:
     assert quality(found) >= max(swapped) - 1e-9
 
 
-def _swap(names: of.Array, a: int, b: int) -> of.Array:
+def _swap(names: Array, a: int, b: int) -> Array:
     other = names.copy()
     other[[a, b]] = other[[b, a]]
     return other

@@ -63,10 +63,14 @@ def lines(
             continue
         xs, ys = zip(*points, strict=True)
         style = {"color": COLOURS[number % 8], "marker": MARKERS[number % 8], "markersize": 4.5, "linewidth": 1.5}
+        # Of many points only some are marked: fewer paths to draw, and lines that can be told apart.
+        style["markevery"] = max(1, len(xs) // 12)
         ax.plot(xs, ys, linestyle=("-", "--", "-.", ":")[(number // 2) % 4], label=name, **style)
         if spread is not None and name in spread:
             low, high = zip(*spread[name], strict=True)
             ax.fill_between(xs, low, high, color=COLOURS[number % 8], alpha=0.15, linewidth=0)
+    if all(float(at).is_integer() for points in curves.values() for at, _ in points):
+        ax.xaxis.get_major_locator().set_params(integer=True)
     finish(ax, x, y, title)
 
 
@@ -84,7 +88,7 @@ def bars(ax: Any, groups: Sequence[str], series: Mapping[str, Sequence[float | N
 
 def heat(ax: Any, values: Any, x: str, y: str, label: str, title: str = "", highest: float | None = None) -> None:
     """A matrix as colours from light (0) to dark (`highest`, by default the largest), with its scale beside it."""
-    image = ax.imshow(values, cmap="cividis_r", vmin=0.0, vmax=highest, aspect="auto", interpolation="nearest")
+    image = ax.imshow(values, cmap="magma_r", vmin=0.0, vmax=highest, aspect="auto", interpolation="nearest")
     bar = ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.03)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -122,6 +126,15 @@ def legend(ax: Any, outside: bool = False) -> None:
     ax.legend(fontsize=7.5, frameon=False, **where)
 
 
+def shared_legend(figure: Any) -> None:
+    """The names of all panels' curves, each once, to the right of them."""
+    handles: dict[str, Any] = {}
+    for ax in figure.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
+
+
 def finish(ax: Any, x: str, y: str, title: str = "", grid: bool = True) -> None:
     """Labels of the axes, title, quiet grid."""
     ax.set_facecolor("white")
@@ -142,5 +155,7 @@ def save(figure: Any, stem: Path) -> None:
     plt.rcParams["svg.hashsalt"] = stem.name
     figure.savefig(stem.with_suffix(".png"), dpi=DPI, metadata={"Software": None})
     figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    shades = any(ax.images for ax in figure.axes)
     plt.close(figure)
-    fewer_colours(stem.with_suffix(".png"))
+    if not shades:  # a heat map needs all its colours
+        fewer_colours(stem.with_suffix(".png"))

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -118,8 +118,10 @@ def write_finding(folder: Path, name: str, found: Finding, about: Mapping[str, A
         write_whole(folder / f"{table.name}.csv", table.csv().encode())
     for picture in found.pictures:
         save(picture.draw(), folder / picture.name)
+    # A table that is not shown lies in its own file alone.
+    tables = tuple(table if table.shown else replace(table, rows=()) for table in found.tables)
     kept = Kept(
-        name, found.claims, found.tables, tuple((p.name, p.caption) for p in found.pictures), found.notes, dict(about)
+        name, found.claims, tables, tuple((p.name, p.caption) for p in found.pictures), found.notes, dict(about)
     )
     write_whole(folder / FILE, (json.dumps(asdict(kept), indent=1) + "\n").encode())
     return kept

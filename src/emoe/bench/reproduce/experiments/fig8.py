@@ -44,8 +44,7 @@ def run(bench: Workbench) -> Finding:
                 }
                 drawing.lines(ax, means, "MoE layer, from the input", text, name)
                 ax.set_ylim(min(-0.1, ax.get_ylim()[0]), 1.02)
-        for ax in axes[:, -1]:
-            drawing.legend(ax, outside=True)
+        drawing.shared_legend(figure)
         return figure
 
     caption = (
