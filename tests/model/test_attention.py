@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen3MoeForCausalLM
 
 import emoe
+from emoe.errors import UsageError
 from emoe.kernels import attention as kernels
 from emoe.kernels.choice import VARIABLE, kernel_of
 from emoe.kernels.native.calls import Calls
 from emoe.model import attention
-from emoe.model.attention import FEW_ROWS_SDPA
+from emoe.model.attention import FEW_ROWS_SDPA, SINKS
 from tests.conftest import Checkpoints
 from tests.engine.running import SMALL, alone, engine_of, prompt, send
 
@@ -97,15 +98,80 @@ def test_where_it_does_not(checkpoints: Checkpoints, rows: list[int], monkeypatc
         assert implementation(model) == expected
         logits(model, (3, 1))
         emoe.close(model)
-    model, _ = emoe.load(checkpoints("gpt_oss"))
-    assert implementation(model) == "eager"  # its sinks
-    emoe.close(model)
     monkeypatch.setenv(VARIABLE, "torch")
     model, _ = emoe.load(path)
     assert implementation(model) == "sdpa"
     logits(model, (3, 1))
     emoe.close(model)
     assert rows == []
+
+
+SUNK = ("gpt_oss", "mimo_v2_flash")
+
+
+@pytest.mark.parametrize("name", SUNK)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("native", [True, False])
+def test_sinks_are_attended_as_transformers_does(
+    checkpoints: Checkpoints, name: str, dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, later passes over them, single tokens, in and beyond the window, and a padded sequence."""
+    if not native:
+        monkeypatch.setenv(VARIABLE, "torch")
+    path, steps = checkpoints(name), (12, 1, 4, 9, 1, 1)
+    whole, _ = emoe.load(path, dtype=dtype)
+    assert implementation(whole) == SINKS
+    expected = logits(whole, steps)
+    emoe.close(whole)
+    part, _ = emoe.load(path, dtype=dtype, expert_memory="50%")
+    assert all(torch.equal(a, b) for a, b in zip(logits(part, steps), expected, strict=True))
+    emoe.close(part)
+    eager, _ = emoe.load(path, dtype=dtype, attn_implementation="eager")
+    assert implementation(eager) == "eager"
+    assert emoe.stats(eager)["kernels"]["attention_reason"] == "as attn_implementation says"
+    for a, b in zip(expected, logits(eager, steps), strict=True):
+        error = (a - b).abs()
+        error[1, :2] = 0  # of padding
+        if dtype is torch.float32:
+            assert error.max() < 1e-3 * b.abs().max()
+        else:
+            assert error.median() < 0.05 * b.abs().max()
+    emoe.close(eager)
+
+
+def test_few_rows_with_sinks_are_the_kernels(checkpoints: Checkpoints, rows: list[int]) -> None:
+    model, _ = emoe.load(checkpoints("gpt_oss"))
+    logits(model, (12, 1, 4))
+    assert set(rows) == {1, 4}
+    emoe.close(model)
+
+
+def test_the_engine_goes_on_with_eager(checkpoints: Checkpoints) -> None:
+    model, _ = emoe.load(checkpoints("gpt_oss"))
+    with engine_of(model, SMALL) as engine:
+        assert send(engine, prompt(1, 30), 4)[1].end.reason in ("stop", "length")
+    assert implementation(model) == SINKS
+    emoe.close(model)
+
+
+def test_sinks_that_are_not_known_stay(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.gpt_oss import modeling_gpt_oss
+
+    def other(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return query.transpose(1, 2), None
+
+    monkeypatch.setattr(modeling_gpt_oss, "eager_attention_forward", other)
+    model, _ = emoe.load(checkpoints("gpt_oss"))
+    assert implementation(model) == "eager"
+    assert "trial of GptOssAttention gave other numbers" in emoe.stats(model)["kernels"]["attention_reason"]
+    emoe.close(model)
+
+
+def test_arguments_that_sinks_do_not_know_are_refused() -> None:
+    query = torch.randn(1, 2, 3, 8)
+    for unknown in ({"softcap": 30.0}, {"dropout": 0.1}):
+        with pytest.raises(UsageError, match=next(iter(unknown))):
+            attention.sinks_attention(torch.nn.Module(), query, query, query, None, **unknown)  # type: ignore[arg-type]
 
 
 def test_code_that_asks_for_the_name_keeps_it() -> None:

@@ -65,6 +65,7 @@ def test_headers_and_dry_run_agree(family: str, fused: bool, checkpoints: Checkp
     )
     for length in (64, 512, 4096):
         bound = length * quick.token_nbytes + length**2 * (quick.pair_nbytes + MASK_NBYTES * quick.masked)
+        assert quick.block_nbytes == measured.block_nbytes
         assert measured.token_nbytes * length + measured.pair_nbytes * length**2 <= bound
         assert quick.token_nbytes < 2.2 * measured.token_nbytes
     for context in (1, 5, 40, 200):

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from emoe.engine.attention import IMPLEMENTATION, Packed, rows_of, slides
 from emoe.engine.moved import KNOWS_FLASH, PAGE_SIZE, check
 from emoe.errors import UnsupportedModelError
-from emoe.model.attention import FEW_ROWS_SDPA
+from emoe.model.attention import FEW_ROWS_SDPA, INSTEAD_OF
 from emoe.model.attention import attention as few_rows_attention
 
 SCHEDULER = "emoe"
@@ -153,8 +153,8 @@ class Batcher:
         )
         few = self._attention == FEW_ROWS_SDPA
         try:
-            if few:  # a name that continuous batching does not know
-                model.set_attn_implementation("sdpa")
+            if self._attention in INSTEAD_OF:  # a name that continuous batching does not know
+                model.set_attn_implementation(INSTEAD_OF[self._attention])
             if not KNOWS_FLASH and "|" not in self._attention:  # else it would choose flash where there is one
                 model.set_attn_implementation(f"paged|{model.config._attn_implementation}")
             manager = model.init_continuous_batching(

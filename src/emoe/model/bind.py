@@ -23,7 +23,7 @@ from emoe.errors import BudgetError, UsageError
 from emoe.kernels.choice import Kernel, kernel_of
 from emoe.kernels.dense import DenseKernels
 from emoe.kernels.experts import ExpertMath
-from emoe.model.attention import attend_few_rows
+from emoe.model.attention import choose_attention
 from emoe.model.cache import let_grow
 from emoe.model.foresight import Ahead
 from emoe.model.loading import load_dense
@@ -80,6 +80,7 @@ class Binding:
         self.handles: list[Any] = []
         self.kernel: Kernel | None = None
         self.dense: DenseKernels | None = None
+        self.attention = ""
         self.finishers: list[Callable[[], object]] = []
 
     @property
@@ -251,9 +252,8 @@ def load(
     try:
         binding.host, binding.on_miss = beside, on_miss
         _bind(model, binding, placement, opened)
-        attend_few_rows(model, binding.kernel, asked="attn_implementation" in kwargs)
-        binding.handles.append(let_grow(model))
-        binding.handles += ahead.attach(model, binding.pools, tokenizer)
+        binding.attention = choose_attention(model, binding.kernel, asked="attn_implementation" in kwargs)
+        binding.handles += [let_grow(model), *ahead.attach(model, binding.pools, tokenizer)]
         if plan.all_resident:
             preload(binding.pools, progress)
         if finish_trace is not None:

@@ -167,6 +167,7 @@ def _kernels(model: PreTrainedModel, binding: Binding) -> dict[str, Any] | None:
         "reason": kernel.reason,
         "linears": len(dense),
         "attention": model.config._attn_implementation,
+        "attention_reason": binding.attention,
         "calls_by_threads": threads,
     }
 

@@ -7,19 +7,32 @@ import.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import nn
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from emoe.checkpoint.codecs.formats import NATIVE, ExpertCodec, coded_parts
 from emoe.checkpoint.headers import read_headers
 from emoe.checkpoint.index import ExpertIndex, build_index, skeleton
 from emoe.errors import UnsupportedModelError
-from emoe.planner.facts import Activations, CacheKind, CacheLayer, ExpertLayer, Facts, by_size, max_context
+from emoe.kernels.sinks import changes_mask, sunk
+from emoe.planner.facts import (
+    SCORES_BLOCK_BYTES,
+    Activations,
+    CacheKind,
+    CacheLayer,
+    ExpertLayer,
+    Facts,
+    by_size,
+    max_context,
+)
 from emoe.planner.live_bytes import LiveBytes
 
 # Long enough that convolution states are full, short enough for layers that loop over tokens in Python.
@@ -100,9 +113,16 @@ def _measure(model: nn.Module, config: Any, index: ExpertIndex) -> tuple[tuple[C
         # Experts change no shape, and most ways of running them ask for values, which meta tensors have not.
         model.get_submodule(layer.module).forward = lambda hidden, *_, **__: torch.empty_like(hidden)
     attention = _Attention()
-    if not model._supports_sdpa:
-        model.set_attn_implementation("eager")  # type: ignore[operator]
-    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention):
+    sinks = sunk(model)
+    light = bool(sinks) and not any(changes_mask(module) for module in sinks)
+    with ExitStack() as stack:
+        if not model._supports_sdpa:
+            model.set_attn_implementation("eager")  # type: ignore[operator]
+        stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", attention))
+        if light:  # with sdpa's masks (emoe.model.attention)
+            stack.enter_context(mock.patch.dict(AttentionMaskInterface._global_mapping, {"eager": sdpa_mask}))
+        for module in {type(each).__module__ for each in sinks if light}:
+            stack.enter_context(mock.patch.object(sys.modules[module], "eager_attention_forward", attention.with_sinks))
         (short, peak_short), (long, peak_long) = (_run(model, length) for length in _LENGTHS)
     cache = tuple(_cache_layers(_layers(short), _layers(long)))
     # A run makes token * length + pair * length^2, and the cache, which counts apart.
@@ -118,6 +138,7 @@ def _measure(model: nn.Module, config: Any, index: ExpertIndex) -> tuple[tuple[C
         token_nbytes=token,
         pair_nbytes=pair + attention.pair_nbytes,
         masked=getattr(config, "sliding_window", None) is not None,
+        block_nbytes=SCORES_BLOCK_BYTES if light else 0,
     )
 
 
@@ -132,6 +153,12 @@ class _Attention:
         if value.shape[-1] != query.shape[-1]:  # the plain way then: scores in 16 bits and twice in float32
             self.pair_nbytes = max(self.pair_nbytes, 10 * query.shape[1])
         return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+    def with_sinks(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None]:
+        """Stands in for transformers' eager attention where it has sinks (emoe.kernels.sinks)."""
+        return self(query, key, value).transpose(1, 2).contiguous(), None
 
 
 def _cache_layers(short: list[Any], long: list[Any]) -> Iterator[CacheLayer]:

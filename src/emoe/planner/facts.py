@@ -56,7 +56,8 @@ class Activations:
     """What a forward pass makes and drops again, beside what the experts do.
 
     `token_nbytes` for each token of the fullest moment, `pair_nbytes` for each pair of tokens of one sequence (where
-    attention scores are written out: eager attention, and keys and values of unequal size), `masked` where layers
+    attention scores are written out: eager attention, and keys and values of unequal size), `block_nbytes` at most in
+    all where they are so block by block (emoe.kernels.sinks; 0: they are not), `masked` where layers
     need a mask even for a single sequence. `hidden`, `vocabulary` and `expert_inner` (outputs of an expert's first
     product: gate and up together where it has both) are widths in elements.
     """
@@ -67,6 +68,17 @@ class Activations:
     token_nbytes: int
     pair_nbytes: int = 0
     masked: bool = False
+    block_nbytes: int = 0
+
+    def written(self, pairs: int) -> int:
+        """Bytes of scores that are written out for that many pairs of tokens."""
+        whole = pairs * self.pair_nbytes
+        return min(whole, self.block_nbytes) if self.block_nbytes else whole
+
+
+SCORES_BLOCK_BYTES = 48 << 20
+"""What attention with sinks holds of scores where keys and values are of unequal size: emoe.kernels.sinks.BLOCK_BYTES
+in float32, and in the run dtype as products and as weights."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from emoe.checkpoint.parts import PartSpec
 from emoe.errors import CheckpointError
 from emoe.planner.facts import (
     DTYPE_BYTES,
+    SCORES_BLOCK_BYTES,
     Activations,
     CacheKind,
     CacheLayer,
@@ -38,7 +39,7 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _NUMBERED = re.compile(r"^(.*\bexperts)\.(\d+)\.(.+)$")
 _LAYER = re.compile(r"\.layers\.(\d+)\.(.+)$")
-_SINKS = ("sinks", "attention_sink_bias")  # attention that only transformers' eager implementation computes
+_SINKS = ("sinks", "attention_sink_bias")  # attention that emoe.kernels.sinks computes
 _OTHER_INPUTS = ("vision_config", "audio_config", "encoder_config")
 
 
@@ -343,10 +344,18 @@ def _activations(
     heads = _number(config, "num_attention_heads")
     sinks = any(name.endswith(_SINKS) for layer in layers for name in layer.shapes)
     latent = any(layer.kind == "latent" for layer in cache)
-    pair = (8 if sinks else 10 if latent else 0) * heads
+    # Sinks need no scores where keys and values are of one size.
+    unequal = config.get("v_head_dim", config.get("head_dim")) != config.get("head_dim")
+    pair = (10 if latent else 8 if sinks and unequal else 0) * heads
     masked = config.get("sliding_window") is not None
     return Activations(
-        hidden, _number(config, "vocab_size"), _expert_inner(experts, hidden, itemsize), token, pair, masked
+        hidden,
+        _number(config, "vocab_size"),
+        _expert_inner(experts, hidden, itemsize),
+        token,
+        pair,
+        masked,
+        SCORES_BLOCK_BYTES if sinks and not latent else 0,
     )
 
 

@@ -301,7 +301,7 @@ def activation_bytes(facts: Facts, prompt: int, batch: int, before: int = 0, *, 
     # Keys and values that are kept narrow are widened for all tokens in every pass.
     latent = any(layer.kind == "latent" for layer in facts.cache_layers)
     widened = tokens + batch * before if latent else tokens
-    block = widened * a.token_nbytes + pairs * a.pair_nbytes
+    block = widened * a.token_nbytes + a.written(pairs)
     workspace = workspace_bytes(facts, tokens)
     route = _route_bytes(facts, tokens, _rows_at_once(facts, tokens) if on_device else tokens)
     experts = 2 * tokens * a.hidden * itemsize + route + workspace + _unpacked_bytes(facts)

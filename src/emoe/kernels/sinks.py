@@ -1,0 +1,191 @@
+"""Attention with sinks over many query rows, without ever writing a prompt's scores out.
+
+A sink is a score of each head that takes part in the softmax and adds no value. From the logarithm of a softmax's sum
+it is added afterwards: out * sigmoid(logsum - sink). torch's fused attention on a CPU gives both; elsewhere, and where
+keys and values are of unequal size, blocks of rows are computed one after another.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+ROWS = 256
+"""Query rows at a time where there is a mask: keys that none of them sees are left out (windows, what is to come)."""
+
+BLOCK_BYTES = 16 << 20
+"""Of scores in float32 that are written out at once where torch's fused attention cannot be used."""
+
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def with_sinks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sinks: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Return the attention of `query` over all keys that `mask` leaves, with `sinks` in the softmax.
+
+    Args:
+        query: [batch, heads, rows, size].
+        key: [batch, key heads, keys, size]; `heads` is a multiple of `key heads`. Any strides.
+        value: [batch, key heads, keys, value size].
+        mask: [batch or 1, heads or 1, rows, keys]: bool (False hides) or added to the scores; None with as many keys as
+            rows, or without `causal`.
+        scaling: of the scores; None: 1 / sqrt(size).
+        sinks: [heads] the score of each head's sink; None: there is none.
+        causal: whether row i sees keys up to i only; beside a mask it says nothing.
+
+    Returns:
+        [batch, rows, heads, value size]. A row that sees no key gets 0.
+    """
+    batch, heads, rows, size = query.shape
+    scaling = size**-0.5 if scaling is None else scaling
+    out = query.new_zeros(batch, rows, heads, value.shape[3])
+    fused = query.device.type == "cpu" and value.shape[3] == size and query.dtype.is_floating_point
+    for b in range(batch):
+        one = (query[b], key[b], value[b])
+        if mask is None and fused:
+            _flash(*one, None, scaling, sinks, out[b], causal=causal)
+            continue
+        each = None if mask is None else mask[min(b, mask.shape[0] - 1)]
+        step = ROWS if fused else max(1, min(ROWS, BLOCK_BYTES // (4 * heads * key.shape[2])))
+        for start in range(0, rows, step):
+            end = min(start + step, rows)
+            block = _block(each, start, end, key.shape[2], causal, query.device)
+            first, last = _seen(block, key.shape[2])
+            if first >= last:
+                continue
+            q, k, v = query[b, :, start:end], key[b, :, first:last], value[b, :, first:last]
+            m = None if block is None else block[..., first:last]
+            (_flash if fused else _plain)(q, k, v, m, scaling, sinks, out[b, start:end])
+    return out
+
+
+def _block(
+    mask: torch.Tensor | None, start: int, end: int, keys: int, causal: bool, device: torch.device
+) -> torch.Tensor | None:
+    """The mask of some rows, [heads or 1, rows, keys]."""
+    if mask is not None:
+        return mask[:, start:end]
+    if not causal:
+        return None
+    return torch.arange(keys, device=device) <= torch.arange(start, end, device=device)[None, :, None]
+
+
+def _seen(mask: torch.Tensor | None, keys: int) -> tuple[int, int]:
+    """The first and the last key (exclusive) that some row sees; all of them where finding out would hold a GPU up."""
+    if mask is None or mask.device.type != "cpu":
+        return 0, keys
+    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    columns = shown.any(dim=0).any(dim=0).nonzero()
+    return (int(columns[0]), int(columns[-1]) + 1) if columns.numel() else (0, 0)
+
+
+def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What hides keys when it is added to scores."""
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    causal: bool = False,
+) -> None:
+    """Of one sequence, by torch's fused attention: its batch are the key heads, so that no group's keys are copied."""
+    heads, rows, size = query.shape
+    key_heads = key.shape[0]
+    group = heads // key_heads
+    shape = (key_heads, group, *key.shape[1:])
+    added = None if mask is None else _added(mask, query.dtype)
+    if added is not None:
+        added = added.view(*((1, 1) if added.shape[0] == 1 else (key_heads, group)), *added.shape[1:])
+    q = query.view(key_heads, group, rows, size)
+    k, v = (each[:, None].expand(shape) for each in (key, value))
+    result, logsum = _fused(q, k, v, 0.0, causal, attn_mask=added, scale=scaling)
+    target = out.view(rows, key_heads, group, size).permute(1, 2, 0, 3)
+    if sinks is None:
+        target.copy_(result)
+        return
+    share = torch.sigmoid(logsum - sinks.float().view(key_heads, group, 1))
+    torch.mul(result, share.unsqueeze(-1), out=target)
+
+
+def _plain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Of one sequence, with the scores written out in float32."""
+    heads, rows, size = query.shape
+    key_heads = key.shape[0]
+    group = heads // key_heads
+    scores = torch.matmul(query.reshape(key_heads, group * rows, size), key.transpose(1, 2)).float() * scaling
+    scores = scores.view(heads, rows, -1)
+    if mask is not None:
+        scores += _added(mask, torch.float32)
+    most = scores.amax(dim=-1, keepdim=True)
+    sink = None if sinks is None else sinks.float().view(heads, 1, 1)
+    most = (most if sink is None else torch.maximum(most, sink)).clamp(min=torch.finfo(torch.float32).min)
+    scores = scores.sub_(most).exp_()
+    total = scores.sum(dim=-1, keepdim=True)
+    if sink is not None:
+        total += (sink - most).exp()
+    weights = scores.div_(total).nan_to_num_(0.0).to(value.dtype).view(key_heads, group * rows, -1)
+    out.copy_(torch.matmul(weights, value).view(heads, rows, -1).transpose(0, 1))
+
+
+def sunk(model: nn.Module) -> list[nn.Module]:
+    """The attention layers of a transformers model that hand their sinks to the attention function, as `s_aux`."""
+    return [module for module in model.modules() if "s_aux=" in _code(type(module).forward)]
+
+
+def changes_mask(attention: nn.Module) -> bool:
+    """Whether a layer's code does more with its mask than take it and pass it on: it then wants eager's."""
+    return _code(type(attention).forward).count("attention_mask") != 2
+
+
+def same_as_eager(attention: nn.Module) -> bool:
+    """Whether a layer's own eager attention computes what `with_sinks` does: found by trying it."""
+    sinks = getattr(attention, "sinks", None)
+    eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+    group = getattr(attention, "num_key_value_groups", None)
+    if eager is None or not isinstance(group, int):
+        return False
+    key_heads = 2 if sinks is None else sinks.numel() // group
+    device = next((parameter.device for parameter in attention.parameters()), torch.device("cpu"))
+    made = torch.Generator().manual_seed(0)
+    query = torch.randn(1, key_heads * group, 3, 8, generator=made).to(device)
+    key, value = torch.randn(2, 1, key_heads, 5, 8, generator=made).to(device)
+    mask = torch.ones(1, 1, 3, 5, dtype=torch.bool, device=device).tril(2)
+    added = torch.zeros(mask.shape, device=device).masked_fill(~mask, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        theirs = eager(attention, query, key, value, added, scaling=0.4, dropout=0.0)[0]
+        ours = with_sinks(query, key, value, mask, 0.4, sinks)
+    return theirs.shape == ours.shape and torch.allclose(theirs.float(), ours, rtol=1e-3, atol=1e-4)
+
+
+def _code(function: Any) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""
