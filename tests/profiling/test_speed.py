@@ -25,9 +25,10 @@ def test_parts_of_a_token_add_up_and_those_of_a_prompt_overlap(checkpoints: Chec
 
     def speed(miss_rate: float, missed: float) -> tuple[float, float]:
         found = expected(facts, MACHINE, ENGINE, miss_rate=miss_rate, prompt_tokens=64, prompt_missed_bytes=missed)
-        assert found.token_s == found.memory_s + found.load_s + found.overhead_s
+        assert found.token_s == pytest.approx(found.memory_s + found.load_s - found.overlap_s + found.overhead_s)
+        assert 0 <= found.overlap_s <= found.load_s
         assert found.tokens_per_s == 1 / found.token_s
-        return found.token_s, found.first_token_s
+        return found.token_s + found.overlap_s, found.first_token_s
 
     resident, half = speed(0, 0), speed(0.5, 1e9)
     assert half[0] - resident[0] == pytest.approx(work.routed_bytes / 2 / 1e8)
@@ -72,3 +73,14 @@ def test_a_models_own_rates_stand_before_the_machines(checkpoints: Checkpoints) 
     assert found.prompt_compute_s > expected(facts, MACHINE, ENGINE, **common).prompt_compute_s
     with pytest.raises(UsageError, match="damaged rates of a model"):
         ModelRates.from_dict({"one_bytes_per_s": None, "stream_bytes_per_s": None, "expert_flops": None})
+
+
+def test_all_but_the_last_expert_to_come_are_computed_meanwhile(checkpoints: Checkpoints) -> None:
+    _, facts = facts_of(checkpoints("qwen3_moe"))
+    common: dict[str, Any] = {"miss_rate": 0.5, "prompt_tokens": 8, "prompt_missed_bytes": 0}
+    experts_s = ModelWork(facts).routed_bytes / ENGINE.expert_bytes_per_s
+    half = expected(facts, MACHINE, ENGINE, waiting=0.5, **common)
+    assert half.overlap_s == pytest.approx(0.5 * (facts.top_k - 1) / facts.top_k * experts_s)
+    chance = expected(facts, MACHINE, ENGINE, **common)
+    assert chance.overlap_s == pytest.approx((1 - 0.5**facts.top_k) * (facts.top_k - 1) / facts.top_k * experts_s)
+    assert expected(facts, MACHINE, ENGINE, waiting=0.5, **common | {"miss_rate": 0.0}).overlap_s == 0

@@ -41,16 +41,16 @@ def speed_of(made: Plan, facts: Facts, *, threads: int | None, trace: str | None
     if routes is None:
         from emoe.profiling.roofline import ModelWork
 
-        miss_rate = 1 - made.resident_share
+        miss_rate, waiting = 1 - made.resident_share, None
         loads = [each * miss_rate for each in ModelWork(facts).uniform_distinct(context)]
     elif made.resident_share == 1:
-        miss_rate, loads = 0.0, [0.0] * len(layers)
+        miss_rate, waiting, loads = 0.0, 0.0, [0.0] * len(layers)
     else:
         from emoe.simulation.missing import after_prompt, like_model
 
         routes = like_model(routes, len(layers), max(layer.experts for layer in layers), facts.top_k)
         missed = after_prompt(routes, made.resident_share, context, NEW)
-        miss_rate, loads = missed.miss_rate, list(missed.prompt_loads)
+        miss_rate, waiting, loads = missed.miss_rate, missed.waiting, list(missed.prompt_loads)
     direct = machine.disk_direct_bytes_per_s is not None
     speed = expected(
         facts,
@@ -60,6 +60,7 @@ def speed_of(made: Plan, facts: Facts, *, threads: int | None, trace: str | None
         prompt_tokens=context,
         prompt_missed_bytes=sum(n * layer.expert_nbytes for n, layer in zip(loads, layers, strict=True)),
         context=context,
+        waiting=waiting,
         link="direct" if direct else "cached",
         model=machine.models.get(layout_of(facts.path), {}).get(count),
     )

@@ -1,7 +1,8 @@
 """How fast a model will run here: its bytes over the rates that emoe's kernels reach, its misses over the link. Pure.
 
-Unlike the limit (`emoe.profiling.roofline`) the parts add up: emoe waits for a layer's missing experts before it
-computes the layer. A prompt streams its experts, so there reading and computing overlap.
+Unlike the limit (`emoe.profiling.roofline`) the parts add up, but for what overlaps: a layer's experts are computed
+while those that are missing are read, all but the last to come. A prompt streams its experts, so there reading and
+computing overlap.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Speed:
     first_token_s: float
     memory_s: float
     load_s: float
+    overlap_s: float
     overhead_s: float
     prompt_compute_s: float
     prompt_load_s: float
@@ -45,11 +47,13 @@ def expected(
     prompt_tokens: int,
     prompt_missed_bytes: float,
     context: int = 0,
+    waiting: float | None = None,
     link: Link = "direct",
     model: ModelRates | None = None,
 ) -> Speed:
     """The speed with a share `miss_rate` of the routed experts missing, and so many bytes of a prompt's.
 
+    `waiting`: the share of (token, layer) that miss at least one; by default that of misses as they fall at random.
     `model`: what its own experts take, where that was measured; else the disk's own rate and made-up experts' stand in.
 
     Raises:
@@ -65,6 +69,9 @@ def expected(
         if link == "direct":
             one, stream = model.one_bytes_per_s, model.stream_bytes_per_s
     load_s = token.missed_bytes / (one or machine.link_rate(link)) if token.missed_bytes else 0.0
+    top_k = facts.top_k
+    waits = 1 - (1 - miss_rate) ** top_k if waiting is None else waiting
+    overlap_s = min(load_s, waits * (top_k - 1) / top_k * token.expert_bytes / engine.expert_bytes_per_s)
     overhead_s = layers * engine.layer_s + engine.token_s
     everything = work.prompt(prompt_tokens, [0.0] * len(facts.expert_layers), 0.0)
     expert_flops = 2 * prompt_tokens * work.routed_elements
@@ -72,10 +79,11 @@ def expected(
     compute_s = itemsize * ((everything.flops - expert_flops) / engine.dense_flops + expert_flops / expert_rate)
     prompt_load_s = prompt_missed_bytes / (stream or machine.link_rate(link)) if prompt_missed_bytes else 0.0
     return Speed(
-        token_s=memory_s + load_s + overhead_s,
+        token_s=memory_s + load_s - overlap_s + overhead_s,
         first_token_s=max(compute_s, prompt_load_s) + overhead_s,
         memory_s=memory_s,
         load_s=load_s,
+        overlap_s=overlap_s,
         overhead_s=overhead_s,
         prompt_compute_s=compute_s,
         prompt_load_s=prompt_load_s,
