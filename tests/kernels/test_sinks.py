@@ -20,16 +20,17 @@ def defined(
     scaling: float,
     sunk: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The definition, in float64, with the key heads repeated. A row that sees nothing gets 0."""
+    """The definition, in float64, with the key heads repeated: what is hidden is far away, but not infinitely."""
     group = query.shape[1] // key.shape[1]
     q, k, v = query.double(), key.double().repeat_interleave(group, 1), value.double().repeat_interleave(group, 1)
     scores = q @ k.transpose(2, 3) * scaling
     if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask, -1e38)
     elif mask is not None:
-        scores = scores + mask.double().masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
-    sink = torch.full((query.shape[1],), -1e30, dtype=torch.double) if sunk is None else sunk.double()
-    scores = torch.cat([scores, sink.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+        scores = (scores + mask.double()).masked_fill(mask <= torch.finfo(mask.dtype).min, -1e38)
+    if sunk is None:
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+    scores = torch.cat([scores, sunk.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
     return (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2)
 
 

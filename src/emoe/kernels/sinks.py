@@ -45,7 +45,7 @@ def with_sinks(
         causal: whether row i sees keys up to i only; beside a mask it says nothing.
 
     Returns:
-        [batch, rows, heads, value size]. A row that sees no key gets 0.
+        [batch, rows, heads, value size]. A row that sees no key gets the mean of all values, or 0 with sinks.
     """
     batch, heads, rows, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
@@ -61,7 +61,7 @@ def with_sinks(
         for start in range(0, rows, step):
             end = min(start + step, rows)
             block = _block(each, start, end, key.shape[2], causal, query.device)
-            first, last = _seen(block, key.shape[2])
+            first, last = _seen(block, key.shape[2], sinks is None)
             if first >= last:
                 continue
             q, k, v = query[b, :, start:end], key[b, :, first:last], value[b, :, first:last]
@@ -81,20 +81,26 @@ def _block(
     return torch.arange(keys, device=device) <= torch.arange(start, end, device=device)[None, :, None]
 
 
-def _seen(mask: torch.Tensor | None, keys: int) -> tuple[int, int]:
-    """The first and the last key (exclusive) that some row sees; all of them where finding out would hold a GPU up."""
+def _seen(mask: torch.Tensor | None, keys: int, means: bool) -> tuple[int, int]:
+    """The first and the last key (exclusive) that some row sees.
+
+    All of them where finding out would hold a GPU up, and where a row that sees none is to get what all `means`.
+    """
     if mask is None or mask.device.type != "cpu":
         return 0, keys
     shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    if means and not bool(shown.any(dim=-1).all()):
+        return 0, keys
     columns = shown.any(dim=0).any(dim=0).nonzero()
     return (int(columns[0]), int(columns[-1]) + 1) if columns.numel() else (0, 0)
 
 
 def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What hides keys when it is added to scores."""
+    """What hides keys when it is added to scores; never -inf, of which a row of nothing else would make NaN."""
+    least = torch.finfo(dtype).min
     if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, least)
+    return mask.to(dtype).clamp(min=least)
 
 
 def _flash(
@@ -145,12 +151,12 @@ def _plain(
         scores += _added(mask, torch.float32)
     most = scores.amax(dim=-1, keepdim=True)
     sink = None if sinks is None else sinks.float().view(heads, 1, 1)
-    most = (most if sink is None else torch.maximum(most, sink)).clamp(min=torch.finfo(torch.float32).min)
+    most = most if sink is None else torch.maximum(most, sink)
     scores = scores.sub_(most).exp_()
     total = scores.sum(dim=-1, keepdim=True)
     if sink is not None:
         total += (sink - most).exp()
-    weights = scores.div_(total).nan_to_num_(0.0).to(value.dtype).view(key_heads, group * rows, -1)
+    weights = scores.div_(total).to(value.dtype).view(key_heads, group * rows, -1)
     out.copy_(torch.matmul(weights, value).view(heads, rows, -1).transpose(0, 1))
 
 
