@@ -27,7 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 # Given to every family whose configuration has a field of that name.
 _COMMON: dict[str, Any] = {
@@ -260,3 +267,17 @@ def make_checkpoint(
     extra: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     model.save_pretrained(directory, save_original_format=not fused, **extra)
     return Path(directory)
+
+
+_WORDS = "add sum count of the a tell me story about two cats and dogs one four please now"
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Give a checkpoint a tokenizer of whole words without a chat template."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *_WORDS.split()]
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)

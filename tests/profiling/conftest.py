@@ -8,26 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import emoe
-from tests.families import make_checkpoint
-
-TEXT = "<pad> <s> </s> <unk> add sum count of the a tell me story about two cats and dogs one four please now"
-WORDS = TEXT.split()
+from tests.families import make_checkpoint, write_tokenizer
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three MoE layers of 8 experts, and a tokenizer of whole words without a chat template."""
     folder = make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("tiny"), seed=3)
-    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(folder)
     return folder
 
 

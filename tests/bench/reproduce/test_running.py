@@ -1,0 +1,150 @@
+"""Runs of several experiments, and the command: it goes on, reports what was refused, and makes what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import emoe.nano
+from emoe.bench.reproduce.experiment import Experiment, experiment
+from emoe.bench.reproduce.findings import Claim, Finding, Picture, read_finding
+from emoe.bench.reproduce.running import run_all
+from emoe.bench.reproduce.workbench import Settings, Workbench, forget
+from emoe.cli import main
+from emoe.errors import UsageError
+from tests.bench.reproduce.conftest import Open
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*requires_grad.*")
+
+
+def fake(name: str, run: Callable[[Workbench], Any]) -> Experiment:
+    return dataclasses.replace(experiment(name), run=run)
+
+
+def finds(here: str, calls: list[str] | None = None) -> Callable[[Workbench], Finding]:
+    def run(bench: Workbench) -> Finding:
+        (calls if calls is not None else []).append(here)
+        return Finding((Claim("a claim", "1", here, "holds"),))
+
+    return run
+
+
+def raises(error: BaseException) -> Callable[[Workbench], Finding]:
+    def run(bench: Workbench) -> Finding:
+        raise error
+
+    return run
+
+
+def test_one_that_is_refused_does_not_stop_the_others(open_bench: Open) -> None:
+    said: list[str] = []
+    bench = open_bench()
+    bench.say = said.append
+    outcomes = run_all(
+        bench, [fake("fig3", finds("a")), fake("fig4", raises(UsageError("no references"))), fake("fig8", finds("c"))]
+    )
+    assert [outcome.failure for outcome in outcomes] == ["", "no references", ""]
+    assert outcomes[1].kept is None and read_finding(bench.settings.out / "fig4") is None
+    assert any("fig4 failed: no references" in line for line in said)
+    page = (bench.settings.out / "index.html").read_text()
+    assert 'id="fig3"' in page and 'id="fig8"' in page and 'id="fig4"' not in page
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a defect")])
+def test_a_run_that_was_stopped_goes_on_with_what_is_left(open_bench: Open, error: BaseException) -> None:
+    calls: list[str] = []
+    first, last = fake("fig3", finds("a", calls)), fake("fig8", finds("c", calls))
+    with pytest.raises(type(error)):
+        run_all(open_bench(), [first, fake("fig4", raises(error)), last])
+    assert calls == ["a"]
+    outcomes = run_all(open_bench(), [first, fake("fig4", finds("b", calls)), last])
+    assert calls == ["a", "b", "c"]
+    assert [outcome.kept.claims[0].here for outcome in outcomes if outcome.kept] == ["a", "b", "c"]
+    assert outcomes[0].seconds == 0
+
+
+def test_what_was_done_is_done_again_only_in_a_run_that_began_anew(open_bench: Open) -> None:
+    calls: list[str] = []
+    bench = open_bench()
+    what = [fake("fig3", finds("a", calls))]
+    run_all(bench, what)
+    run_all(open_bench(), what)
+    assert calls == ["a"]
+    forget(bench.settings.out)
+    run_all(open_bench(), what)
+    assert calls == ["a", "a"]
+
+
+def test_a_finding_whose_picture_fails_is_not_done(open_bench: Open) -> None:
+    def draw() -> Any:
+        raise RuntimeError("no picture")
+
+    def run(bench: Workbench) -> Finding:
+        return Finding((), pictures=(Picture("bad", "a picture", draw),))
+
+    bench = open_bench()
+    with pytest.raises(RuntimeError, match="no picture"):
+        run_all(bench, [fake("fig3", run)])
+    assert read_finding(bench.settings.out / "fig3") is None
+
+
+def _command(*args: str) -> int:
+    return main(["reproduce", *args])
+
+
+def test_the_command_on_a_tiny_model(
+    tiny: Path, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of its own, prompts of its own; random weights, so only that it runs is looked at."""
+    out = tmp_path / "out"
+    options = ["--model", str(tiny), "--prompts", str(prompt_file), "--quick", "--out", str(out)]
+    assert _command("fig9", "table1", *options, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in found] == ["table1", "fig9"], "in the paper's order"
+    assert found[0]["failure"] is None and found[0]["seconds"] > 0
+    assert set(found[0]["claims"][0]) == {"text", "paper", "here", "verdict", "why"}
+    for file in ("index.html", "table1/tasks.csv", "table1/tokens.svg", "fig9/distance.png", "fig9/finding.json"):
+        assert (out / file).stat().st_size > 0
+
+    assert _command("fig9", *options) == 0
+    again = capsys.readouterr()
+    assert "fig9: done before" in again.err and "index.html" in again.out
+    assert _command("fig9", *options, "--seed", "7") == UsageError.exit_code
+    assert "holds a run with other seed" in capsys.readouterr().err
+    assert _command("table2", *options) == 1
+    assert "networks need at least 10" in capsys.readouterr().out
+    assert _command("fig9", *options, "--trace", "no-name") == UsageError.exit_code
+    assert "write NAME=TRACE" in capsys.readouterr().err
+
+
+def test_the_command_lists_experiments_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _command() == 0
+    assert "fig3" in capsys.readouterr().out
+    assert _command("--json") == 0
+    assert {"name", "title", "question"} == set(json.loads(capsys.readouterr().out)[0])
+    assert _command("fig99") == UsageError.exit_code
+    assert "no experiment is called 'fig99'" in capsys.readouterr().err
+
+
+def test_a_miniature_of_the_routing_experiments_on_emoe_nano(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = emoe.nano.prompts()
+    prompts = tmp_path / "prompts.jsonl"
+    chosen = [row for task in ("classify", "qa") for row in [row for row in rows if row["task"] == task][:6]]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    out = tmp_path / "out"
+    assert _command("fig3", "--quick", "--prompts", str(prompts), "--out", str(out), "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["claims"][0]["verdict"] == "holds", "a real router's transitions say more than popularity"
+    # The others on the same routes, without drawing.
+    bench = Workbench(Settings(out, quick=True, prompts=prompts), lambda *_: None, lambda _: None)
+    claims = {name: experiment(name).run(bench).claims[0] for name in ("table1", "fig7", "fig8", "fig9")}
+    assert claims["table1"].verdict == "partly" and "Without summarise, compare, converse" in claims["table1"].why
+    assert claims["fig8"].verdict in ("holds", "partly"), "prompts of one task choose alike"
+    assert claims["fig9"].verdict == "not measured", "too few prompts to be 20 apart"
