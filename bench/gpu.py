@@ -3,6 +3,7 @@
     make bench-gpu                                 both shapes, in under 8 minutes
     python bench/gpu.py --virtual --shapes tiny    the same code on the CPU, to see that it runs; times mean nothing
 
+Each part runs in a process of its own: one that fails, hangs or takes the device down is reported, and the next runs.
 Needs torch, transformers, pytest and this repository; no network. Random checkpoints are written to a temporary folder.
 Decoding is greedy and every budget must give the tokens of the fully resident model. Prints a table in markdown, writes
 everything to --out as JSON, and ends with 2 where there is no CUDA device, 1 where something was wrong.
@@ -13,29 +14,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-import emoe
+from bench.gpu_part import RESULT, use_virtual, work
 from emoe.bench.decode import machine
-from emoe.bench.prompts import prompt_ids
 from emoe.bench.shapes import make_checkpoint
 from emoe.config import format_bytes
-from emoe.model import close, placement
-from emoe.residency.devices import device_at
-from emoe.residency.transfers import copy_seconds
-from emoe.residency.virtual import VirtualDevice
 
 ROOT = Path(__file__).parent.parent
 TESTS = ("tests/cuda", "tests/kernels/test_slots.py")
@@ -54,6 +48,11 @@ COLUMNS = (
     "device memory",
 )
 COPIES = (1 << 20, 8 << 20, 64 << 20)
+COPIES_S = 60.0
+"""Seconds that the copies may take."""
+
+GRACE_S = 20.0
+"""Seconds that a part may run on when the time is over: with the tests' half, all of it stays under 8 minutes."""
 
 
 def main() -> int:
@@ -69,106 +68,183 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("bench-gpu.json"))
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--virtual", action="store_true", help="a virtual device on the CPU; its times mean nothing")
+    parser.add_argument(
+        "--processes", action="store_true", help="with --virtual, too, each part in a process of its own"
+    )
     args = parser.parse_args()
     if not args.virtual and not torch.cuda.is_available():
         print(f"bench/gpu.py needs a CUDA device, and torch {torch.__version__} sees none.", file=sys.stderr)
         return 2
-    if args.virtual:
-        placement.device_at = lambda place: VirtualDevice(2e10)  # type: ignore[assignment]
+    if args.virtual and not args.processes:
+        use_virtual()
     with tempfile.TemporaryDirectory(prefix="emoe-bench-gpu-") as temporary:
         return Bench(args, args.folder or Path(temporary)).run()
 
 
 class Bench:
-    """One run of everything."""
+    """One run of everything. Each part runs in a process of its own: its end, whatever it is, ends nothing else."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args = args
         self.folder = folder
         self.begun = time.monotonic()
-        self.place = torch.device("cpu" if args.virtual else "cuda")
-        self.found: dict[str, Any] = {"machine": describe(args.virtual), "tests": None, "copies": [], "rows": []}
+        self.found: dict[str, Any] = {"machine": {}, "tests": None, "copies": [], "rows": [], "failed": []}
         self.wrong: list[str] = []
 
     def run(self) -> int:
         """Tests, copies, tables; the exit code."""
-        print(f"# emoe on {self.found['machine']['device']}\n", flush=True)
+        try:
+            self.found["machine"] = describe(self.args.virtual)
+        except Exception as error:  # said like any other failure
+            self.failed("the machine", error)
+        print(f"# emoe on {self.found['machine'].get('device', 'a device that does not answer')}\n", flush=True)
         if not self.args.skip_tests:
             self.test()
         self.copies()
         for shape in self.args.shapes:
             self.shape(shape)
-        self.found["wrong"] = self.wrong
-        self.found["seconds"] = round(time.monotonic() - self.begun, 1)
-        self.args.out.write_text(json.dumps(self.found, indent=1) + "\n")
+        self.save()
         print(f"\n{self.found['seconds']} s in all; all figures are in {self.args.out}")
         for each in self.wrong:
             print(f"WRONG: {each}")
         return 1 if self.wrong else 0
+
+    def save(self) -> None:
+        """Write what is known so far."""
+        self.found["wrong"] = self.wrong
+        self.found["seconds"] = round(time.monotonic() - self.begun, 1)
+        partly = self.args.out.with_name(self.args.out.name + ".partial")
+        partly.write_text(json.dumps(self.found, indent=1) + "\n")
+        partly.replace(self.args.out)
+
+    def failed(self, part: str, error: object) -> None:
+        """Note that a part failed; the others go on."""
+        said = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
+        self.found["failed"].append({"part": part, "error": said})
+        last = said.strip().splitlines()[-1] if said.strip() else "it says nothing"
+        self.wrong.append(f"{part} failed: {last}")
+        print(f"{part} FAILED: {last}", flush=True)
+        self.save()
 
     def left(self) -> float:
         """Seconds until nothing new is started."""
         return float(self.args.seconds) - (time.monotonic() - self.begun)
 
     def test(self) -> None:
-        """The tests that need the device, in a process of their own."""
+        """The tests that need the device."""
         paths = [str(ROOT / path) for path in TESTS]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
-        environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
         try:
             done = subprocess.run(
                 command,
                 check=False,
                 cwd=ROOT,
-                env=environment,
+                env=environment(),
                 capture_output=True,
                 text=True,
                 timeout=max(60, self.left() / 2),
             )
             lines, code = (done.stdout + done.stderr).strip().splitlines(), done.returncode
         except subprocess.TimeoutExpired as late:
-            lines, code = [f"not done after {late.timeout:.0f} s"], 1
+            said = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
+            lines, code = [*said.splitlines()[-29:], f"not done after {late.timeout:.0f} s"], 1
         self.found["tests"] = {"returned": code, "end": lines[-30:]}
         print(f"Tests ({' '.join(TESTS)}): {lines[-1] if lines else 'no output'}\n", flush=True)
         if code:
             print("\n".join(lines[-30:]))
             self.wrong.append("the tests that need a CUDA device failed")
+        self.save()
 
     def copies(self) -> None:
         """The link's bandwidth from pinned and from pageable memory."""
-        device = VirtualDevice(2e10) if self.args.virtual else device_at(self.place)
         print("| copy | pinned, GB/s | pageable, GB/s |\n|---|---|---|")
-        for nbytes in COPIES:
-            target = device.bank(nbytes)
-            held = device.host(nbytes)
-            pinned = nbytes / copy_seconds(device, held.memory, target, 9) / 1e9
-            pageable = nbytes / copy_seconds(device, torch.zeros(nbytes, dtype=torch.uint8), target, 9) / 1e9
-            device.free_host(held)
-            found = {"nbytes": nbytes, "pinned": pinned, "pageable": pageable, "notice": held.notice}
+        for found in self.part("the copies", ["copy", *map(str, COPIES)], COPIES_S):
             self.found["copies"].append(found)
-            print(f"| {format_bytes(nbytes)} | {pinned:.1f} | {pageable:.1f} |{held.notice}")
+            size = format_bytes(found["nbytes"])
+            print(f"| {size} | {found['pinned']:.1f} | {found['pageable']:.1f} |{found['notice']}", flush=True)
         print(flush=True)
+        self.save()
 
     def shape(self, shape: str) -> None:
-        """One shape's table."""
+        """One shape's table. After a row that failed, the others go on in a new process."""
         start = time.monotonic()
-        path = make_checkpoint(shape, self.folder / shape)
+        try:
+            path = make_checkpoint(shape, self.folder / shape)
+        except Exception as error:  # a full disk, say: the next shape may be smaller
+            self.failed(f"writing {shape}", error)
+            return
         print(f"## {shape} (written in {time.monotonic() - start:.0f} s)\n")
         print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
         expected: list[int] | None = None
-        for budget, host, on_miss in self.ways():
+        ways = list(self.ways())
+        while ways:
             if self.left() < 0:
-                print(f"| {budget} % | {host} | not run: {self.args.seconds:.0f} s are over |")
-                continue
-            row = self.row(path, budget, host, on_miss)
-            row |= {"shape": shape, "budget": budget, "host": host, "on_miss": on_miss}
-            self.found["rows"].append(row)
-            expected = expected or row["tokens"]
-            same = row["tokens"] == expected
-            if not same and on_miss == "load":
-                self.wrong.append(f"{shape} at {budget} %, host {host}: other tokens than with every expert resident")
-            print(self.line(row, same), flush=True)
+                for budget, host, on_miss in ways:
+                    print(f"| {budget} % | {host}, {on_miss} | not run: {self.args.seconds:.0f} s are over |")
+                break
+            of = f"{shape} at {ways[0][0]} %, host {ways[0][1]}, {ways[0][2]}"
+            for row in self.part(of, ["rows", str(path), *(":".join(map(str, way)) for way in ways)]):
+                budget, host, on_miss = ways.pop(0)
+                row |= {"shape": shape, "budget": budget, "host": host, "on_miss": on_miss}
+                self.found["rows"].append(row)
+                expected = expected or row["tokens"]
+                same = row["tokens"] == expected
+                if not same and on_miss == "load":
+                    self.wrong.append(
+                        f"{shape} at {budget} %, host {host}: other tokens than with every expert resident"
+                    )
+                print(self.line(row, same), flush=True)
+                self.save()
+                of = f"{shape} at {ways[0][0]} %, host {ways[0][1]}, {ways[0][2]}" if ways else f"the end of {shape}"
+                self.now = of
+                if self.left() < 0:
+                    break
+            else:
+                if ways and not self.ended_badly:
+                    self.failed(of, "the part ended without it")
+                del ways[:1]  # the one that failed, as has been said
         print()
+
+    def part(self, name: str, what: list[str], limit_s: float = 1e9) -> Iterator[dict[str, Any]]:
+        """Run a part (bench/gpu_part.py) in a process of its own, and give each of its results when it is there."""
+        self.now, self.ended_badly = name, False
+        if self.args.virtual and not self.args.processes:
+            try:
+                yield from work(argparse.Namespace(**vars(self.args), pinned_gb_s=self.pinned()), what)
+            except Exception as error:
+                self.ended_badly = True
+                self.failed(self.now, error)
+            return
+        given = ["--prompt-tokens", self.args.prompt_tokens, "--new-tokens", self.args.new_tokens]
+        given += ["--rounds", self.args.rounds, "--pinned-gb-s", self.pinned()]
+        given += ["--virtual"] if self.args.virtual else []
+        command = [sys.executable, str(ROOT / "bench" / "gpu_part.py"), *map(str, given), *what]
+        with tempfile.TemporaryFile("w+") as said:
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment())
+            stop = threading.Timer(max(GRACE_S, min(limit_s, self.left() + GRACE_S)), child.kill)
+            stop.start()
+            try:
+                for line in child.stdout or ():
+                    if line.startswith(RESULT):
+                        yield json.loads(line.removeprefix(RESULT))
+                code = child.wait()
+            finally:
+                late = not stop.is_alive()
+                stop.cancel()
+                if child.poll() is None:  # nobody wants the rest
+                    child.kill()
+                    child.wait()
+                if child.stdout is not None:
+                    child.stdout.close()
+            if code:
+                said.seek(0)
+                end = "\n".join(said.read().strip().splitlines()[-12:])
+                self.ended_badly = True
+                self.failed(self.now, "it took too long and was ended" if late else end or f"it ended with {code}")
+
+    def pinned(self) -> float:
+        """The largest copy's bandwidth, GB/s; 0: not known."""
+        return float(self.found["copies"][-1]["pinned"]) if self.found["copies"] else 0.0
 
     def ways(self) -> Iterator[tuple[int, str, str]]:
         """(budget, host memory, on_miss) of each row."""
@@ -190,92 +266,10 @@ class Bench:
         note = "" if same else " other tokens" + (" (CPU arithmetic)" if row["on_miss"] == "hybrid" else ": WRONG")
         return "| " + " | ".join(cells) + " |" + note
 
-    def row(self, path: Path, budget: int, host: str, on_miss: str) -> dict[str, Any]:
-        """Load, warm up, measure; medians over rounds."""
-        if not self.args.virtual:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        model, _ = emoe.load(
-            path,
-            device_map=str(self.place),
-            expert_memory=None if budget == 100 else f"{budget}%",
-            host_memory=host,
-            on_miss=on_miss,  # type: ignore[arg-type]
-        )
-        loaded_s = time.perf_counter() - start
-        try:
-            waits = self.generate(model, path, -1, count=True)["waits"]
-            samples = [self.generate(model, path, number) for number in range(self.args.rounds)]
-            stats = emoe.stats(model)
-        finally:
-            close(model)
-        decodes = [sample["decode"] for sample in samples]
-        steps = max(1, self.args.new_tokens - 1)
-        link_s = 0.0
-        if self.found["copies"]:
-            link_s = sum(d["bytes_copied"] for d in decodes) / (self.found["copies"][-1]["pinned"] * 1e9)
-        hits, misses = sum(d["hits"] for d in decodes), sum(d["misses"] for d in decodes)
-        return {
-            "loaded_s": loaded_s,
-            "tokens": [token for sample in samples for token in sample["tokens"]],
-            "ttft_s": statistics.median(sample["ttft_s"] for sample in samples),
-            "tokens_per_s": statistics.median(steps / sample["decode_s"] for sample in samples),
-            "miss_rate": misses / max(1, hits + misses),
-            "copied_per_token": sum(d["bytes_copied"] for d in decodes) / len(decodes) / steps,
-            "read_per_token": sum(d["bytes_read"] for d in decodes) / len(decodes) / steps,
-            "link_share": link_s / sum(sample["decode_s"] for sample in samples),
-            "waits_per_token": waits / steps,
-            "device_bytes": 0 if self.args.virtual else torch.cuda.max_memory_allocated(),
-            "stats": {name: stats[name] for name in ("host", "hybrid", "slot_kernels", "reader", "reader_reason")},
-        }
 
-    @torch.inference_mode()
-    def generate(self, model: Any, path: Path, number: int, *, count: bool = False) -> dict[str, Any]:
-        """Read a prompt, decode greedily; `count` what waits for the device, which takes time itself."""
-        ids = torch.tensor([prompt_ids(path, number % 97, self.args.prompt_tokens)], device=self.place)
-        self.synchronise()
-        start = time.perf_counter()
-        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        tokens = [out.logits[0, -1].argmax()]
-        self.synchronise()
-        ttft_s = time.perf_counter() - start
-        before = emoe.stats(model)
-        with counted_waits(count and not self.args.virtual) as waits:
-            start = time.perf_counter()
-            for _ in range(self.args.new_tokens - 1):
-                out = model(input_ids=tokens[-1].view(1, 1), past_key_values=out.past_key_values, use_cache=True)
-                tokens.append(out.logits[0, -1].argmax())
-            self.synchronise()
-            decode_s = time.perf_counter() - start
-        after = emoe.stats(model)
-        names = ("hits", "misses", "loads", "bytes_read", "bytes_copied", "synchronisations")
-        return {
-            "ttft_s": ttft_s,
-            "decode_s": decode_s,
-            "tokens": [int(token) for token in tokens],
-            "decode": {name: after[name] - before[name] for name in names},
-            "waits": waits() + after["synchronisations"] - before["synchronisations"],
-        }
-
-    def synchronise(self) -> None:
-        """Wait for the device."""
-        if self.place.type == "cuda":
-            torch.cuda.synchronize()
-
-
-@contextmanager
-def counted_waits(count: bool) -> Iterator[Callable[[], int]]:
-    """Count the calls of torch's that wait for the device; emoe's own waits are in its stats."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if count:
-            torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield lambda: sum("synchroniz" in str(warning.message) for warning in caught)
-        finally:
-            if count:
-                torch.cuda.set_sync_debug_mode("default")
+def environment() -> dict[str, str]:
+    """Where a part finds this repository."""
+    return os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
 
 
 def describe(virtual: bool) -> dict[str, Any]:

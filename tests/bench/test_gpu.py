@@ -68,8 +68,37 @@ def test_other_tokens_than_the_resident_models_are_reported(
     turns = iter(range(9))
     row = {"tokens": [1], "miss_rate": 0.0, "ttft_s": 1.0, "tokens_per_s": 1.0, "copied_per_token": 0.0}
     row |= {"link_share": 0.0, "read_per_token": 0.0, "waits_per_token": 0.0, "device_bytes": 0}
-    monkeypatch.setattr(gpu.Bench, "row", lambda *args: row | {"tokens": [1 + (next(turns) == 2)]})
+    monkeypatch.setattr("bench.gpu_part.Measured.row", lambda *args: row | {"tokens": [1 + (next(turns) == 2)]})
     out = str(tmp_path / "out.json")
     small = ("--virtual", "--skip-tests", "--shapes", "tiny", "--budgets", "100", "40", "--out", out)
     assert run(gpu, monkeypatch, *small) == 1
     assert "WRONG: tiny at 40 %, host 0: other tokens" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_is_reported_and_the_next_still_runs(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In processes of their own: 1 % of the experts is below the floor, and one shape is not known."""
+    out = tmp_path / "out.json"
+    small = ("--prompt-tokens", "8", "--new-tokens", "2", "--rounds", "1", "--out", str(out))
+    monkeypatch.setattr(gpu.Bench, "ways", lambda self: iter([(1, "auto", "load"), (40, "auto", "load")]))
+    shapes = ("--shapes", "unknown", "tiny")
+    assert run(gpu, monkeypatch, "--virtual", "--processes", "--skip-tests", *shapes, *small) == 1
+    found = json.loads(out.read_text())
+    assert [row["budget"] for row in found["rows"]] == [40]
+    parts = [each["part"] for each in found["failed"]]
+    assert parts == ["writing unknown", "tiny at 1 %, host auto, load"]
+    assert "below the floor" in found["failed"][1]["error"] and "below the floor" in capsys.readouterr().out
+    assert len(found["copies"]) == 3
+
+
+def test_a_part_that_hangs_is_ended(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "GRACE_S", 0.2)
+    monkeypatch.setattr(gpu, "COPIES_S", 0.2)  # importing torch takes longer
+    out = tmp_path / "out.json"
+    small = ("--virtual", "--processes", "--skip-tests", "--shapes", "tiny", "--seconds", "-1", "--out", str(out))
+    assert run(gpu, monkeypatch, *small) == 1
+    assert "took too long" in json.loads(out.read_text())["failed"][0]["error"]
+    assert "not run" in capsys.readouterr().out

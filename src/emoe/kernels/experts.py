@@ -209,9 +209,39 @@ def one_token_arriving(
         for place in range(k):
             w = there[place]
             _project(inner[place : place + 1], w.down, w.down_bias, outer[place : place + 1])
-    if math.post_norm is not None:
-        outer = math.post_norm(outer)
-    return combine(outer, gates, hidden.dtype)
+    return finish_token(math, outer, gates, hidden.dtype)
+
+
+def rows_of_token(math: ExpertMath, hidden: torch.Tensor, weights: list[Weights]) -> torch.Tensor:
+    """[experts, hidden]: what each expert makes of one token [1, hidden], for `finish_token`."""
+    native = math.natively(weights[0], hidden.dtype)
+    bound = [cast(Bound, w.native) for w in weights]
+    if native is not None and native.whole and math.post_norm is None:
+        return native.rows(hidden, bound)
+    outer = hidden.new_empty(len(weights), hidden.shape[1])
+    if native is not None:
+        native.down(math.activate(native.first(hidden, bound)), bound, outer)
+        return outer
+    inner = hidden.new_empty(len(weights), weights[0].first.shape[1])
+    for j, w in enumerate(weights):
+        _project(hidden, w.first, w.first_bias, inner[j : j + 1])
+    inner = math.activate(inner)
+    for j, w in enumerate(weights):
+        _project(inner[j : j + 1], w.down, w.down_bias, outer[j : j + 1])
+    return outer
+
+
+def finish_token(
+    math: ExpertMath, outer: torch.Tensor, gates: torch.Tensor, dtype: torch.dtype, like: Weights | None = None
+) -> torch.Tensor:
+    """Norm (where a family has one), weight and add the rows of one token, where the layer lies, as `one_token` does.
+
+    `like`: weights of one of its experts, where not all experts of a layer are computed by slot number.
+    """
+    native = None if like is None else math.natively(like, dtype)
+    if native is not None and native.whole and math.post_norm is None:
+        return native.combine(outer, cast(Bound, cast(Weights, like).native), gates)
+    return combine(outer if math.post_norm is None else math.post_norm(outer), gates, dtype)
 
 
 def round_rows(n: int) -> int:

@@ -7,13 +7,17 @@ stays its own module's: products in Triton, the activation between them by the m
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from emoe.kernels.experts import ExpertMath, Grouping, Workspace, combine
+from emoe.kernels.experts import ExpertMath, Grouping, Workspace, combine, finish_token
 from emoe.kernels.quantised import SCALE
+
+_log = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -51,17 +55,17 @@ class SlotKernels:
         Returns:
             [1, hidden], the weighted sum in the router's order.
         """
-        return combine(self.rows(hidden, slots), gates, hidden.dtype)
+        return finish_token(self._math, self.rows(hidden, slots), gates, hidden.dtype)
 
     def rows(self, hidden: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
-        """[k, hidden]: what each of the experts in `slots` makes of one token."""
+        """[k, hidden]: what each of the experts in `slots` makes of one token, before any norm and weighting."""
         table = _table([slots], hidden.device)[0]
         inner = hidden.new_empty(len(slots), self._first.shape[1])
         self._products.few_rows(hidden, self._first, self._biases[0], table, inner)
         inner = self._math.activate(inner)
         outer = hidden.new_empty(len(slots), self._down.shape[1])
         self._products.few_rows(inner.contiguous(), self._down, self._biases[1], table, outer)
-        return outer if self._math.post_norm is None else self._math.post_norm(outer)
+        return outer
 
     def many_tokens(
         self,
@@ -161,4 +165,26 @@ def available(parts: Mapping[str, torch.Tensor]) -> tuple[bool, str]:
         return False, "quantised experts are computed one at a time"
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed, so experts are computed one at a time"
+    refusal = _refusal(str(device))
+    if refusal:
+        return False, f"Triton cannot run here ({refusal}), so experts are computed one at a time"
     return True, "Triton computes many experts in one launch"
+
+
+@functools.cache
+def _refusal(device: str) -> str:
+    """Why a first small product fails, as it does without a C compiler for Triton's launchers; else empty."""
+    from emoe.kernels import triton_products
+
+    ones = torch.ones(1, 16, 16, device=device, dtype=torch.bfloat16)
+    try:
+        out = ones.new_empty(1, 16)
+        triton_products.few_rows(ones[0, :1], ones, None, torch.zeros(1, dtype=torch.int32, device=device), out)
+        right = bool((out == 16).all())
+    except Exception as error:  # whatever compilers raise; said in a warning and in the statistics
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        _log.warning("experts are computed one at a time on %s: Triton cannot run there (%s).", device, reason)
+        return reason
+    if not right:
+        _log.warning("experts are computed one at a time on %s: Triton's products are wrong there.", device)
+    return "" if right else "its products are wrong"

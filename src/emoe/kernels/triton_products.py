@@ -95,10 +95,12 @@ def few_rows(
     grid = (pairs, triton.cdiv(n_out, FEW_OUT))
     given = weight if bias is None else bias
     step = x.stride(0) if x.shape[0] > 1 else 0
-    _few[grid](
-        x, step, weight, *weight.stride(), given, given.stride(0), slots, out, n_out, n_in,
-        BIASED=bias is not None, OUT=FEW_OUT, IN=FEW_IN,
-    )  # fmt: skip
+    # Triton launches on the current device, wherever the tensors lie.
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        _few[grid](
+            x, step, weight, *weight.stride(), given, given.stride(0), slots, out, n_out, n_in,
+            BIASED=bias is not None, OUT=FEW_OUT, IN=FEW_IN,
+        )  # fmt: skip
 
 
 def many_rows(
@@ -121,7 +123,8 @@ def many_rows(
     n_out, n_in = weight.shape[1:]
     grid = (tiles.shape[0], triton.cdiv(n_out, MANY_OUT))
     given = weight if bias is None else bias
-    _many[grid](
-        x, weight, *weight.stride(), given, given.stride(0), tiles, out, n_out, n_in,
-        BIASED=bias is not None, ROWS=rows, OUT=MANY_OUT, IN=MANY_IN,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        _many[grid](
+            x, weight, *weight.stride(), given, given.stride(0), tiles, out, n_out, n_in,
+            BIASED=bias is not None, ROWS=rows, OUT=MANY_OUT, IN=MANY_IN,
+        )  # fmt: skip

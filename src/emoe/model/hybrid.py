@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from emoe.kernels.experts import ExpertMath, Weights, combine, one_token
+from emoe.kernels.experts import ExpertMath, Weights, finish_token, rows_of_token
 from emoe.kernels.slots import SlotKernels, sent
 from emoe.residency.pool import ExpertPool
 
@@ -102,7 +102,7 @@ class Hybrid:
         self.computed += len(aside)
         self.pool.table.counters[layer].misses += len(aside)
         self.pool.prefetches.ask([(layer, expert) for expert in aside], AHEAD)
-        return combine(outer, gates, here.dtype)
+        return finish_token(self.math, outer, gates, here.dtype, bound[0])
 
 
 def _rows(
@@ -115,8 +115,7 @@ def _rows(
     """[experts, hidden]: each expert's own output."""
     if kernels is not None:
         return kernels.rows(hidden, slots)
-    one = torch.ones(1, 1, dtype=hidden.dtype, device=hidden.device)
-    return torch.cat([one_token(math, hidden, [each], one) for each in weights])
+    return torch.cat([rows_of_token(math, hidden, [each]) for each in weights])
 
 
 def measure(math: ExpertMath, pool: ExpertPool, hidden: int, dtype: torch.dtype, times: int = 5) -> Costs:

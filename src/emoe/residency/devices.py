@@ -213,8 +213,9 @@ class CudaDevice:
     def bank(self, nbytes: int) -> torch.Tensor:
         """Allocate device memory; copies into it come after whatever used that memory before."""
         memory = aligned(nbytes, self.place, "expert memory")
-        for stream in self._streams.values():
+        for stream in (*self._streams.values(), self._back):
             stream.wait_stream(torch.cuda.current_stream(self.place))
+            memory.record_stream(stream)  # freed, it is nobody else's before the copies under way have ended
         return memory
 
     def host(self, nbytes: int) -> HostMemory:
@@ -236,8 +237,9 @@ class CudaDevice:
     def _register(self, memory: torch.Tensor) -> str | None:
         """Pin pages; why they could not be, else None."""
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        try:
-            code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), _CUDA_HOST_REGISTER_PORTABLE))
+        try:  # a loader thread's current device is the first, which would get a context that nobody needs
+            with torch.cuda.device(self.place):
+                code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), _CUDA_HOST_REGISTER_PORTABLE))
         except RuntimeError as error:
             return str(error).splitlines()[0]
         if code == 0:
