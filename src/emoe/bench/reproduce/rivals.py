@@ -1,16 +1,19 @@
-"""What chooses experts only here, to be compared with: at random, and a scorer of expected use as a predictor."""
+"""What chooses experts only here, to be compared with: at random, a scorer as a predictor, a network waited for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
 from emoe.prediction.protocol import Array, Predictor, RoutingShape, UseScorer
-from emoe.prediction.registry import PREDICTORS, SCORERS, make_scorer
+from emoe.prediction.registry import NETWORKS, PREDICTORS, SCORERS, make_scorer
 
 RANDOM = "random"
+AT_ONCE = "at-once-"
+"""A network of this prefix answers at once, in the engine's process: what it chooses does not depend on how fast the
+machine is, as it does where the engine does not wait for it."""
 
 
 class Random:
@@ -58,21 +61,18 @@ class ByScore:
         return self._shape.normalised(ranks)
 
 
+def _by_score(name: str) -> Callable[[RoutingShape], Predictor]:
+    return lambda shape: ByScore(shape, make_scorer(name, shape))
+
+
 @contextmanager
 def rivals(seed: int) -> Iterator[None]:
-    """Inside the `with` block, a model can be loaded with these as its predictor: `random`, and every scorer's name."""
-
-    def by_score(name: str) -> None:
-        def make(shape: RoutingShape) -> Predictor:
-            return ByScore(shape, make_scorer(name, shape))
-
-        PREDICTORS[name] = make
-
-    added = {RANDOM, *SCORERS} - set(PREDICTORS)
-    for name in sorted(added - {RANDOM}):
-        by_score(name)
-    if RANDOM in added:
-        PREDICTORS[RANDOM] = lambda shape: Random(shape, seed)
+    """Inside the `with` block, a model can be loaded with `random`, a scorer's name or an `AT_ONCE` network."""
+    added: dict[str, Callable[[RoutingShape], Predictor]] = {RANDOM: lambda shape: Random(shape, seed)}
+    added |= {name: _by_score(name) for name in SCORERS}
+    added |= {AT_ONCE + name: PREDICTORS[name] for name in NETWORKS}
+    added = {name: made for name, made in added.items() if name not in PREDICTORS}
+    PREDICTORS.update(added)
     try:
         yield
     finally:

@@ -5,19 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from emoe.bench.reproduce import drawing
+from emoe.bench.reproduce.accuracy import COLUMNS, FEW, Gap, because, gap, graded, measure_name, notes
 from emoe.bench.reproduce.experiment import Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
-from emoe.bench.reproduce.judging import (
-    AGNOSTIC,
-    COLUMNS,
-    OURS,
-    SMALL,
-    accuracies,
-    answers_of,
-    graded,
-    measure_name,
-    notes,
-)
+from emoe.bench.reproduce.judging import AGNOSTIC, OURS, accuracies, answers_of
 from emoe.bench.reproduce.workbench import Workbench
 
 EQUAL = 2.0
@@ -55,7 +46,9 @@ def run(bench: Workbench) -> Finding:
         return figure
 
     caption = "Accuracy of whole answers by task: loading that knows the prompt's task, and loading that does not."
-    claims = (_same(bench, gain), _better(bench, gain), _mean(shares, gain))
+    pairs = {share: gap(*(by[share, name] for name in WAYS)) for share in shares}
+    gaps = {share: each for share, each in pairs.items() if each is not None}
+    claims = (_same(bench, gain), _better(bench, gain), _mean(gaps))
     said = notes(bench, [each.judged for each in found])
     return Finding(claims, (table,), (Picture("accuracy", caption, draw),), said)
 
@@ -83,20 +76,20 @@ def _better(bench: Workbench, gain: Any) -> Claim:
         return Claim(text, paper, "", "not measured", f"the prompts have no tasks of the names {', '.join(BETTER)}.")
     better = [value > 0 for value in gains.values()]
     verdict = graded(better)
-    why = "" if verdict == "holds" else f"not on every one of them. {SMALL[0].upper()}{SMALL[1:]}"
+    why = "" if verdict == "holds" else f"not on every one of them: {because(bench)}"
     return Claim(text, paper, _signed(gains), verdict, why)
 
 
-def _mean(shares: tuple[str, ...], gain: Any) -> Claim:
-    gains = {share: value for share in shares if (value := gain(None, share)) is not None}
-    if not gains:
-        return Claim(
-            "over all tasks knowing the task is more accurate", "yes", "", "not measured", "no share could run."
-        )
-    better = [value > 0 for value in gains.values()]
-    verdict = graded(better)
+def _mean(gaps: dict[str, Gap]) -> Claim:
+    text = "over all tasks knowing the task is more accurate"
+    here = ", ".join(f"{share}: {each}" for share, each in gaps.items()) + " points"
+    if not gaps:
+        return Claim(text, "yes", "", "not measured", "no share can run on this model.")
+    if not any(each.tells for each in gaps.values()):
+        return Claim(text, "yes", here, "not measured", FEW)
+    verdict = graded([each.points > 0 for each in gaps.values()])
     why = "" if verdict == "holds" else "what is popular with one task alone leaves out what its prompts need besides."
-    return Claim("over all tasks knowing the task is more accurate", "yes", _signed(gains), verdict, why)
+    return Claim(text, "yes", here, verdict, why)
 
 
 def _signed(gains: dict[str, float]) -> str:

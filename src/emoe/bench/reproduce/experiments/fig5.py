@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
+from emoe.bench.reproduce import drawing
+from emoe.bench.reproduce.accuracy import because, graded
 from emoe.bench.reproduce.experiment import Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
-from emoe.bench.reproduce.judging import graded
 from emoe.bench.reproduce.workbench import Workbench
 from emoe.profiling.plot import sensitivity_figure
 from emoe.tasks.sensitivity import MEASURES, Sensitivity
 
+PAPER = ((0.25, 0.8), (0.5, 0.8), (1.0, 0.9))
+"""Share of layers that route at random, and similarity: what the paper says of its tasks there is in the caption."""
+CLAIMS: tuple[tuple[str, tuple[str, ...], float, float], ...] = (
+    ("classify and compare keep over 90 % with all routing wrong", ("classify", "compare"), 1.0, 0.9),
+    ("conversation falls under 80 % with a quarter of the layers wrong", ("converse",), 0.25, -0.8),
+    ("question answering keeps over 80 % with half of the layers wrong", ("qa",), 0.5, 0.8),
+    ("summaries fall under 80 % with half of the layers wrong", ("summarise",), 0.5, -0.8),
+)
+"""Text, tasks, share of layers, and what is kept at least (negative: less than its amount)."""
 WHY = (
-    "the model here differs: each layer is a larger part of a model with few of them, and where experts belong to "
-    "tasks a random one knows nothing of this one. The last claim says whether the tasks' order is the paper's."
+    "emoe-nano has 6 layers, each a larger part of the model than in the paper, and experts of tasks: a random one "
+    "knows nothing of this task. The last claim says whether the tasks' order is the paper's."
 )
 
 
@@ -32,27 +43,32 @@ def run(bench: Workbench) -> Finding:
     )
     columns = ("measure", "task", "first layers that route at random", "of all layers (%)", "as the full model (%)")
     table = Table("sensitivity", "Answers under random routing", columns, rows, shown=False)
-    claims = (
-        _claim(known, "classify and compare keep over 90 % with all routing wrong", ("classify", "compare"), 1.0, 0.9),
-        _claim(known, "conversation falls under 80 % with a quarter wrong", ("converse",), 0.25, -0.8),
-        _claim(known, "question answering keeps over 80 % with half of the layers wrong", ("qa",), 0.5, 0.8),
-        _claim(known, "summaries fall under 80 % with half of the layers wrong", ("summarise",), 0.5, -0.8),
-        _order(known),
-    )
+    claims = (*(_claim(known, *each, because(bench, WHY)) for each in CLAIMS), _order(known))
     caption = (
         "First layers whose routing is random against how alike the answers stay (1: as the full model), by measure. "
         f"Dashed: the threshold {known.threshold:g} under which a layer counts as sensitive. The paper's measure is "
-        "the similarity."
+        "the similarity; at its stars, conversation is below (1), question answering above and summaries below (2), "
+        "classification and comparison above (3)."
     )
     said = tuple(f"{name}: {MEASURES[name]}." for name in known.curves)
+
+    def draw() -> Any:
+        figure = sensitivity_figure(known)
+        measured = [name for name in MEASURES if name in known.curves]  # the order of the panels
+        if "similarity" in measured:
+            ax = figure.axes[measured.index("similarity")]
+            for number, (share, value) in enumerate(PAPER, start=1):
+                at = (share * known.layers, value)
+                drawing.paper_points(ax, [at], "")
+                ax.annotate(str(number), at, (4, 4), textcoords="offset points", fontsize=8, color=drawing.PAPER)
+        return figure
+
     missing = () if "similarity" in known.curves else ("The similarity was not measured: no sentence encoder.",)
-    return Finding(
-        claims, (table,), (Picture("sensitivity", caption, lambda: sensitivity_figure(known)),), said + missing
-    )
+    return Finding(claims, (table,), (Picture("sensitivity", caption, draw),), said + missing)
 
 
-def _claim(known: Sensitivity, text: str, tasks: tuple[str, ...], share: float, bound: float) -> Claim:
-    """bound: at least that much is kept; negative: less than its amount. By the measure that decides."""
+def _claim(known: Sensitivity, text: str, tasks: tuple[str, ...], share: float, bound: float, why: str) -> Claim:
+    """See `CLAIMS`; by the measure that decides. A quarter of 6 layers is 2: rounded up."""
     paper = f"{'over' if bound > 0 else 'under'} {abs(bound):.0%}"
     layers = math.ceil(share * known.layers)
     curves = known.curves[known.measure]
@@ -61,7 +77,7 @@ def _claim(known: Sensitivity, text: str, tasks: tuple[str, ...], share: float, 
         return Claim(text, paper, "", "not measured", f"the prompts have no tasks of the names {', '.join(tasks)}.")
     verdict = graded([value >= bound if bound > 0 else value < -bound for value in found.values()])
     here = ", ".join(f"{task} {value:.0%}" for task, value in found.items())
-    return Claim(text, paper, f"{here} ({layers} of {known.layers} layers)", verdict, "" if verdict == "holds" else WHY)
+    return Claim(text, paper, f"{here} ({layers} of {known.layers} layers)", verdict, "" if verdict == "holds" else why)
 
 
 def _order(known: Sensitivity) -> Claim:

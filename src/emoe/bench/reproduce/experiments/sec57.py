@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from emoe.bench.reproduce import drawing
+from emoe.bench.reproduce.accuracy import Judged, graded, notes, rounded
 from emoe.bench.reproduce.experiment import Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
-from emoe.bench.reproduce.judging import Judged, Way, answers_of, graded, judged, notes, rounded
+from emoe.bench.reproduce.judging import Way, answers_of, judged
 from emoe.bench.reproduce.workbench import Workbench
 
 MEMORY = "60%"
@@ -89,7 +90,7 @@ def _time(share: dict[tuple[str, int], float | None]) -> Claim:
         return Claim(text, paper, "", "not measured", "no predictor could run: the notes say why.")
     verdict = graded([value <= PAPER_SHARE for value in found.values()])
     here = ", ".join(f"{name} {value:.2g} %" for name, value in found.items())
-    why = "a request of a small model is over in a fraction of a second, and the network is of the paper's kind."
+    why = "a call takes about as long for any model, and the requests here are over in a fraction of a second."
     return Claim(text, paper, here, verdict, "" if verdict == "holds" else why)
 
 

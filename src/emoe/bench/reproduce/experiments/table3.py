@@ -5,24 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from emoe.bench.reproduce import drawing
+from emoe.bench.reproduce.accuracy import COLUMNS, Accuracy, graded, measure_name, notes, percent, rounded
 from emoe.bench.reproduce.experiment import Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
-from emoe.bench.reproduce.judging import (
-    COLUMNS,
-    FULL,
-    OURS,
-    Accuracy,
-    Texts,
-    Way,
-    accuracies,
-    answers_of,
-    graded,
-    judged,
-    measure_name,
-    notes,
-    percent,
-    rounded,
-)
+from emoe.bench.reproduce.judging import FULL, OURS, Texts, Way, accuracies, answers_of, judged
 from emoe.bench.reproduce.workbench import Workbench
 from emoe.checkpoint.codecs.formats import EXPERT_DTYPES, NATIVE
 
