@@ -28,7 +28,7 @@ import transformers
 
 from bench.gpu_part import RESULT, use_virtual, work
 from emoe.bench.decode import machine
-from emoe.bench.shapes import make_checkpoint
+from emoe.bench.random_weights import make_checkpoint
 from emoe.config import format_bytes
 
 ROOT = Path(__file__).parent.parent

@@ -12,9 +12,9 @@ import pytest
 from emoe.bench import decode
 from emoe.bench.client import WorkerClient, WorkerError
 from emoe.bench.prompts import prompt_ids
+from emoe.bench.random_weights import TOPICS, make_checkpoint
 from emoe.bench.results import DecodeReport
 from emoe.bench.settings import DecodeSettings, parse_budget
-from emoe.bench.shapes import TOPICS, make_checkpoint
 from emoe.errors import BudgetError, UsageError
 
 pytestmark = pytest.mark.slow

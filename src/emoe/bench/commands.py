@@ -160,9 +160,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def run_checkpoint(args: argparse.Namespace) -> int:
     """Write the checkpoint."""
-    from emoe.bench.shapes import make_checkpoint, shape_of
+    from emoe.bench.random_weights import make_checkpoint, shape_of, total_bytes
 
     shape = shape_of(args.shape)
-    say(f"writing {shape.name}, {format_bytes(shape.total_bytes)}, to {args.folder}")
+    say(f"writing {shape.name}, {format_bytes(total_bytes(shape))}, to {args.folder}")
     print(make_checkpoint(shape, args.folder, args.seed))
     return 0

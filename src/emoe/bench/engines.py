@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from emoe import model as emoe_model
 from emoe.bench.feeding import Counters
 from emoe.bench.process import memory, reset_peak, storage_bytes_read
+from emoe.bench.random_weights import make_checkpoint
 from emoe.bench.settings import Contender
-from emoe.bench.shapes import make_checkpoint
 from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.config import ExpertMemory
 from emoe.errors import UnsupportedModelError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emoe import nano
 from emoe.bench.plant.card import is_planted, read_card
-from emoe.bench.shapes import card_of
+from emoe.bench.random_weights import card_of
 from emoe.errors import UsageError
 
 
@@ -16,8 +16,8 @@ def prompt_ids(folder: Path, number: int, tokens: int, seed: int = 0) -> list[in
     """Token ids of prompt `number` for the checkpoint in `folder`.
 
     A model with a tokenizer reads real text: the held-out prompts of emoe-nano, one task after the other. A model of
-    random weights reads random tokens; one that `shapes.make_checkpoint` made, tokens of one topic. A planted one reads
-    the tokens of its trace, each prompt where the one before ended.
+    random weights reads random tokens; one that `random_weights.make_checkpoint` made, tokens of one topic. A planted
+    one reads the tokens of its trace, each prompt where the one before ended.
 
     Raises:
         UsageError: the vocabulary is too small.

@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _write(args: argparse.Namespace) -> None:
     from emoe.bench.plant.shapes import published
-    from emoe.bench.plant.write import plant, planted_bytes, summary
+    from emoe.bench.plant.write import plant, summary
 
     shape = published(args.shape, args.layers)
-    note(f"planting {shape.name}, {format_bytes(planted_bytes(shape))} of experts, in {args.out}")
+    note(f"planting {shape.name}, {format_bytes(shape.expert_bytes)} of experts, in {args.out}")
     card = plant(shape, args.trace, args.tokens, args.out, args.seed, ProgressLine("writing"))
     for line in summary(card, shape):
         note(line)

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe.bench.plant.resample import Routes, first_tokens, fit, layer_sets, merged, read_trace
-from emoe.bench.plant.shapes import PUBLISHED, PublishedShape
+from emoe.bench.plant.shapes import PUBLISHED
+from emoe.bench.shapes import Shape
 from emoe.errors import UsageError
 from emoe.routing.trace import Array, missing_id
 from tests.bench.plant.made_up import made_up_trace
 
 
-def a_shape(layers: int, experts: int, k: int) -> PublishedShape:
+def a_shape(layers: int, experts: int, k: int) -> Shape:
     return replace(PUBLISHED["tiny-qwen3-moe"], layers=layers, experts=experts, top_k=k)
 
 
@@ -35,7 +36,7 @@ def distances(experts: Array, prompts: tuple[tuple[int, int], ...] | None = None
     return found
 
 
-def assert_routes(routes: Routes, shape: PublishedShape, tokens: int) -> None:
+def assert_routes(routes: Routes, shape: Shape, tokens: int) -> None:
     """k different experts of the shape everywhere, the best first."""
     assert routes.experts.shape == (tokens, len(shape.moe_layers), routes.top_k)
     assert int(routes.experts.max()) < shape.experts

@@ -12,7 +12,8 @@ import numpy as np
 
 from emoe.bench.plant.card import LABEL, ROUTES, PlantCard, is_planted, read_card
 from emoe.bench.plant.resample import fit, fit_others, read_trace
-from emoe.bench.plant.shapes import PublishedShape, published
+from emoe.bench.plant.shapes import published
+from emoe.bench.shapes import Shape
 from emoe.errors import UsageError
 from emoe.routing.trace import DECODE, Trace
 
@@ -24,7 +25,7 @@ OVERLAP_TOKENS = 8
 the 92,000 of its other prompts are, over six layers."""
 
 
-def history_of(trace: Trace, shape: PublishedShape, card: PlantCard) -> Trace:
+def history_of(trace: Trace, shape: Shape, card: PlantCard) -> Trace:
     """Routes of the prompts that `card`'s checkpoint replays nothing of, as its shape routes.
 
     Each prompt says under "prompt" which of the recorded trace it is.

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from emoe.bench.plant.routers import check_tokens
-from emoe.bench.plant.shapes import PublishedShape
+from emoe.bench.shapes import Shape
 from emoe.errors import UsageError
 from emoe.routing.trace import Array, Trace, id_dtype, missing_id
 
@@ -38,7 +38,7 @@ class Routes:
         return int(self.experts.shape[2])
 
 
-def read_trace(path: str | Path, shape: PublishedShape) -> Trace:
+def read_trace(path: str | Path, shape: Shape) -> Trace:
     """The trace at `path`. A layout that does not say how many experts there are may not show the last of them: one
     that shows more than half of the shape's, and no more, is taken to be of the shape's number.
 
@@ -51,7 +51,7 @@ def read_trace(path: str | Path, shape: PublishedShape) -> Trace:
     return trace
 
 
-def fit(trace: Trace, shape: PublishedShape, tokens: int, seed: int) -> Routes:
+def fit(trace: Trace, shape: Shape, tokens: int, seed: int) -> Routes:
     """The first `tokens` of the trace's prompts, loops skipped, as routes of `shape`.
 
     With the shape's number of experts, its k or fewer, and enough layers the routes are the recorded ones. Otherwise
@@ -73,7 +73,7 @@ def fit(trace: Trace, shape: PublishedShape, tokens: int, seed: int) -> Routes:
     return _planted(trace, shape, tokens, seed)[0]
 
 
-def fit_others(trace: Trace, shape: PublishedShape, tokens: int, seed: int) -> tuple[Routes, tuple[int, ...]]:
+def fit_others(trace: Trace, shape: Shape, tokens: int, seed: int) -> tuple[Routes, tuple[int, ...]]:
     """Routes of the prompts that `fit` with the same arguments takes nothing of, made in the same way (the same layers
     side by side, the same experts merged), and their numbers in the trace. Loops are skipped too.
 
@@ -95,7 +95,7 @@ def fit_others(trace: Trace, shape: PublishedShape, tokens: int, seed: int) -> t
     return Routes(made, made_weights, prompts, True, "; ".join([maker.kept, *notes])), others
 
 
-def _planted(trace: Trace, shape: PublishedShape, tokens: int, seed: int) -> tuple[Routes, _Resampler | None]:
+def _planted(trace: Trace, shape: Shape, tokens: int, seed: int) -> tuple[Routes, _Resampler | None]:
     """What `fit` returns, and what made it where it was resampled."""
     check_tokens(tokens, shape.hidden)
     rows, prompts = first_tokens(trace, tokens)
@@ -114,12 +114,12 @@ def _planted(trace: Trace, shape: PublishedShape, tokens: int, seed: int) -> tup
     return Routes(made, made_weights, prompts, True, "; ".join([maker.kept, *notes])), maker
 
 
-def _same(trace: Trace, shape: PublishedShape) -> bool:
+def _same(trace: Trace, shape: Shape) -> bool:
     """Whether the trace's routes are taken as they are."""
     return trace.num_experts == shape.experts and trace.top_k <= shape.top_k
 
 
-def _recorded(trace: Trace, shape: PublishedShape, rows: Array) -> tuple[Array, Array | None, list[str]]:
+def _recorded(trace: Trace, shape: Shape, rows: Array) -> tuple[Array, Array | None, list[str]]:
     """Routes and weights of some tokens, gaps filled, in the layers that are used; and what was filled, in words."""
     used = slice(len(shape.moe_layers) if _same(trace, shape) else trace.experts.shape[1])
     experts, filled = _filled(trace.experts[rows, used], trace.num_experts)
@@ -203,7 +203,7 @@ class _Resampler:
     """Makes routes of `shape` out of recorded ones. Which experts are merged follows from the `planted` routes
     [tokens, layers, k], whatever is made."""
 
-    def __init__(self, planted: Array, num_experts: int, shape: PublishedShape, seed: int) -> None:
+    def __init__(self, planted: Array, num_experts: int, shape: Shape, seed: int) -> None:
         self.planted = planted.astype(np.int64)
         self.num_experts = num_experts
         self.shape = shape

@@ -14,7 +14,7 @@ from functools import cache, cached_property
 import torch
 
 from emoe.bench.plant.routers import RESIDUAL, check_tokens, embeddings, next_token_head, router_weight
-from emoe.bench.plant.shapes import PublishedShape
+from emoe.bench.shapes import Shape
 from emoe.bench.writing import TensorToWrite
 
 DTYPE = torch.bfloat16
@@ -87,9 +87,7 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
 
 
-def tensors_of(
-    shape: PublishedShape, vocabulary: int, tokens: int, logits: Logits, seed: int
-) -> Iterator[TensorToWrite]:
+def tensors_of(shape: Shape, vocabulary: int, tokens: int, logits: Logits, seed: int) -> Iterator[TensorToWrite]:
     """Every tensor, in order. Values are made when they are written.
 
     Raises:
@@ -136,7 +134,7 @@ _ROUTERS = {"mixtral": "block_sparse_moe.gate", "gpt_oss": "mlp.router"}
 class _Layers:
     """The tensors of one layer. Inputs of size 1 give inner values of size 1 and outputs of size RESIDUAL."""
 
-    def __init__(self, shape: PublishedShape, noise: Noise) -> None:
+    def __init__(self, shape: Shape, noise: Noise) -> None:
         self.shape = shape
         self.noise = noise
 

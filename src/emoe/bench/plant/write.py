@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from emoe.bench.plant.card import CARD, LABEL, ROUTES, PlantCard
 from emoe.bench.plant.history import HISTORY, history_of
 from emoe.bench.plant.resample import Routes, fit, other_prompts, read_trace
 from emoe.bench.plant.routers import logits_of
-from emoe.bench.plant.shapes import PublishedShape, vocabulary_for
+from emoe.bench.plant.shapes import vocabulary_for
 from emoe.bench.plant.tensors import DTYPE, tensors_of
+from emoe.bench.shapes import Shape
 from emoe.bench.writing import Progress, write_checkpoint, write_json
 from emoe.config import format_bytes
 from emoe.routing.trace import DECODE, Trace
@@ -24,7 +26,7 @@ GENERATION = {"do_sample": False}
 
 
 def plant(
-    shape: PublishedShape,
+    shape: Shape,
     trace: str | Path,
     tokens: int,
     folder: str | Path,
@@ -69,7 +71,7 @@ def plant(
         vocabulary=vocabulary_for(tokens),
     )
     history = history_of(recorded, shape, card) if other_prompts(recorded, tokens) else None
-    config = shape.config(card.vocabulary) | {"num_experts_per_tok": routes.top_k}
+    config = replace(shape, vocabulary=card.vocabulary).config() | {"num_experts_per_tok": routes.top_k}
     if "experts_per_token" in config:
         config["experts_per_token"] = routes.top_k
 
@@ -90,12 +92,7 @@ def plant(
     return card
 
 
-def planted_bytes(shape: PublishedShape) -> int:
-    """Bytes of the experts that planting `shape` writes."""
-    return len(shape.moe_layers) * shape.experts * shape.expert_bytes
-
-
-def as_trace(routes: Routes, shape: PublishedShape, card: PlantCard) -> Trace:
+def as_trace(routes: Routes, shape: Shape, card: PlantCard) -> Trace:
     """What was planted, in emoe's own trace format, which simulations and replays read."""
     count = len(routes.experts)
     return Trace(
@@ -114,9 +111,9 @@ def as_trace(routes: Routes, shape: PublishedShape, card: PlantCard) -> Trace:
     )
 
 
-def summary(card: PlantCard, shape: PublishedShape) -> list[str]:
+def summary(card: PlantCard, shape: Shape) -> list[str]:
     """What was planted, for people."""
-    each, everything = format_bytes(shape.expert_bytes), format_bytes(planted_bytes(shape))
+    each, everything = format_bytes(shape.expert_nbytes), format_bytes(shape.expert_bytes)
     return [
         f"{card.shape} ({card.model}): {card.layers} layers, {len(shape.moe_layers)} with {card.experts} experts of "
         f"{each}, {card.top_k} per token; {everything} of experts in {card.dtype}",

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from emoe.bench import shapes
-from emoe.bench.shapes import SHAPES, TOPICS, card_of, make_checkpoint, shape_of, tensors_of
+from emoe.bench import random_weights
+from emoe.bench.random_weights import SHAPES, TOPICS, card_of, make_checkpoint, shape_of, tensors_of, total_bytes
 from emoe.errors import CheckpointError, UsageError
 from emoe.planner import plan
 
@@ -33,7 +33,7 @@ def test_transformers_loads_every_tensor_and_misses_none(tmp_path: Path, name: s
     assert not info["mismatched_keys"]
     stored = load_file(folder / "model.safetensors")
     shape = SHAPES[name]
-    assert sum(value.nbytes for value in stored.values()) == shape.total_bytes
+    assert sum(value.nbytes for value in stored.values()) == total_bytes(shape)
     assert torch.equal(model.model.embed_tokens.weight, stored["model.embed_tokens.weight"])
     block, gate, up = ("mlp", "gate_proj", "up_proj") if name == "tiny" else ("block_sparse_moe", "w1", "w3")
     fused = model.model.layers[1].mlp.experts.gate_up_proj[5]
@@ -96,7 +96,7 @@ def test_an_unknown_shape_is_named_with_those_there_are() -> None:
 def test_the_shape_measured_on_has_the_bytes_it_is_named_for() -> None:
     shape = SHAPES["qwen3-moe-2.5gb"]
     assert shape.expert_bytes == 12 * 64 * 3 * 1024 * 512 * 2
-    assert shape.total_bytes - shape.expert_bytes == 98_096_128
+    assert total_bytes(shape) - shape.expert_bytes == 98_096_128
 
 
 def test_large_tensors_are_made_in_small_blocks() -> None:
@@ -104,14 +104,14 @@ def test_large_tensors_are_made_in_small_blocks() -> None:
     table = next(tensors_of(wide, seed=0))
     sizes = [block.numel() for block in table.blocks()]
     assert sum(sizes) == 4096 * 8192
-    assert max(sizes) <= shapes.BLOCK_ELEMENTS
+    assert max(sizes) <= random_weights.BLOCK_ELEMENTS
 
 
 def test_the_planner_knows_the_shape(tmp_path: Path) -> None:
     made = plan(make_checkpoint("tiny", tmp_path / "x"), context=64)
     shape = SHAPES["tiny"]
     assert made.expert_bytes == shape.expert_bytes
-    assert made.dense_bytes == shape.total_bytes - shape.expert_bytes
+    assert made.dense_bytes == total_bytes(shape) - shape.expert_bytes
     assert made.top_k == shape.top_k
 
 
