@@ -67,6 +67,8 @@ def _address(structure: Any) -> int:
     seed=st.integers(0, 999),
 )
 @example(form=COLUMNS, columns=9, rows=1100, tokens=5, biased=True, dtype=torch.bfloat16, seed=0)
+@example(form=COLUMNS, columns=9, rows=1111, tokens=1, biased=True, dtype=torch.bfloat16, seed=0)
+@example(form=COLUMNS, columns=9, rows=6200, tokens=1, biased=False, dtype=torch.float32, seed=0)
 @example(form=ROWS, columns=2880, rows=33, tokens=2, biased=True, dtype=torch.float32, seed=0)
 def test_products_are_right_whatever_the_threads_and_the_rows(
     calls: Calls, form: int, columns: int, rows: int, tokens: int, biased: bool, dtype: torch.dtype, seed: int

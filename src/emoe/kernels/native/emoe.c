@@ -74,13 +74,13 @@ static int run_experts(const layer *l, int experts, const expert *const *weights
     for (long r = 0; r < inputs; r++) prepare(&l->first, x + r * l->first.in * size, memory + r * in);
     for (long e = 0, row = 0; e < experts; row += counts[e++])
         jobs[e] = (job){&weights[e]->first, memory + (shared ? 0 : row) * in, inner + row * l->first.out * size, counts[e]};
-    products first = make_products(&l->first, jobs);
+    products first = make_products(&l->first, jobs, experts, threads);
     spread(threads, first.units_each * experts, run_unit, &first);
     gating gate = {l, inner, gated, ready};
     spread(rows * width < 16384 ? 1 : threads, rows, gate_unit, &gate);
     for (long e = 0, row = 0; e < experts; row += counts[e++])
         jobs[e] = (job){&weights[e]->down, ready + row * ready_each, outer + row * l->down.out * size, counts[e]};
-    products down = make_products(&l->down, jobs);
+    products down = make_products(&l->down, jobs, experts, threads);
     spread(threads, down.units_each * experts, run_unit, &down);
     return 0;
 }
@@ -152,7 +152,7 @@ EXPORT int emoe_products(const shape *s, int count, const matrix *const *weights
     for (long i = 0; i < count; i++)
         jobs[i] = (job){weights[i], memory + (shared ? 0 : i * n) * in, out + i * n * s->out * size, n};
     timing t = begin_timing(bytes_of(s, count), threads);
-    products all = make_products(s, jobs);
+    products all = make_products(s, jobs, count, t.threads);
     spread(t.threads, all.units_each * count, run_unit, &all);
     end_timing(&t);
     return 0;

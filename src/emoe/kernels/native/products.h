@@ -2,12 +2,13 @@
  *
  * Formats ROWS, INT8, INT4: each output is one row's dot product, in two sums of 16 lanes; a thread walks through its rows as
  * through one array, fetching AHEAD bytes early: that is what reads memory fastest (bench/expert_kernels.py).
- * Format COLUMNS: outputs lie side by side, so 512 sums at a time are kept in the first-level cache, and 8 rows of
- * the matrix added at once. Every output of every row of x is summed in an order of its own that depends on the shape alone:
+ * Format COLUMNS: outputs lie side by side, so sums are kept in the first-level cache: all of a row's for one row of x, which
+ * then walks through one array too, else 512 at a time, 8 rows of the matrix added at once. Every output of every row of x is summed in an order of its own that depends on the shape alone:
  * neither the number of threads nor the number of rows changes a bit. */
 
 #define AHEAD 4096
 #define BLOCK 512    /* columns of a unit of work, format COLUMNS */
+#define WIDE 6144    /* of one for a single row of x where threads are few: then one row of the matrix after another */
 #define UNIT_BYTES (128 << 10)
 #define TILE 4       /* rows of x at once */
 
@@ -212,9 +213,10 @@ INLINE void columns_with(int type, int tile, const shape *s, const job *j, long 
     const long bytes = row_bytes(s), stride = prepared_bytes(s) / 4, size = type_bytes(type);
     const char *w = j->weight->data + from * size, *bias = j->weight->bias;
     const float *x = (const float *)j->x + t0 * stride;
-    float y[TILE * BLOCK] __attribute__((aligned(64)));
+    float y[WIDE > TILE * BLOCK ? WIDE : TILE * BLOCK] __attribute__((aligned(64)));
     long i = 0;
-    memset(y, 0, (size_t)tile * BLOCK * sizeof *y);
+    memset(y, 0, (size_t)(columns > BLOCK ? align_up(columns, STEP) : tile * BLOCK) * sizeof *y);
+    for (; tile == 1 && columns > BLOCK && i < s->in; i++) add_rows(type, 1, 1, w + i * bytes, bytes, x + i, stride, columns, y);
     for (; i + 8 <= s->in; i += 8) add_rows(type, tile, 8, w + i * bytes, bytes, x + i, stride, columns, y);
     for (; i < s->in; i++) add_rows(type, tile, 1, w + i * bytes, bytes, x + i, stride, columns, y);
     for (int t = 0; t < tile; t++)
@@ -245,9 +247,15 @@ typedef struct {
     long units_each, unit;
 } products;
 
-INLINE products make_products(const shape *s, const job *jobs)
+/* For up to `threads` threads, on whose number no bit depends. */
+INLINE products make_products(const shape *s, const job *jobs, long count, int threads)
 {
     long unit = BLOCK;
+    if (s->format == COLUMNS && s->out <= WIDE && (count % threads == 0 || count > 4L * threads)) {
+        int single = 1;
+        for (long i = 0; i < count; i++) single &= jobs[i].n == 1;
+        if (single) unit = s->out;
+    }
     if (s->format != COLUMNS) {
         unit = UNIT_BYTES / row_bytes(s);
         unit = unit < 8 ? 8 : unit;
