@@ -30,7 +30,8 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         expert_dtype, reader, reader_reason, eviction, layers (per layer: hits, misses, loads, bytes_read,
         rerouted_tokens, routed_tokens, experts, slots (its quota; 0: the layers share one pool), resident: the experts
         there now), predictor, predictions, plans, tasks, prefetch, scorer (what looking ahead saved and cost in
-        seconds, whether it is active, and why not; None: there is none), kernels (what computes few tokens on a CPU:
+        seconds, whether it is active, and why not; None: there is none), loads_ahead (issued, used, unused, cancelled,
+        waiting: prefetches, and those of a prompt's next layer), kernels (what computes few tokens on a CPU:
         name, reason, linears: in how many dense layers too, calls_by_threads: how often the C kernels of this process
         ran on how many threads, which they choose by measurement).
 
@@ -64,7 +65,7 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         homes = {id(pool.bank.home): pool.bank.home for pool in binding.pools}
         devices = sorted({str(pool.bank.device) for pool in binding.pools})
         host = _host(binding)
-        prefetching = _prefetching(binding)
+        prefetching, ahead = _prefetching(binding), _loads_ahead(binding)
         scoring = _scoring(binding)
 
     def total(name: str) -> int:
@@ -112,6 +113,7 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         "plans": 0 if binding.ahead.planner is None else binding.ahead.planner.plans,
         "tasks": list(runtime.tasks),
         "prefetch": prefetching,
+        "loads_ahead": ahead,
         "scorer": scoring,
         "kernels": _kernels(model, binding),
         "layers": dict(sorted(layers.items())),
@@ -172,20 +174,27 @@ def _kernels(model: PreTrainedModel, binding: Binding) -> dict[str, Any] | None:
     }
 
 
-def _prefetching(binding: Binding) -> dict[str, Any] | None:
-    """Every prefetch ends as used, evicted unused or cancelled; until then it waits."""
-    ahead = binding.ahead
-    name = ahead.settings.prefetch or (None if ahead.settings.predictor is None else "plan")
-    if name is None:
-        return None
+def _loads_ahead(binding: Binding) -> dict[str, int]:
+    """Every load begun ahead of need ends as used, evicted unused or cancelled; until then it waits."""
     counters = [c for pool in binding.pools for c in pool.table.counters.values()]
     return {
-        "name": name,
         "issued": sum(c.prefetches for c in counters),
         "used": sum(c.prefetches_used for c in counters),
         "unused": sum(c.prefetches_unused for c in counters),
         "cancelled": sum(c.prefetches_cancelled for c in counters),
         "waiting": sum(c.prefetches_waiting for c in counters),
+    }
+
+
+def _prefetching(binding: Binding) -> dict[str, Any] | None:
+    """What was loaded ahead of need, and what that saved and cost."""
+    ahead = binding.ahead
+    name = ahead.settings.prefetch or (None if ahead.settings.predictor is None else "plan")
+    if name is None:
+        return None
+    return {
+        "name": name,
+        **_loads_ahead(binding),
         "failed": sum(pool.prefetches.failed for pool in binding.pools),
         "last_error": next((pool.prefetches.last_error for pool in binding.pools if pool.prefetches.last_error), ""),
         "hidden_s": ahead.worth.hidden_s,

@@ -388,6 +388,7 @@ class Runtime:
             wanted=wanted,
             count=self.counts(layer),
             together=together,
+            ahead=self.mode == "exact",
         )
         try:
             if layer.kernels is not None:

@@ -12,6 +12,7 @@ from emoe.checkpoint.index import ExpertIndex
 from emoe.checkpoint.readers import Reader
 from emoe.errors import BudgetError
 from emoe.residency.bank import Bank
+from emoe.residency.early import Early, turns
 from emoe.residency.loader import DEMAND, Load, Loader
 from emoe.residency.prefetches import Flight, Prefetches, Taking
 from emoe.residency.table import Key, ResidencyTable, SlotState
@@ -53,6 +54,7 @@ class ExpertPool:
         # Every expert is there for good: nothing is pinned, evicted or scored, which took 14 us a layer of 8 experts.
         self._settled = False
         self.prefetches = Prefetches(table, loader, self._submit, self._commit, self._abort, self._room)
+        self.early = Early(table, loader, self._submit, self._commit, self._abort)
 
     # -- what a layer asks for ------------------------------------------------------------------------------
 
@@ -96,6 +98,7 @@ class ExpertPool:
             taking.slots = [self._slot_of(layer, expert) for expert in experts]
             return taking
         missing: list[int] = []
+        taking.flights.extend(self.early.claim(layer, set(experts)))
         for expert in experts:
             key = (layer, expert)
             slot = table.find(key)
@@ -179,10 +182,12 @@ class ExpertPool:
         wanted: frozenset[int] | None = None,
         count: bool = True,
         together: bool = False,
+        ahead: bool = False,
     ) -> Iterator[list[tuple[int, int]]]:
         """Yield waves of (expert, slot), in all every one of `experts`, each read at most once, however few slots.
 
-        Residents come first, while the first loads are under way; slots are pinned until the next wave is asked for.
+        Residents come first, while the first loads are under way (but see `ahead`); slots are pinned until the next
+        wave is asked for.
 
         Args:
             layer: the running layer.
@@ -190,6 +195,8 @@ class ExpertPool:
             prefill: missing experts pass through transient slots, so that residents stay (unless there is room).
             count: whether hits and misses are counted.
             together: residents make one wave; else every wave is one expert.
+            ahead: while it passes through a prompt, spread the residents among what is loaded, and begin loads of the
+                next layer at the end (`Early`).
             wanted: when given, exactly these (at most the layer's quota) become residents; others pass through.
 
         Raises:
@@ -204,6 +211,8 @@ class ExpertPool:
             return
         beside = self.prefetches.flying
         before = self.load_wait_s
+        ahead = ahead and prefill and wanted is None and self.transfers is None
+        early = self.early.claim(layer, set(experts))
         hits = [e for e in experts if table.is_resident((layer, e))]
         resident = set(hits)
         missing = deque(e for e in experts if e not in resident)
@@ -218,8 +227,9 @@ class ExpertPool:
         if wanted is not None:
             missing = deque(sorted(missing, key=lambda e: e not in wanted))
         protect = frozenset((layer, e) for e in wanted) if wanted is not None else frozenset()
-        flights = self._claim(layer, missing)
+        flights = deque([*early, *self._claim(layer, missing)])
         begun = {flight.key[1] for flight in flights}
+        following: deque[Key] = self.early.guess(layer, list(experts)) if ahead else deque()
         missing = deque(e for e in missing if e not in begun)
         demanded: list[Key] = []
         pinned: set[int] = set()
@@ -236,6 +246,8 @@ class ExpertPool:
                 missing.popleft()
                 demanded.append((layer, expert))
                 flights.append(self._start(layer, expert, slot))
+            if not missing:
+                self.early.begin(following)
 
         def done(slots: Collection[int]) -> None:
             pinned.difference_update(slots)
@@ -251,12 +263,16 @@ class ExpertPool:
                 if wanted is not None and expert in wanted:
                     table.adopt((layer, expert), protect)
             fill()
-            found = [(expert, self._slot_of(layer, expert)) for expert in hits]
-            for wave in [found] if together and found else [[one] for one in found]:
-                yield wave
-                done([slot for _, slot in wave])
-                fill()
-            while missing or flights:
+            found = deque((expert, self._slot_of(layer, expert)) for expert in hits)
+            here = turns(len(found), len(missing) + len(flights) if ahead else 0, len(early))
+            while found or missing or flights:
+                turn = next(here, True)
+                if found and (turn or not flights):
+                    wave = [found.popleft() for _ in range(len(found) if together else 1)]
+                    yield wave
+                    done([slot for _, slot in wave])
+                    fill()
+                    continue
                 if not flights and self.prefetches.flying:  # they hold the slots that this layer needs
                     self.prefetches.cancel()
                     fill()
@@ -377,6 +393,7 @@ class ExpertPool:
             self.transfers.use(flight.slot)
         if flight.ahead:
             self.prefetches.landed(flight, waited_s)
+        self.table.count_used(flight.slot)
         self.table.pin(flight.slot)
 
     def _drain(self, flights: Iterable[Flight]) -> None:

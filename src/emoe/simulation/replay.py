@@ -168,7 +168,7 @@ def _serve(pool: Any, layer: int, routes: Array, known: Array, prefill: bool) ->
     counts = np.bincount(routes[known])
     chosen = np.flatnonzero(counts)
     by_count = chosen[np.argsort(-counts[chosen], kind="stable")].tolist()  # as Grouping.by_count
-    for _ in pool.stream(layer, by_count, prefill=prefill):
+    for _ in pool.stream(layer, by_count, prefill=prefill, ahead=True):
         pass
 
 
