@@ -102,11 +102,13 @@ class Accuracy:
 @dataclass(frozen=True, slots=True)
 class Gap:
     """Points by which one way is better than another on the same prompts, with the interval that holds 95 % of what
-    other prompts would give (prompts drawn anew, with replacement, 2,000 times)."""
+    other prompts would give (prompts drawn anew, with replacement, 2,000 times). agreed: the points by
+    token agreement."""
 
     points: float
     low: float
     high: float
+    agreed: float
 
     @property
     def tells(self) -> bool:
@@ -114,7 +116,7 @@ class Gap:
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
-        return f"{self.points:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+        return f"{self.points:+.1f} ({self.low:+.1f} to {self.high:+.1f}; token agreement {self.agreed:+.1f})"
 
 
 def gap(a: Accuracy, b: Accuracy) -> Gap | None:
@@ -126,7 +128,8 @@ def gap(a: Accuracy, b: Accuracy) -> Gap | None:
     drawn = np.random.default_rng(0).integers(len(gains), size=(2000, len(gains)))
     means = (gains * weights)[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
     low, high = (float(each) for each in np.quantile(means, (0.025, 0.975)))
-    return Gap(float((gains * weights).sum() / weights.sum()), low, high)
+    agreed = (a.judged.agreement() or 0.0) - (b.judged.agreement() or 0.0)
+    return Gap(float((gains * weights).sum() / weights.sum()), low, high, agreed)
 
 
 def measure_name() -> str:

@@ -125,7 +125,7 @@ def _gaps(found: Found, shares: tuple[int, ...], a: str, b: str) -> dict[int, Ga
 
 def _claim(text: str, paper: str, gaps: dict[int, Gap], flags: Callable[[float], list[bool]], why: str) -> Claim:
     """flags: what the points at each share must fulfil, the worst share for the first, the best for the others."""
-    here = ", ".join(f"{each} at {share} %" for share, each in gaps.items()) + " points"
+    here = ", ".join(f"{share} %: {each}" for share, each in gaps.items()) + " points"
     if not gaps:
         return Claim(text, paper, "", "not measured", "no share can run on this model.")
     if not any(each.tells for each in gaps.values()):

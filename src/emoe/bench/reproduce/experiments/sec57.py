@@ -10,12 +10,14 @@ from emoe.bench.reproduce.experiment import Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
 from emoe.bench.reproduce.judging import Way, answers_of, judged
 from emoe.bench.reproduce.workbench import Workbench
+from emoe.planner import plan
 
 MEMORY = "60%"
 PAPER_SHARE = 3.11
 """Percent of request time at p = 40, the higher end."""
 PAPER_MEMORY = 1.3
 """Percent of the MoE's memory, the higher end."""
+PAPER_CALLS_MS = ((334.0, "paper, eMoE-A: 334 to 381 ms"), (1387.0, "paper, eMoE-L: 1,387 to 4,211 ms"))
 NETWORKS = ("emoe-a", "emoe-l")
 NAMES = ("task-popularity", "moe-infinity", *NETWORKS)
 PERIODS = (40, 1)
@@ -30,9 +32,8 @@ def run(bench: Workbench) -> Finding:
         [(texts, Way(p=40), MEMORY), *((texts, Way(name, p), MEMORY) for name, p in grid)],
     )
     found = dict(zip(grid, rest, strict=True))
-    from emoe.planner import plan
-
-    model_bytes = (made := plan(bench.folder)).dense_bytes + made.expert_bytes
+    made = plan(bench.folder)
+    model_bytes = made.dense_bytes + made.expert_bytes
     rows = tuple((name, p, *_figures(each, none, model_bytes)) for (name, p), each in found.items())
     columns = (
         "predictor",
@@ -49,12 +50,17 @@ def run(bench: Workbench) -> Finding:
     share = {(row[0], row[1]): row[4] for row in rows}
 
     def draw() -> Any:
-        figure, axes = drawing.panels(1, width=6.4)
-        ax = axes[0][0]
-        series = {f"p = {p}": [share[name, p] for name in NAMES] for p in PERIODS}
-        drawing.bars(ax, NAMES, series, "predicting (% of request time)")
-        drawing.paper_line(ax, PAPER_SHARE, "paper, p = 40: 0.24 to 3.11 %")
-        drawing.legend(ax)
+        figure, axes = drawing.panels(2, width=4.6, height=3.4)
+        left, right = axes[0]
+        drawing.bars(left, NAMES, _series(rows, 4), "predicting (% of request time)")
+        drawing.paper_line(left, PAPER_SHARE, "paper, p = 40: 0.24 to 3.11 %")
+        drawing.bars(right, NAMES, _series(rows, 3), "ms per prediction")
+        right.set_yscale("log")
+        for value, text in PAPER_CALLS_MS:
+            drawing.paper_line(right, value, text)
+        for ax in (left, right):
+            ax.tick_params(axis="x", rotation=20)
+        drawing.legend(left)
         return figure
 
     claims = (_time(share), _memory(rows), _every_prompt(found))
@@ -64,7 +70,7 @@ def run(bench: Workbench) -> Finding:
         "own, beside the engine; a prediction that comes too late is not waited for, and one that a newer question "
         "overtakes is dropped, so that there are fewer plans than prompts.",
     )
-    caption = f"Time spent predicting as a share of request time, {MEMORY} of the experts resident."
+    caption = f"Time spent predicting, as a share of request time and for each call; {MEMORY} of the experts resident."
     return Finding(claims, (table,), (Picture("overheads", caption, draw),), said)
 
 
@@ -81,6 +87,10 @@ def _figures(each: Judged, none: Judged, model_bytes: int) -> tuple[Any, ...]:
         rounded(spent["memory_bytes"] / 1e6, 1),
         rounded(100 * spent["memory_bytes"] / model_bytes, 2),
     )
+
+
+def _series(rows: tuple[tuple[Any, ...], ...], column: int) -> dict[str, list[float | None]]:
+    return {f"p = {p}": [row[column] for row in rows if row[1] == p] for p in PERIODS}
 
 
 def _time(share: dict[tuple[str, int], float | None]) -> Claim:

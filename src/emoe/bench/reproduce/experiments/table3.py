@@ -13,6 +13,7 @@ from emoe.bench.reproduce.workbench import Workbench
 from emoe.checkpoint.codecs.formats import EXPERT_DTYPES, NATIVE
 
 MIB = 1 << 20
+SIXTY = "ours, 60 %"
 PAPER = {"ours": (64.5, 98.2), "int8": (57.8, 95.2), "int4": (30.5, 91.5)}
 """GB of memory and percent, Mixtral-8x7B."""
 
@@ -30,8 +31,8 @@ def run(bench: Workbench) -> Finding:
     }
     asked: list[tuple[str, str, Way, Any]] = [("native, all resident", NATIVE, FULL, None)]
     asked += [(f"{form}, all resident", form, quantised[form], None) for form in forms]
-    asked += [(f"ours in {form}'s memory", form, OURS, nbytes) for form, nbytes in bytes_of.items()]
-    asked += [("ours, 60 %", NATIVE, OURS, "60%")]
+    asked += [(f"ours, {form}'s bytes", form, OURS, nbytes) for form, nbytes in bytes_of.items()]
+    asked += [(SIXTY, NATIVE, OURS, "60%")]
     found = accuracies(bench, [(answers, way, memory) for _, _, way, memory in asked])
     likely = judged(bench, [(references, way, memory) for _, _, way, memory in asked])
     rows = tuple(
@@ -48,21 +49,22 @@ def run(bench: Workbench) -> Finding:
     by = {name: each for (name, _, _, _), each in zip(asked, found, strict=True)}
 
     def draw() -> Any:
-        figure, axes = drawing.panels(1, width=6.4, height=3.6)
+        figure, axes = drawing.panels(1, width=7.6, height=3.8)
         ax = axes[0][0]
-        shown = [(name, each) for name, each in by.items() if each.value() is not None]
-        for number, (name, each) in enumerate(shown):
-            at = (each.judged.stats["peak_resident_bytes"] / MIB, each.value())
-            ax.scatter(*at, color=drawing.COLOURS[number], marker=drawing.MARKERS[number], s=48, label=name, zorder=3)
-        for name, (_, value) in PAPER.items():
-            drawing.paper_line(ax, value, f"paper's {name}: {value:g} %")
-        drawing.finish(ax, "memory of the experts (MiB)", f"{measure_name()} (%)")
-        ax.set_ylim(0, 107)
-        ax.set_xlim(left=0)
-        drawing.legend(ax, outside=True)
+        shown = [name for name, each in by.items() if each.value() is not None]
+        sizes = [by[name].judged.stats["peak_resident_bytes"] / MIB for name in shown]
+        names = [f"{name.replace(', ', chr(10))}\n{size:.1f} MiB" for name, size in zip(shown, sizes, strict=True)]
+        drawing.bars(ax, names, {"here": [by[name].value() for name in shown]}, f"{measure_name()} (%)")
+        at = {"int8, all resident": PAPER["int8"], "int4, all resident": PAPER["int4"], SIXTY: PAPER["ours"]}
+        points = [(shown.index(name), value) for name, (_, value) in at.items() if name in shown]
+        drawing.paper_points(ax, points, "paper: int8 57.8 GB, int4 30.5 GB, eMoE 64.5 GB")
+        ax.set_xticks(range(len(shown)), names, rotation=0, fontsize=7.5)
+        ax.set_ylim(0, 125)  # room for the names
+        ax.set_yticks(range(0, 101, 20))
+        drawing.legend(ax)
         return figure
 
-    caption = "Accuracy against the bytes of all experts: quantised ones, and fewer native ones. Lines: the paper's."
+    caption = "Accuracy and the bytes of the experts: quantised ones, and as many native ones as take the same bytes."
     claims = tuple(_claim(by, form) for form in forms)
     said = (
         *notes(bench, [each.judged for each in found]),
@@ -75,13 +77,13 @@ def run(bench: Workbench) -> Finding:
 def _claim(by: dict[str, Accuracy], form: str) -> Claim:
     text = f"fewer whole experts keep more than {form} ones"
     paper = f"{PAPER['ours'][1]} % in {PAPER['ours'][0]} GB against {PAPER[form][1]} % in {PAPER[form][0]} GB"
-    small, ours = by[f"{form}, all resident"].value(), by.get(f"ours in {form}'s memory")
+    small, ours = by[f"{form}, all resident"].value(), by.get(f"ours, {form}'s bytes")
     kept = None if ours is None else ours.value()
     if small is None or kept is None:
         why = "one of the two cannot run on this model: the notes say why."
         return Claim(text, paper, f"{form} {percent(small)}, ours {percent(kept)}", "not measured", why)
     here = f"ours {percent(kept)} against {percent(small)}, in the same memory"
-    wider = by["ours, 60 %"].value()
+    wider = by[SIXTY].value()
     if wider is not None:
         here += f" (ours with 60 % of the experts: {percent(wider)})"
     verdict = graded([kept >= small])
