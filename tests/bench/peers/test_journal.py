@@ -158,6 +158,23 @@ def test_an_interrupted_run_reports_and_goes_on(planted: Path, tmp_path: Path) -
     assert [row.samples for row in again.rows[:4]] == [row.samples for row in whole.rows]
 
 
+def test_nothing_is_learnt_where_nothing_is_left_to_measure(
+    planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    @contextmanager
+    def noted(_: Path, history: str | None, *__: object) -> Iterator[None]:
+        asked.append(history)
+        yield
+
+    monkeypatch.setattr(comparing, "learned", noted)
+    settings = settings_of(planted, tmp_path, out=tmp_path / "kept.jsonl", rounds=1, history="routes.npz")
+    compare(settings)
+    compare(settings)
+    assert asked == ["routes.npz", None]
+
+
 def test_what_failed_is_kept_too(planted: Path, tmp_path: Path) -> None:
     settings = settings_of(planted, tmp_path, out=tmp_path / "kept.jsonl", memory_limits=("40%",))
 

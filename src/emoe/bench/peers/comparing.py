@@ -19,21 +19,18 @@ from emoe.bench.fitting import fitting_budget
 from emoe.bench.learning import learned
 from emoe.bench.limits import machine_of
 from emoe.bench.page_cache import drop, read_ahead_bytes
-from emoe.bench.peers.build import llama_python, worker_command
-from emoe.bench.peers.entries import LLAMA_PRECISIONS, Entry, MemoryLimit, PeersSettings, context, entries
-from emoe.bench.peers.gguf_file import cached_gguf
+from emoe.bench.peers.build import worker_command
+from emoe.bench.peers.entries import Entry, MemoryLimit, PeersSettings, context, entries
+from emoe.bench.peers.files import prepared
 from emoe.bench.peers.journal import Journal
 from emoe.bench.peers.limits import limits_of
 from emoe.bench.peers.results import PeersReport, Row
-from emoe.bench.peers.routes import Agreement, planted_routes
 from emoe.bench.plant.card import LABEL, is_planted
 from emoe.bench.prompts import prompt_ids
 from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.checkpoint.fingerprint import fingerprint
-from emoe.checkpoint.writing import Progress
-from emoe.config import ExpertMemory, format_bytes
-from emoe.errors import UnsupportedModelError, UsageError
-from emoe.model import quantise
+from emoe.config import ExpertMemory
+from emoe.errors import UsageError
 from emoe.planner import Plan, facts_of, plan
 from emoe.planner.facts import Facts
 
@@ -56,15 +53,11 @@ def compare(settings: PeersSettings, say: Say = lambda _: None) -> PeersReport:
         CheckpointError, UnsupportedModelError: the checkpoint is damaged, or no MoE.
     """
     run = _Comparison(settings, say)
+    history = settings.history if any(run.turns()) else None  # learning takes minutes
     try:
-        with learned(settings.folder, settings.history, settings.evictions, say) as run.profile:
-            for limit in run.limits:
-                rows = [row for row in run.rows if row.limit == limit]
-                for number in range(settings.rounds):
-                    turn = number % len(rows)
-                    for row in [*rows[turn:], *rows[:turn]]:
-                        if row.error is None and number not in row.samples:
-                            run.measure(row, number)
+        with learned(settings.folder, history, settings.evictions, say) as run.profile:
+            for row, number in run.turns():
+                run.measure(row, number)
     except KeyboardInterrupt:
         say("interrupted; this is what was measured")
         return run.report(interrupted=True)
@@ -81,7 +74,6 @@ class _Comparison:
     def __init__(self, settings: PeersSettings, say: Say) -> None:
         self.settings, self.say = settings, say
         self.profile: str | None = None
-        self.files = sorted(settings.folder.glob("*.safetensors"))
         self.full = self._plan(ExpertMemory("share", 1.0))
         self.limits = settings.limits(self.full.checkpoint_bytes)
         for limit in self.limits:
@@ -89,18 +81,25 @@ class _Comparison:
                 with memory_cgroup(limit.nbytes):
                     pass  # refused here, before anything long
         self.journal = None if settings.out is None else Journal(settings.out, self._conditions())
-        self.quantised: dict[str, Path] = {}
-        self.llama = llama_python(settings.cache) if "llama.cpp" in settings.peers else None
-        self.routes: dict[str, Agreement] = {}
         budgets = {limit: self._budgets_of(limit) for limit in self.limits}
         self.rates = machine_of(settings.folder, say)
-        ggufs = self._files()
+        self.files = prepared(settings, say)
         self.rows = [
             Row(entry, limit, error=entry.missing)
             for limit in self.limits
-            for entry in self._entries(limit, budgets[limit], ggufs)
+            for entry in self._entries(limit, budgets[limit])
         ]
         self._recall()
+
+    def turns(self) -> Iterator[tuple[Row, int]]:
+        """What is to be measured still: each row of a limit in a round, then the next round, then the next limit."""
+        for limit in self.limits:
+            rows = [row for row in self.rows if row.limit == limit]
+            for number in range(self.settings.rounds):
+                turn = number % len(rows)
+                for row in [*rows[turn:], *rows[:turn]]:
+                    if row.error is None and number not in row.samples:
+                        yield row, number
 
     def _tokens(self, number: int) -> _Tokens:
         """The prompt `number`, and what follows it. A planted checkpoint's are positions of its trace, in order."""
@@ -143,32 +142,16 @@ class _Comparison:
 
     # -- what there is to measure -------------------------------------------------------------------------
 
-    def _files(self) -> dict[str, Path | str]:
-        """Quantised experts and GGUFs by expert dtype: made here, outside the limits and the clock, once."""
-        settings = self.settings
-        if "emoe" in settings.peers:
-            for dtype in settings.expert_dtypes:
-                if dtype != NATIVE:
-                    self.quantised[dtype] = quantise(
-                        settings.folder, expert_dtype=dtype, progress=self._progress(dtype)
-                    )
-        ggufs = {dtype: self._gguf(dtype) for dtype in settings.expert_dtypes}
-        if settings.check_routes:
-            self.routes = self._check_routes(ggufs)
-        return ggufs
-
-    def _entries(
-        self, limit: MemoryLimit, budgets: dict[str, tuple[ExpertMemory, ...]], ggufs: dict[str, Path | str]
-    ) -> list[Entry]:
+    def _entries(self, limit: MemoryLimit, budgets: dict[str, tuple[ExpertMemory, ...]]) -> list[Entry]:
         return entries(
             self.settings,
             budgets=budgets,
             cpu_bytes=self._cpu_bytes(limit),
-            llama_python=self.llama,
-            ggufs=ggufs,
+            llama_python=self.files.llama,
+            ggufs=self.files.ggufs,
             airllm=importlib.util.find_spec("airllm") is not None,
             accelerate=importlib.util.find_spec("accelerate") is not None,
-            llama_resident={dtype: _fits(gguf, limit) for dtype, gguf in ggufs.items()},
+            llama_resident={dtype: _fits(gguf, limit) for dtype, gguf in self.files.ggufs.items()},
         )
 
     def _plan(self, budget: ExpertMemory, dtype: str = NATIVE) -> Plan:
@@ -208,41 +191,6 @@ class _Comparison:
         if NATIVE not in self.settings.expert_dtypes or "accelerate" not in self.settings.peers:
             return 0
         return self.full.dense_bytes + self._plan(self._fitting(limit, NATIVE)).budget_bytes
-
-    def _gguf(self, dtype: str) -> Path | str:
-        """The file for llama.cpp, or why there is none. Nothing is written where llama.cpp is not there."""
-        if self.llama is None:
-            return "GGUF"
-        precision = LLAMA_PRECISIONS[dtype]
-        try:
-            return cached_gguf(
-                self.settings.folder, precision, self.settings.cache, self._progress(f"{precision} GGUF")
-            )
-        except (UsageError, UnsupportedModelError) as error:
-            return f"no GGUF: {error}"
-
-    def _progress(self, what: str) -> Progress:
-        """Says each tenth of `what`."""
-        shown = -1
-
-        def show(done: int, total: int) -> None:
-            nonlocal shown
-            if done * 10 // total > shown:
-                shown = done * 10 // total
-                self.say(f"writing {what}: {done / total:.0%} of {format_bytes(total)}")
-
-        return show
-
-    def _check_routes(self, ggufs: dict[str, Path | str]) -> dict[str, Agreement]:
-        """By expert dtype: whether llama.cpp routes as planted."""
-        if self.llama is None or not is_planted(self.settings.folder):
-            raise UsageError("--check-routes compares llama.cpp's routes with planted ones: it needs both")
-        found = {}
-        for dtype, gguf in ggufs.items():
-            if isinstance(gguf, Path):
-                found[dtype] = planted_routes(self.settings.folder, gguf, self.llama)
-                self.say(f"{dtype}: {found[dtype].text}")
-        return found
 
     # -- measuring ----------------------------------------------------------------------------------------
 
@@ -299,11 +247,11 @@ class _Comparison:
             limit = row.limit.nbytes
             cgroup = stack.enter_context(memory_cgroup(limit)) if limit is not None else None
             command, environment = list(TORCH_WORKER), dict[str, str]()
-            files = list(self.files)
+            files = list(self.files.checkpoint)
             if entry.llama is not None:
-                if self.llama is None:
+                if self.files.llama is None:
                     raise WorkerError("llama.cpp is not built")
-                command, environment = worker_command(self.llama)
+                command, environment = worker_command(self.files.llama)
                 load = dict(entry.llama)
                 files = [Path(load["gguf"])]
             else:
@@ -311,8 +259,8 @@ class _Comparison:
                 if entry.peer in ("accelerate", "airllm"):
                     options["offload_folder"] = str(self._offload(entry.peer, stack))
                     files += sorted(Path(options["offload_folder"]).rglob("*.safetensors"))
-                if entry.precision in self.quantised:
-                    files += sorted(self.quantised[entry.precision].glob("*.safetensors"))
+                if entry.precision in self.files.quantised:
+                    files += sorted(self.files.quantised[entry.precision].glob("*.safetensors"))
                 contender = entry.contender.as_dict() if entry.contender is not None else None
                 load = {
                     "contender": contender,
@@ -367,7 +315,7 @@ class _Comparison:
                 "label": LABEL if is_planted(self.settings.folder) else "",
             },
             rows=self.rows,
-            routes={dtype: agreement.text for dtype, agreement in self.routes.items()},
+            routes={dtype: agreement.text for dtype, agreement in self.files.routes.items()},
             versions={
                 name: version for row in self.rows for load in row.loads for name, version in load["versions"].items()
             },

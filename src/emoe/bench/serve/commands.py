@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from emoe.bench.options import say
 from emoe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def run_serve(args: argparse.Namespace) -> int:
         raise UsageError(f"--output {args.output}: give a file in a folder that exists")
     progress = _Progress()
     try:
-        report = asyncio.run(run(settings, _say, progress))
+        report = asyncio.run(run(settings, say, progress))
     finally:
         progress.end()
     text = json.dumps(report.as_dict())
@@ -157,10 +158,6 @@ def run_serve(args: argparse.Namespace) -> int:
     if report.interrupted:
         return INTERRUPTED
     return 0 if report.summary().successful else 1
-
-
-def _say(text: str) -> None:
-    print(f"emoe: {text}", file=sys.stderr, flush=True)
 
 
 class _Progress:
@@ -181,7 +178,7 @@ class _Progress:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
             self._open = True
         else:
-            _say(line)
+            say(line)
 
     def end(self) -> None:
         """Leave the line."""
