@@ -17,6 +17,9 @@ LayerSplit = Literal["uniform", "expected-misses"]
 LAYER_SPLITS: tuple[LayerSplit, ...] = ("uniform", "expected-misses")
 Prefetch = Literal["plan", "next-gate"]
 PREFETCHES: tuple[Prefetch, ...] = ("plan", "next-gate")
+Embeddings = Literal["memory", "disk", "auto"]
+EMBEDDINGS: tuple[Embeddings, ...] = ("memory", "disk", "auto")
+"""Where the input embedding lies: "auto" is on disk where not every expert is resident."""
 OnMiss = Literal["load", "hybrid"]
 ON_MISS: tuple[OnMiss, ...] = ("load", "hybrid")
 

@@ -51,6 +51,20 @@ def test_part_of_the_experts_comes_with_the_command_to_run(capsys: pytest.Captur
     assert "Fits in" in capsys.readouterr().out
 
 
+def test_an_embedding_on_disk_is_said_with_its_bytes(
+    checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(checkpoints("mixtral"))
+    assert main(["plan", folder, "--expert-memory", "60%", "--embeddings", "auto"]) == 0
+    assert "in memory, without 8.00 KiB of input embedding, read from disk row by row" in capsys.readouterr().out
+    assert main(["plan", folder, "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["smallest_bytes"] + 50_000
+    assert main(["plan", folder, "--memory", str(memory), "--embeddings", "auto"]) == 0
+    assert " --embeddings disk -p ..." in capsys.readouterr().out
+    assert main(["plan", "--embeddings", "disk"]) == 4  # emoe-nano's is tied
+    assert "is tied to another weight" in capsys.readouterr().err
+
+
 def test_the_machines_memory_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan"]) == 0
     assert "free (" in capsys.readouterr().out

@@ -82,6 +82,7 @@ def _add_measuring(parser: argparse.ArgumentParser, budgets: str, baselines: str
     add("--history", metavar="TRACE", help="routes of other prompts, from which next-use learns before it is measured")
     add("--expert-dtype", choices=EXPERT_DTYPES, default=NATIVE, help="emoe's experts in int8 or int4 (lossy)")
     add("--expert-cache", metavar="DIR", help="where those are kept (default: .emoe in the model's folder)")
+    add("--embeddings", choices=("memory", "disk"), default="memory", help="where emoe's input embedding lies")
     add("--prefetch", choices=PREFETCHES, help="emoe's prefetching (default: none)")
     add("--offload-folder", metavar="DIR", help="where accelerate may write weights (default: the temporary folder)")
     add("--seed", type=int, default=usual.seed, metavar="N", help="of random prompts")
@@ -113,6 +114,7 @@ def decode_settings(args: argparse.Namespace) -> DecodeSettings:
         expert_dtype=args.expert_dtype,
         expert_cache=args.expert_cache,
         prefetch=args.prefetch,
+        embeddings=args.embeddings,
         forced=args.forced,
         batch=args.batch,
         chunk=args.chunk,
@@ -136,6 +138,7 @@ def _budget(word: str, args: argparse.Namespace) -> ExpertMemory:
         batch=args.batch,
         chunk=args.chunk,
         expert_dtype=args.expert_dtype,
+        embeddings=args.embeddings,
     )
 
 

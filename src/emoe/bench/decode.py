@@ -29,13 +29,13 @@ from emoe.bench.settings import Contender, DecodeSettings
 from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.checkpoint.memory_room import memory_room
 from emoe.checkpoint.source import resolve
-from emoe.config import ExpertMemory, format_bytes
+from emoe.config import Embeddings, ExpertMemory, format_bytes
 from emoe.errors import UsageError
 from emoe.planner import Plan, facts_of, plan
 
 Say = Callable[[str], None]
 
-LOADING = ("reader", "expert_dtype", "expert_cache", "prefetch")
+LOADING = ("reader", "expert_dtype", "expert_cache", "prefetch", "embeddings")
 """Settings that say how emoe loads."""
 
 FREE_SHARE = 0.9
@@ -96,10 +96,11 @@ class _Bench:
         self.outcomes = [Outcome(contender, self._plan_bytes(contender)) for contender in settings.contenders]
         self._check_length()
 
-    def _plan(self, memory: ExpertMemory | None, expert_dtype: str = NATIVE) -> Plan:
+    def _plan(self, memory: ExpertMemory | None, expert_dtype: str = NATIVE, embeddings: Embeddings = "memory") -> Plan:
         return plan(
             self.folder,
             expert_dtype=expert_dtype,
+            embeddings=embeddings,
             expert_memory=memory or ExpertMemory("share", 1.0),
             context=self.settings.positions,
             prompt=self.settings.prompt_tokens,
@@ -111,7 +112,8 @@ class _Bench:
         return self.settings.expert_dtype if contender.engine == "emoe" else NATIVE
 
     def _plan_bytes(self, contender: Contender) -> int:
-        made = self._plan(contender.expert_memory, self._expert_dtype(contender))
+        embeddings: Embeddings = self.settings.embeddings if contender.engine == "emoe" else "memory"
+        made = self._plan(contender.expert_memory, self._expert_dtype(contender), embeddings)
         return made.total_bytes - made.import_bytes
 
     def _check_length(self) -> None:

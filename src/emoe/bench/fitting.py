@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from emoe.checkpoint.codecs.formats import NATIVE
-from emoe.config import ExpertMemory, format_bytes
+from emoe.config import Embeddings, ExpertMemory, format_bytes
 from emoe.errors import BudgetError
 from emoe.planner import plan
 
@@ -22,6 +22,7 @@ def fitting_budget(
     batch: int = 1,
     chunk: int | None = None,
     expert_dtype: str = NATIVE,
+    embeddings: Embeddings = "memory",
 ) -> ExpertMemory:
     """What the plan leaves for experts in `limit_bytes`, less what it may be off, in whole MiB; "100%" where all fit.
 
@@ -38,6 +39,7 @@ def fitting_budget(
         batch=batch,
         chunk=chunk,
         expert_dtype=expert_dtype,
+        embeddings=embeddings,
     )
     if made.fit == "none":
         raise BudgetError(

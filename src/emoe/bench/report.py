@@ -97,6 +97,8 @@ def _conditions(report: DecodeReport) -> str:
         said.append(f"each in a memory cgroup of {format_bytes(settings.memory_limit)}")
     if settings.expert_dtype != NATIVE:
         said.append(f"emoe's experts in {settings.expert_dtype} (LOSSY)")
+    if settings.embeddings == "disk":
+        said.append("emoe's input embedding on disk")
     if settings.history is not None:
         said.append(f"{', '.join(settings.evictions)} where it learns: from {settings.history}")
     said.append("page cache dropped before every generation" if settings.cold else "page cache as it comes")

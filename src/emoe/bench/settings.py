@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from emoe.checkpoint.codecs.formats import NATIVE, codec_of
-from emoe.config import ExpertMemory, Mode
+from emoe.config import Embeddings, ExpertMemory, Mode
 from emoe.errors import UsageError
 from emoe.policies.foresight import Foresight
 
@@ -68,10 +68,10 @@ class DecodeSettings:
     generation. `forced`: the checkpoint is a planted one, and the tokens of its trace are fed whatever the logits say,
     `batch` sequences at once, prompts in passes of `chunk` tokens (None: in one); `new_tokens` counts the logits read,
     one more than the steps after the prompt.
-    `expert_dtype`, `expert_cache`, `prefetch` as `emoe.load` has them. Each of `evictions` is a contender (none: the
-    default of `emoe.load`); `history` is a trace of other prompts, from which those that learn do so beforehand.
-    `baseline` names the contender that ratios refer to; None takes the fastest of transformers' implementations at
-    what is compared, or emoe with every expert where none of those ran.
+    `expert_dtype`, `expert_cache`, `prefetch`, `embeddings` as `emoe.load` has them. Each of `evictions` is a contender
+    (none: the default of `emoe.load`); `history` is a trace of other prompts, from which those that learn do so
+    beforehand. `baseline` names the contender that ratios refer to; None takes the fastest of transformers'
+    implementations at what is compared, or emoe with every expert where none of those ran.
     """
 
     model: str | None = None
@@ -98,6 +98,7 @@ class DecodeSettings:
     expert_dtype: str = NATIVE
     expert_cache: str | None = None
     prefetch: str | None = None
+    embeddings: Embeddings = "memory"
     contenders: tuple[Contender, ...] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ from emoe.checkpoint.conversion import (
 )
 from emoe.checkpoint.headers import FileStamp, TensorEntry, collector_paused, read_headers, stamp_files
 from emoe.checkpoint.layout import Layout
+from emoe.checkpoint.lookup import Lookup, find_lookup
 from emoe.checkpoint.parts import PartSpec
 from emoe.checkpoint.pieces import Piece, Recipe, recipe, whole_tensors
 from emoe.checkpoint.skeleton import (
@@ -102,7 +103,8 @@ class ExpertIndex:
 
     `expert_tensor_names` are the checkpoint's tensors that experts are made of, `expert_param_names` the
     model's parameters that hold them. `dense_nbytes` is the rest of the model in its run dtype, tied weights
-    once. `expert_dtype` names the codec that the experts are stored with, "native" for the checkpoint's own.
+    once. `lookup` is the input embedding, where its rows can be read one by one. `expert_dtype` names the
+    codec that the experts are stored with, "native" for the checkpoint's own.
     """
 
     def __init__(
@@ -114,8 +116,10 @@ class ExpertIndex:
         dense_nbytes: int,
         files: Mapping[Path, FileStamp],
         expert_dtype: str = NATIVE,
+        lookup: Lookup | None = None,
     ) -> None:
         self.expert_dtype = expert_dtype
+        self.lookup = lookup
         self.path = path
         self.layers = tuple(layers)
         self.expert_tensor_names = expert_tensor_names
@@ -128,9 +132,8 @@ class ExpertIndex:
         self, expert_dtype: str, layers: Sequence[LayerIndex], files: Mapping[Path, FileStamp]
     ) -> ExpertIndex:
         """The same experts kept elsewhere, in `files`."""
-        return ExpertIndex(
-            self.path, layers, self.expert_tensor_names, self.expert_param_names, self.dense_nbytes, files, expert_dtype
-        )
+        names = self.expert_tensor_names, self.expert_param_names
+        return ExpertIndex(self.path, layers, *names, self.dense_nbytes, files, expert_dtype, self.lookup)
 
     def layer(self, layer: int) -> LayerIndex:
         """One layer's index. Raises KeyError for a layer without experts."""
@@ -220,6 +223,7 @@ class _Builder:
             frozenset(self.shapes),
             _dense_nbytes(self.model, frozenset(self.shapes)),
             stamp_files(self.entries),
+            lookup=find_lookup(self.model, self.assignments.by_target, self._run_dtype),
         )
 
     def _run_dtype(self, name: str, parameter_dtype: torch.dtype) -> torch.dtype:

@@ -183,6 +183,7 @@ def _run_prompt(
 _LOADING: dict[str, Any] = {
     "expert_dtype": NATIVE,
     "expert_cache": None,
+    "embeddings": "memory",
     "host_memory": None,
     "on_miss": "load",
     "device": None,

@@ -7,7 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 from emoe.checkpoint.codecs.formats import EXPERT_DTYPES, NATIVE
-from emoe.config import LAYER_SPLITS, MODES, ON_MISS, PREFETCHES, ExpertMemory, parse_bytes, parse_host_memory
+from emoe.config import (
+    EMBEDDINGS,
+    LAYER_SPLITS,
+    MODES,
+    ON_MISS,
+    PREFETCHES,
+    ExpertMemory,
+    parse_bytes,
+    parse_host_memory,
+)
 from emoe.errors import UsageError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -53,6 +62,17 @@ def add_expert_dtype(parser: argparse.ArgumentParser, *, cache: bool = True) -> 
         )
 
 
+def add_embeddings(parser: argparse.ArgumentParser) -> None:
+    """--embeddings."""
+    parser.add_argument(
+        "--embeddings",
+        choices=EMBEDDINGS,
+        default="memory",
+        help="where the input embedding lies; on disk its rows are read when they are needed, and its memory is free "
+        "for experts; auto: on disk where not every expert is in memory (default: memory)",
+    )
+
+
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """How a model is loaded."""
     parser.add_argument(
@@ -62,6 +82,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         help="memory for experts: 8GiB, 512MB, 40%% of them or 12/layer (default: all of them)",
     )
     add_expert_dtype(parser)
+    add_embeddings(parser)
     add_host_memory(parser)
     add_device(parser)
     parser.add_argument(

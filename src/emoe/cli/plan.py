@@ -9,6 +9,7 @@ from typing import Any
 from emoe.cli.options import (
     add_command,
     add_device,
+    add_embeddings,
     add_expert_dtype,
     add_host_memory,
     add_json,
@@ -45,6 +46,7 @@ def add_parser(commands: Any) -> None:
         help="give the experts this much instead of what is left",
     )
     add_expert_dtype(parser, cache=False)
+    add_embeddings(parser)
     add_host_memory(parser)
     parser.add_argument(
         "-c",
@@ -83,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         process_memory=args.process_memory,
         expert_memory=args.expert_memory,
+        embeddings=args.embeddings,
         host_memory=args.host_memory,
         context=args.context,
         batch=args.batch,
@@ -103,7 +106,7 @@ def plan_text(made: Plan) -> str:
     size = format_bytes
     many = f"{made.layers} layers x {made.experts_per_layer}, {size(made.expert_nbytes)} each"
     rows = [
-        ("dense weights", size(made.dense_bytes), "read for every token, always in memory"),
+        ("dense weights", size(made.dense_bytes), dense_text(made)),
         ("key-value cache", size(made.cache_bytes), f"{made.batch} x {made.context} tokens{_kinds(made)}"),
         (
             "activations",
@@ -137,12 +140,20 @@ def plan_text(made: Plan) -> str:
     ]
     if made.fit == "some" and made.expert_memory is None:
         form = f" --expert-dtype {made.expert_dtype}" if made.lossy else ""
+        form += " --embeddings disk" if made.embeddings == "disk" else ""
         form += f" --device {made.device} --host-memory {_host_argument(made)}" if made.on_device else ""
         lines.append(f"  emoe generate {made.model} --expert-memory {_argument(made.budget_bytes)}{form} -p ...")
     if made.lossy:
         lines.append(f"LOSSY: {lossy_experts(made.expert_dtype)}")
     lines.extend(f"note: {text}" for text in made.assumed)
     return "\n".join(lines)
+
+
+def dense_text(made: Plan) -> str:
+    """What is said beside the bytes of the dense weights."""
+    if made.embeddings == "disk":
+        return f"in memory, without {format_bytes(made.lookup_bytes)} of input embedding, read from disk row by row"
+    return "read for every token, always in memory"
 
 
 def _on_host(made: Plan) -> tuple[str, str, str]:

@@ -17,7 +17,7 @@ from emoe.cli.early import refuse_early, refuse_settings
 from emoe.cli.layers import Layers
 from emoe.cli.options import add_command
 from emoe.cli.output import lossy_experts, note, print_json, table
-from emoe.cli.plan import stored_as
+from emoe.cli.plan import dense_text, stored_as
 from emoe.cli.serve_options import add_options, in_seconds
 from emoe.config import format_bytes
 from emoe.engine.interface import EngineSettings, TaskTargets
@@ -93,6 +93,7 @@ def _plan(args: argparse.Namespace) -> ServingPlan:
         process_source=limits.process_source,
         host_memory=args.host_memory,
         expert_memory=args.expert_memory,
+        embeddings=args.embeddings,
         context=args.max_model_len,
         kv_memory_bytes=args.kv_memory,
         max_running=args.max_num_seqs,
@@ -105,7 +106,7 @@ def plan_text(planned: ServingPlan, name: str) -> str:
     """The plan for people."""
     plan = planned.memory
     rows = [
-        ("dense weights", format_bytes(plan.dense_bytes), "read for every token, always in memory"),
+        ("dense weights", format_bytes(plan.dense_bytes), dense_text(plan)),
         (
             "experts, resident",
             format_bytes(plan.resident_bytes),
@@ -188,7 +189,11 @@ def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
 
         task = args.task  # of requests that name none; loading has nothing to label with it
         args.task = None
-        options = {"expert_memory": planned.expert_memory, "max_read_bytes_per_s": args.max_read_bytes_per_s}
+        options = {
+            "expert_memory": planned.expert_memory,
+            "embeddings": planned.memory.embeddings,
+            "max_read_bytes_per_s": args.max_read_bytes_per_s,
+        }
         with _log_as_notes(), open_session(args, **options) as session:
             profile = binding_of(session.model).ahead.profile
             tasks = () if profile is None else profile.tasks

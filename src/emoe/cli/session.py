@@ -205,6 +205,7 @@ def open_session(args: argparse.Namespace, **overrides: Any) -> Session:
         "expert_memory": args.expert_memory,
         "expert_dtype": args.expert_dtype,
         "expert_cache": args.expert_cache,
+        "embeddings": args.embeddings,
         "host_memory": args.host_memory,
         "mode": args.mode,
         "on_miss": args.on_miss,
@@ -240,6 +241,12 @@ def announce(session: Session) -> None:
         f"{format_bytes(s['total_expert_bytes'])}{'' if s['expert_dtype'] == NATIVE else ' as ' + s['expert_dtype']}, "
         f"{s['slots']} slots; reader {s['reader']}: {s['reader_reason']}"
     )
+    table = s["embeddings"]
+    if table["place"] == "disk":
+        note(
+            f"the input embedding stays on disk ({table['reason']}): {format_bytes(table['bytes_spared'])} less in "
+            "memory"
+        )
     host = s["host"]
     if host is not None:
         note(

@@ -12,24 +12,25 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from emoe.checkpoint.codecs.formats import NATIVE, ExpertCodec, codec_of, coded_parts
-from emoe.checkpoint.fingerprint import fingerprint
 from emoe.checkpoint.index import ExpertIndex, LayerIndex, build_index
 from emoe.checkpoint.memory_room import choose_reader
 from emoe.checkpoint.readers import Reader
 from emoe.checkpoint.skeleton import skeleton
 from emoe.checkpoint.source import resolve
-from emoe.config import ExpertMemory, LayerSplit, Mode, OnMiss, Prefetch, format_bytes, parse_host_memory
+from emoe.config import Embeddings, ExpertMemory, LayerSplit, Mode, OnMiss, Prefetch, format_bytes, parse_host_memory
 from emoe.errors import BudgetError, UsageError
 from emoe.kernels.choice import Kernel, kernel_of
 from emoe.kernels.dense import DenseKernels
 from emoe.kernels.experts import ExpertMath
 from emoe.model.attention import choose_attention
 from emoe.model.cache import let_grow
+from emoe.model.embedding import RowsOnDisk, choose_embeddings
 from emoe.model.foresight import Ahead
 from emoe.model.loading import load_dense
 from emoe.model.placement import Placement, check_settings, equip, host_plan, make_pool, place, preload
 from emoe.model.quantising import HUB_SETTINGS, embedded, stored_experts
 from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Runtime
+from emoe.model.tasking import nano_profile, profile_for
 from emoe.model.tracing import record_trace
 from emoe.policies.foresight import Foresight
 from emoe.residency.bank import Bank, slot_nbytes, torch_dtype
@@ -76,6 +77,8 @@ class Binding:
         self.ahead = ahead
         self.host: HostPlan | None = None
         self.on_miss: OnMiss = "load"
+        self.embedding: RowsOnDisk | None = None
+        self.embeddings_reason = ""
         self.pools: list[ExpertPool] = []
         self.handles: list[Any] = []
         self.kernel: Kernel | None = None
@@ -141,6 +144,7 @@ def load(
     profile: str | Path | Profile | None = None,
     predictor: str | None = None,
     prefetch: Prefetch | None = None,
+    embeddings: Embeddings = "memory",
     layer_split: LayerSplit = "uniform",
     sensitivity_threshold: float | None = None,
     trace: str | Path | None = None,
@@ -182,6 +186,8 @@ def load(
         predictor: the name of a predictor (emoe.prediction.registry.PREDICTORS) whose plans are loaded ahead.
         prefetch: "plan" (with a predictor; the default then) or "next-gate", which asks the next layer's router ahead
             (mode "exact"). Both switch themselves off while they make things slower; `stats` says so.
+        embeddings: "memory", "disk" (the rows that a pass needs are read when it begins; the same bits, less memory) or
+            "auto": on disk where not every expert is resident. One that is tied to another weight stays in memory.
         layer_split: "uniform" slots for every layer, or "expected-misses": the split of the same bytes that leaves the
             fewest misses by the profile's popularity.
         sensitivity_threshold: accuracy from which a layer counts as insensitive for a task (default: the profile's,
@@ -206,12 +212,12 @@ def load(
     """
     _check_arguments(kwargs)
     codec = codec_of(expert_dtype)
-    profiled = profile is not None or (model_id is None and _nano_profile() is not None)
+    profiled = profile is not None or (model_id is None and nano_profile() is not None)
     settings = Foresight(
         mode, eviction, predictor, prefetch, replan_prompts, layer_split, sensitivity_threshold, profiled
     )
     if profile is None and settings.wants_profile and model_id is None:
-        profile = _nano_profile()
+        profile = nano_profile()
     memory = None if expert_memory is None else ExpertMemory.parse(expert_memory)
     host = parse_host_memory(host_memory)
     check_settings(host, on_miss, mode, copies=bool(kwargs.get("device_map")))
@@ -222,7 +228,7 @@ def load(
     index = build_index(path, empty)
     needs = layer_needs(index, empty, codec)
     runtime = Runtime(mode, replan_prompts if isinstance(replan_prompts, int) else 1, task)
-    ahead = Ahead(settings, runtime, index, needs, _profile(profile, path))
+    ahead = Ahead(settings, runtime, index, needs, profile_for(profile, path))
     lane = mode != "exact"
     plan = plan_slots(memory, needs, lane=lane, shared_from=settings.shared_from, popularity=ahead.popularity())
     _check_rerouting(mode, plan, needs, empty, index)
@@ -231,11 +237,11 @@ def load(
     )
     del empty
     finish_trace = None if trace is None else record_trace(runtime, stored, needs, Path(trace))
-    kind, reason = choose_reader(
-        stored, plan.resident_bytes, reader, reserved_bytes=plan.resident_bytes + index.dense_nbytes
-    )
+    lookup, why = choose_embeddings(embeddings, index, plan.all_resident)
+    dense = index.dense_nbytes - (0 if lookup is None else lookup.nbytes)
+    kind, reason = choose_reader(stored, plan.resident_bytes, reader, reserved_bytes=plan.resident_bytes + dense)
     local = {name: value for name, value in kwargs.items() if name not in hub}
-    model = load_dense(path, index, IMPLEMENTATION, **local)
+    model = load_dense(path, index, IMPLEMENTATION, lookup, **local)
     placement = place(model, stored, needs)
     if placement.spread:
         plan = plan_slots(
@@ -251,6 +257,10 @@ def load(
     tokenizer = _tokenizer(path, kwargs)
     try:
         binding.host, binding.on_miss = beside, on_miss
+        binding.embeddings_reason = why
+        if lookup is not None:
+            binding.embedding = RowsOnDisk(model, lookup, index)
+            binding.handles.append(binding.embedding)
         _bind(model, binding, placement, opened)
         binding.attention = choose_attention(model, binding.kernel, asked="attn_implementation" in kwargs)
         binding.handles += [let_grow(model), *ahead.attach(model, binding.pools, tokenizer)]
@@ -372,22 +382,6 @@ def _refuse_to_save(*args: object, **kwargs: object) -> None:
         "a model made by emoe.load holds its dense weights only, so saving it would lose the experts. Copy the "
         "checkpoint's folder, or load it with transformers to save it."
     )
-
-
-def _profile(given: str | Path | Profile | None, path: Path) -> Profile | None:
-    """The profile, refused if it is of another model."""
-    if given is None:
-        return None
-    if isinstance(given, Profile):
-        given.check(fingerprint(path), str(path))
-        return given
-    return Profile.read(given, fingerprint(path), str(path))
-
-
-def _nano_profile() -> Path | None:
-    from emoe import nano
-
-    return nano.profile_path() if nano.profile_path().is_dir() else None
 
 
 def _tokenizer(path: Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:

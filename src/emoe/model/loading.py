@@ -18,8 +18,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from emoe.checkpoint.index import ExpertIndex
+from emoe.checkpoint.lookup import Lookup
 from emoe.errors import UsageError
 from emoe.kernels.pages import prefer_huge_pages
+from emoe.model.embedding import keep_at_rest
 
 METHOD = "emoe_experts_at_rest"
 
@@ -28,10 +30,11 @@ METHOD = "emoe_experts_at_rest"
 class ExpertsAtRestConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Names the expert parameters that stay at rest while the dense weights are loaded."""
 
-    def __init__(self, index: ExpertIndex | None = None, **kwargs: Any) -> None:
-        """Keep the index of the checkpoint whose experts stay at rest."""
+    def __init__(self, index: ExpertIndex | None = None, lookup: Lookup | None = None, **kwargs: Any) -> None:
+        """Keep the index of the checkpoint whose experts stay at rest, and the embedding that does too."""
         self.quant_method = METHOD
         self.index = index
+        self.lookup = lookup
 
     def to_dict(self) -> dict[str, Any]:
         """Return what could be written to a config.json: the method's name only."""
@@ -45,7 +48,8 @@ class ExpertsAtRestQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        index = cast(ExpertsAtRestConfig, self.quantization_config).index
+        config = cast(ExpertsAtRestConfig, self.quantization_config)
+        index, lookup = config.index, config.lookup
         if index is None:
             raise UsageError("this configuration is made by emoe.load and cannot be given to from_pretrained alone.")
         for layer in index.layers:
@@ -53,7 +57,11 @@ class ExpertsAtRestQuantizer(HfQuantizer):  # type: ignore[misc]
             for part in layer.parts:
                 module._parameters.pop(part.name)
             module._is_hf_initialized = True
-        patterns = {rf"{re.escape(name)}$" for name in index.expert_param_names}
+        names = index.expert_param_names
+        if lookup is not None:
+            keep_at_rest(model.get_submodule(lookup.module))
+            names |= {f"{lookup.module}.weight"}
+        patterns = {rf"{re.escape(name)}$" for name in names}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | patterns
         return model
 
@@ -67,20 +75,23 @@ class ExpertsAtRestQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def load_dense(path: Path, index: ExpertIndex, implementation: str, **kwargs: Any) -> PreTrainedModel:
+def load_dense(
+    path: Path, index: ExpertIndex, implementation: str, lookup: Lookup | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """Return the model of `path` with its dense weights loaded and its experts' parameters absent.
 
     Args:
         path: the checkpoint's folder.
         index: its expert index.
         implementation: the registered experts implementation that will run them.
+        lookup: the input embedding, where that stays at rest too.
         kwargs: for `AutoModelForCausalLM.from_pretrained`.
     """
     model = cast(
         PreTrainedModel,
         AutoModelForCausalLM.from_pretrained(
             path,
-            quantization_config=ExpertsAtRestConfig(index),
+            quantization_config=ExpertsAtRestConfig(index, lookup),
             experts_implementation=implementation,
             use_safetensors=True,
             **kwargs,

@@ -27,7 +27,8 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         computed (experts), and the seconds that decide: link_s, cpu_s, rows_s), slot_kernels (which kernels compute
         experts, and why), devices, synchronisations (how often the program stood still for a copy), load_wait_s,
         rerouted_tokens, routed_tokens, rerouted_share, prompts, passes, mode, lossy, reroutes (whether the mode can),
-        expert_dtype, reader, reader_reason, eviction, layers (per layer: hits, misses, loads, bytes_read,
+        expert_dtype, reader, reader_reason, embeddings (where the input embedding lies: place, reason, bytes_spared,
+        rows_read, bytes_read), eviction, layers (per layer: hits, misses, loads, bytes_read,
         rerouted_tokens, routed_tokens, experts, slots (its quota; 0: the layers share one pool), resident: the experts
         there now), predictor, predictions, plans, tasks, prefetch, scorer (what looking ahead saved and cost in
         seconds, whether it is active, and why not; None: there is none), loads_ahead (issued, used, unused, cancelled,
@@ -107,6 +108,7 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         "passes": passes,
         "reader": binding.reader.kind,
         "reader_reason": binding.reader_reason,
+        "embeddings": _embeddings(binding),
         "eviction": eviction,
         "predictor": binding.ahead.settings.predictor,
         "predictions": binding.ahead.spent()._asdict(),
@@ -117,6 +119,18 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         "scorer": scoring,
         "kernels": _kernels(model, binding),
         "layers": dict(sorted(layers.items())),
+    }
+
+
+def _embeddings(binding: Binding) -> dict[str, Any]:
+    """Where the input embedding lies, and what was read of it."""
+    table = binding.embedding
+    return {
+        "place": "memory" if table is None else "disk",
+        "reason": binding.embeddings_reason,
+        "bytes_spared": 0 if table is None else table.lookup.nbytes,
+        "rows_read": 0 if table is None else table.rows_read,
+        "bytes_read": 0 if table is None else table.bytes_read,
     }
 
 

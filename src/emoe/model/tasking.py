@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from emoe.checkpoint.fingerprint import fingerprint
 from emoe.model.collecting import tokens_of
 from emoe.model.runtime import Pass, Runtime
 from emoe.tasks.keywords import OTHER
@@ -16,6 +18,23 @@ from emoe.tasks.profile import Profile
 Array = npt.NDArray[Any]
 Decode = Callable[[list[int]], str]
 """Token ids of one prompt -> its text."""
+
+
+def profile_for(given: str | Path | Profile | None, path: Path) -> Profile | None:
+    """The profile of the checkpoint in `path`, read where it is a folder; refused if it is of another model."""
+    if given is None:
+        return None
+    if isinstance(given, Profile):
+        given.check(fingerprint(path), str(path))
+        return given
+    return Profile.read(given, fingerprint(path), str(path))
+
+
+def nano_profile() -> Path | None:
+    """The embedded model's profile, where it is installed."""
+    from emoe import nano
+
+    return nano.profile_path() if nano.profile_path().is_dir() else None
 
 
 class TaskReader:

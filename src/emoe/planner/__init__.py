@@ -13,7 +13,7 @@ from typing import Any
 from emoe.checkpoint.codecs.formats import NATIVE, ExpertCodec, codec_of
 from emoe.checkpoint.headers import TensorEntry, read_headers
 from emoe.checkpoint.source import resolve
-from emoe.config import ExpertMemory, parse_host_memory
+from emoe.config import Embeddings, ExpertMemory, parse_host_memory
 from emoe.errors import UnsupportedModelError
 from emoe.planner.facts import Facts
 from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
@@ -32,6 +32,7 @@ def plan(
     device: str | None = None,
     process_memory: str | int | None = None,
     expert_memory: str | int | ExpertMemory | None = None,
+    embeddings: Embeddings = "memory",
     host_memory: str | int | ExpertMemory | None = None,
     context: int | None = None,
     batch: int = 1,
@@ -53,6 +54,8 @@ def plan(
             machine what is free.
         host_memory: on a GPU, what pinned RAM other experts get: "16GiB", "50%", 0, or "auto" (also None).
         expert_memory: give the experts this much instead of what is left.
+        embeddings: where the input embedding lies: "memory", "disk" (its rows are read when they are needed), or
+            "auto": on disk where otherwise not every expert would be in memory.
         context: tokens that each sequence may grow to; None: 8192, or what the model was made for if less.
         batch: sequences at once.
         prompt: the longest prompt; None: the context.
@@ -76,6 +79,7 @@ def plan(
         device=device,
         process_memory=process_memory,
         expert_memory=expert_memory,
+        embeddings=embeddings,
         host_memory=host_memory,
         context=context,
         batch=batch,
@@ -92,6 +96,7 @@ def plan_facts(
     device: str | None = None,
     process_memory: str | int | None = None,
     expert_memory: str | int | ExpertMemory | None = None,
+    embeddings: Embeddings = "memory",
     host_memory: str | int | ExpertMemory | None = None,
     context: int | None = None,
     batch: int = 1,
@@ -109,6 +114,7 @@ def plan_facts(
         process_limit_bytes=limits.process_bytes,
         process_source=limits.process_source,
         expert_memory=None if expert_memory is None else ExpertMemory.parse(expert_memory),
+        embeddings=embeddings,
         host_memory=parse_host_memory(host_memory),
         context=context,
         batch=batch,

@@ -74,16 +74,8 @@ def facts_by_dry_run(path: Path, dtype: str | None = None, reason: str = "", cod
         assumed=(f"measured on a dry run, because {reason}",) if reason else (),
         expert_dtype=NATIVE if codec is None else codec.name,
         native_expert_bytes=index.total_expert_nbytes,
-        lookup_bytes=_lookup_bytes(model),
+        lookup_bytes=0 if index.lookup is None else index.lookup.nbytes,
     )
-
-
-def _lookup_bytes(model: Any) -> int:
-    """The input embedding, where it is not the output projection too."""
-    table, output = model.get_input_embeddings(), model.get_output_embeddings()
-    if table is None or output is None or table.weight is output.weight:
-        return 0
-    return int(table.weight.nbytes) if table.weight.shape == output.weight.shape else 0
 
 
 def _top_k(config: Any) -> int:

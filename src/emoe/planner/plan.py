@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.checkpoint.memory_room import memory_room
-from emoe.config import AUTO, ExpertMemory
-from emoe.errors import UsageError
+from emoe.config import AUTO, Embeddings, ExpertMemory
+from emoe.errors import UnsupportedModelError, UsageError
 from emoe.planner.facts import Facts, dtype_bytes, layer_needs
 from emoe.planner.limits import CPU
 from emoe.planner.verdict import verdict
-from emoe.residency.budget import SlotPlan, floor_bytes, plan_host, plan_slots, total_bytes
+from emoe.residency.budget import LayerNeed, SlotPlan, floor_bytes, plan_host, plan_slots, total_bytes
 
 IMPORT_BYTES = 334 << 20
 """Resident memory of a process that has imported emoe.model and one model class (torch 2.13 CPU build, transformers
@@ -60,7 +60,8 @@ class Plan:
     the process's memory on a CPU. On a GPU it is the device's, and the process is counted apart: `process_bytes`,
     pinned host memory included, of `process_limit_bytes`.
 
-    Experts are counted as `expert_dtype` stores them; natively all of them are `native_expert_bytes`.
+    Experts are counted as `expert_dtype` stores them; natively all of them are `native_expert_bytes`. With `embeddings`
+    on "disk", `dense_bytes` are without the `lookup_bytes` of the input embedding.
     """
 
     model: str
@@ -98,6 +99,8 @@ class Plan:
     assumed: tuple[str, ...]
     expert_dtype: str = NATIVE
     native_expert_bytes: int = 0
+    embeddings: Embeddings = "memory"
+    lookup_bytes: int = 0
     device: str = CPU
     device_runtime_bytes: int = 0
     process_limit_bytes: int | None = None
@@ -177,6 +180,7 @@ def make_plan(
     process_limit_bytes: int | None = None,
     process_source: str = "",
     expert_memory: ExpertMemory | None = None,
+    embeddings: Embeddings = "memory",
     host_memory: ExpertMemory | str | None = None,
     context: int | None = None,
     batch: int = 1,
@@ -187,12 +191,13 @@ def make_plan(
     less), with prompts of `prompt` tokens at most (None: the context).
 
     Prompts are read in passes of `chunk` tokens (None: in one). With `expert_memory` the experts get that much; else
-    what `memory_bytes` leaves beside everything else;
-    else all. On another `device` than the CPU `memory_bytes` is that device's, and the process, with the pinned
-    `host_memory` (None: "auto"), has a limit of its own.
+    what `memory_bytes` leaves beside everything else; else all. `embeddings` "auto" takes the input embedding out of
+    memory where otherwise not every expert would be in it. On another `device` than the CPU `memory_bytes` is that
+    device's, and the process, with the pinned `host_memory` (None: "auto"), has a limit of its own.
 
     Raises:
         UsageError: a number that cannot be meant, or host memory of a model that runs on the CPU.
+        UnsupportedModelError: the embedding on disk where it is tied to another weight.
         BudgetError: `expert_memory` is below the floor.
     """
     on_device = device != CPU
@@ -214,17 +219,18 @@ def make_plan(
     read = min(prompt, chunk or prompt)
     activations = activation_bytes(facts, read, batch, prompt - read, on_device=on_device)
     process = READ_BUFFER_BYTES + IMPORT_BYTES + RUNTIME_BYTES
+    if embeddings == "disk" and not facts.lookup_bytes:
+        raise UnsupportedModelError(f"the input embedding of {model} is tied to another weight: it stays in memory")
     rest = facts.dense_bytes + cache + activations + (DEVICE_RUNTIME_BYTES if on_device else process)
-    if expert_memory is not None:
-        slots = plan_slots(expert_memory, needs)
-    else:
-        left = total if memory_bytes is None else min(memory_bytes - rest, total)
-        slots = plan_slots(ExpertMemory("bytes", max(left, floor)), needs)
+    slots, fits = _slots(rest, memory_bytes, expert_memory, needs)
+    on_disk = embeddings == "disk" or (embeddings == "auto" and facts.lookup_bytes > 0 and _fit(slots, fits) != "all")
+    if on_disk:
+        rest -= facts.lookup_bytes
+        slots, fits = _slots(rest, memory_bytes, expert_memory, needs)
     host = None
     if on_device:
         free = memory_room().available_bytes if process_limit_bytes is None else max(0, process_limit_bytes - process)
         host = plan_host(host_memory, slots, needs, free)
-    fits = memory_bytes is None or rest + slots.resident_bytes <= memory_bytes
     if host is not None and process_limit_bytes is not None:
         fits = fits and process + host.nbytes <= process_limit_bytes
     return Plan(
@@ -235,7 +241,7 @@ def make_plan(
         batch=batch,
         prompt=prompt,
         checkpoint_bytes=facts.checkpoint_bytes,
-        dense_bytes=facts.dense_bytes,
+        dense_bytes=facts.dense_bytes - (facts.lookup_bytes if on_disk else 0),
         expert_bytes=total,
         cache_bytes=cache,
         cache_layers=dict(Counter(layer.kind for layer in facts.cache_layers)),
@@ -263,11 +269,26 @@ def make_plan(
         assumed=(*facts.assumed, *_beyond(context, facts.max_context), *((CUDA_ASSUMED,) if on_device else ())),
         expert_dtype=facts.expert_dtype,
         native_expert_bytes=facts.native_expert_bytes or total,
+        embeddings="disk" if on_disk else "memory",
+        lookup_bytes=facts.lookup_bytes,
         device=device,
         device_runtime_bytes=DEVICE_RUNTIME_BYTES if on_device else 0,
         process_limit_bytes=process_limit_bytes if on_device else None,
         process_source=process_source if on_device else "",
     )
+
+
+def _slots(
+    rest: int, memory_bytes: int | None, expert_memory: ExpertMemory | None, needs: list[LayerNeed]
+) -> tuple[SlotPlan, bool]:
+    """The experts' slots beside `rest` bytes, and whether both fit."""
+    if expert_memory is not None:
+        slots = plan_slots(expert_memory, needs)
+    else:
+        total = total_bytes(needs)
+        left = total if memory_bytes is None else min(memory_bytes - rest, total)
+        slots = plan_slots(ExpertMemory("bytes", max(left, floor_bytes(needs))), needs)
+    return slots, memory_bytes is None or rest + slots.resident_bytes <= memory_bytes
 
 
 def cache_tokens(context: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from emoe.config import ExpertMemory, format_bytes
+from emoe.config import Embeddings, ExpertMemory, format_bytes
 from emoe.errors import BudgetError, UsageError
 from emoe.planner import Facts, Plan
 from emoe.planner.facts import dtype_bytes
@@ -103,6 +103,7 @@ def plan_serving(
     process_source: str = "",
     host_memory: ExpertMemory | str | None = None,
     expert_memory: ExpertMemory | None = None,
+    embeddings: Embeddings = "memory",
     context: int | None = None,
     kv_memory_bytes: int | None = None,
     max_running: int,
@@ -153,6 +154,7 @@ def plan_serving(
         process_source=process_source,
         host_memory=host_memory,
         expert_memory=expert_memory,
+        embeddings=embeddings,
         context=kv_tokens + PADDING_PAGES * page_tokens,
         batch=1,
         prompt=min(max_batch_tokens, kv_tokens),
