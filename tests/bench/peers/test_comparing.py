@@ -183,7 +183,7 @@ def test_llama_cpp_computes_what_transformers_computes(family: str, tmp_path: Pa
 
 @WITH_LLAMA
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("precision", ["native", "q8_0"])
+@pytest.mark.parametrize("precision", ["native", "q8_0", "q4_0"])
 def test_llama_cpp_takes_the_planted_routes(family: str, precision: str, tmp_path: Path) -> None:
     trace = made_up_trace(40).write(tmp_path / "made-up.npz")
     shape = PUBLISHED[f"tiny-{family.replace('_', '-')}"]
