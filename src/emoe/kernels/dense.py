@@ -1,6 +1,7 @@
-"""Linear layers of few rows by the C kernels: attention projections, shared experts, the head.
+"""Linear layers and norms of few rows by the C kernels: attention projections, shared experts, the head.
 
-torch's bfloat16 linear reads a matrix at half the memory's bandwidth where there is one row (docs/log.md).
+torch's bfloat16 linear reads a matrix at half the memory's bandwidth where there is one row, and a norm is six of its
+operations (docs/log.md).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import nn
 
 from emoe.kernels.choice import Kernel
 from emoe.kernels.native.calls import ROWS, TYPES, Calls, Matrix, Shape
+from emoe.kernels.norms import norm_forward, norm_of
 
 DENSE_ROWS = 8
 """Rows up to which the C kernels are faster; beyond, torch computes."""
@@ -24,21 +26,33 @@ class DenseKernels:
     def __init__(self, model: nn.Module, kernel: Kernel) -> None:
         """Replace the forward of every plain `nn.Linear` on the CPU whose type the kernels know; others stay."""
         self._linears: list[nn.Linear] = []
+        self._norms: list[nn.Module] = []
         if kernel.calls is None:
             return
         for module in model.modules():
             if type(module) is nn.Linear and "forward" not in module.__dict__ and _known(module):
                 module.forward = _forward(module, kernel.calls)  # type: ignore[method-assign, assignment]
                 self._linears.append(module)
+            norm = None if "forward" in module.__dict__ else norm_of(module, kernel.calls)
+            if norm is not None:
+                module.forward = norm_forward(module, norm, kernel.calls)
+                self._norms.append(module)
 
     def __len__(self) -> int:
-        """How many layers there are."""
+        """How many linear layers there are."""
         return len(self._linears)
+
+    @property
+    def norms(self) -> int:
+        """How many norms there are."""
+        return len(self._norms)
 
     def remove(self) -> None:
         """Give the layers torch's forward back."""
         while self._linears:
             del self._linears.pop().forward
+        while self._norms:
+            del self._norms.pop().forward
 
 
 def _known(linear: nn.Linear) -> bool:

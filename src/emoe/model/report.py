@@ -182,6 +182,7 @@ def _kernels(model: PreTrainedModel, binding: Binding) -> dict[str, Any] | None:
         "name": kernel.name,
         "reason": kernel.reason,
         "linears": len(dense),
+        "norms": dense.norms,
         "attention": model.config._attn_implementation,
         "attention_reason": binding.attention,
         "calls_by_threads": threads,

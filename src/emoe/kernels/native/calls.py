@@ -86,7 +86,7 @@ class Calls:
             library = ctypes.CDLL(str(path))
             self._one_token, self._experts = library.emoe_one_token, library.emoe_experts
             self._products, self._counts = library.emoe_products, library.emoe_thread_counts
-            self._unpack, self._attention = library.emoe_unpack, library.emoe_attention
+            self._unpack, self._attention, self._norm = library.emoe_unpack, library.emoe_attention, library.emoe_norm
             self._rows, self._combine = library.emoe_rows, library.emoe_combine
         except (OSError, AttributeError) as error:
             raise BuildError(f"{path} cannot be loaded: {error}") from error
@@ -96,6 +96,8 @@ class Calls:
         self._combine.argtypes, self._combine.restype = [pointer, number, pointer, pointer, number, pointer], None
         self._experts.argtypes = [pointer, number, pointer, pointer, pointer, pointer, number]
         self._products.argtypes = [pointer, number, pointer, number, number, pointer, pointer, number]
+        self._norm.argtypes = [number, number, ctypes.c_long, ctypes.c_long, ctypes.c_float, pointer, pointer, pointer]
+        self._norm.restype = None
         self._attention.argtypes = [pointer] * 7 + [number]
         self._unpack.argtypes, self._unpack.restype = [pointer, pointer, pointer, number], None
 
@@ -182,6 +184,12 @@ class Calls:
                 *(out.data_ptr(), torch.get_num_threads()),
             )
         )
+
+    def norm(self, form: int, epsilon: float, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the norm of each row of `x` [..., size], times `weight`, to `out`; `form` as in native/norm.h."""
+        size = weight.numel()
+        rows = x.numel() // size
+        self._norm(TYPES[x.dtype], form, rows, size, epsilon, x.data_ptr(), weight.data_ptr(), out.data_ptr())
 
     def unpack(self, shape: Shape, matrix: int, out: torch.Tensor) -> None:
         """Write a quantised matrix (the address of a `Matrix`) as a plain one to `out` [rows, columns]."""

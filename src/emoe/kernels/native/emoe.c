@@ -39,6 +39,7 @@ static char *scratch(long bytes)
 INLINE long room(long bytes) { return align_up(bytes, 64); }
 
 #include "attention.h"
+#include "norm.h"
 
 typedef struct {
     const layer *of;
@@ -207,4 +208,14 @@ EXPORT int emoe_attention(const attention *a, const char *q, const char *k, cons
     spread(t.threads, a->batch * a->key_heads, attend_unit, &all);
     end_timing(&t);
     return all.failed ? -1 : 0;
+}
+
+/* out [rows, size] = the norm of each row of x, times weight [size]. */
+EXPORT void emoe_norm(int type, int form, long rows, long size, float epsilon, const char *x, const char *weight, char *out)
+{
+    const long bytes = size * type_bytes(type);
+    for (long r = 0; r < rows; r++) {
+        if (type == BF16) norm_row(BF16, form, size, epsilon, x + r * bytes, weight, out + r * bytes);
+        else norm_row(F32, form, size, epsilon, x + r * bytes, weight, out + r * bytes);
+    }
 }
