@@ -9,7 +9,7 @@ import numpy as np
 
 from emoe.bench.reproduce.workbench import Workbench, routes_digest
 from emoe.errors import UsageError
-from emoe.prediction.scoring import halves
+from emoe.prediction.scoring import halves, sides
 from emoe.routing.counts import PromptCounts
 from emoe.routing.trace import Trace
 
@@ -30,16 +30,17 @@ class Source:
     digest: str
 
 
-def sources(bench: Workbench, ordered: bool = False) -> list[Source]:
-    """The model's own routes, and random halves of each trace's prompts by the run's seed.
+def sources(bench: Workbench, ordered: bool = False, seed: int | None = None) -> list[Source]:
+    """The model's own routes, and random halves of each trace's prompts, prompts in random order.
 
-    ordered: only those that know each token's experts.
+    ordered: only those that know each token's experts; seed: of halves and order, the run's by default.
 
     Raises:
         UsageError: a trace with too few prompts to compare.
     """
-    others = [found for name in bench.traces if (found := _halved(bench, name)).ordered or not ordered]
-    learn, score = (bench.recorded(side)[0] for side in ("learn", "score"))
+    seed = bench.settings.seed if seed is None else seed
+    others = [found for name in bench.traces if (found := _halved(bench, name, seed)).ordered or not ordered]
+    learn, score = sides(bench.recorded("score")[0], bench.recorded("learn")[0], seed, in_order=False)
     return [Source(bench.name, learn, score, True, "own"), *others]
 
 
@@ -52,8 +53,8 @@ def left_out(bench: Workbench) -> tuple[str, ...]:
     )
 
 
-def _halved(bench: Workbench, name: str) -> Source:
-    routes, seed = bench.traces[name], bench.settings.seed
+def _halved(bench: Workbench, name: str, seed: int) -> Source:
+    routes = bench.traces[name]
     if routes.num_prompts < LEAST_PROMPTS:
         raise UsageError(
             f"the trace {name} holds {routes.num_prompts} prompts, and comparing needs at least {LEAST_PROMPTS}: leave "

@@ -51,24 +51,25 @@ def run(bench: Workbench) -> Finding:
     models, seeds = bench.pick(MODELS[:1], MODELS), bench.pick((0,), (0, 1))
     networks = [network_name(model, kind) for model in models for kind in KINDS]
     found: dict[str, dict[str, Row]] = {}
-    every = sources(bench)
-    for source in every:
+    # Halves, order and training are drawn anew for each seed.
+    drawn = [sources(bench, seed=bench.settings.seed + seed) for seed in seeds]
+    for source in drawn[0]:
         if source.learn.num_prompts < LEAST_PROMPTS:
             raise UsageError(
                 f"{source.name} has {source.learn.num_prompts} prompts to learn from, and networks need at least "
                 f"{LEAST_PROMPTS}: give more --prompts, or a --learn file."
             )
     torch.set_num_threads(bench.settings.threads)
-    for number, source in enumerate(every):
+    for same in zip(*drawn, strict=True):
+        source = same[0]
         # Transitions need to know which experts a token took together.
         names = [name for name in (*SIMPLE, *networks, BOUND) if source.ordered or name != "transitions"]
         found[source.name] = {}
         for at, name in enumerate(names):
             bench.step(f"predictors, {source.name}", at, len(names))
-            runs = [_measured(bench, source, name, bench.settings.seed + seed) for seed in seeds]
+            runs = [_measured(bench, each, name, seed) for each, seed in zip(same, seeds, strict=True)]
             found[source.name][name] = summed_up(name, runs)[0]
         bench.step(f"predictors, {source.name}", len(names), len(names))
-        bench.say(f"table2: {number + 1} of {len(every)} models' routes")
     rows: list[tuple[Any, ...]] = []
     for name, of in found.items():
         for row in of.values():
@@ -113,7 +114,7 @@ def _measured(bench: Workbench, source: Source, name: str, seed: int) -> dict[st
     found: dict[str, Any] = bench.cell(
         "table2",
         {"routes": source.digest, "predictor": name, "seed": seed},
-        lambda: measure(name, part(source.learn), part(source.score), seed),
+        lambda: measure(name, part(source.learn), part(source.score), bench.settings.seed + seed),
     )
     return found
 
@@ -137,7 +138,11 @@ def _claims(name: str, of: dict[str, Row], models: tuple[str, ...]) -> list[Clai
             "70 % and 69 %; 71 % and 71 %",
             f"{layered:.1%} and {whole:.1%}",
             "holds" if abs(layered - whole) <= ALIKE else "does not hold",
-            "" if abs(layered - whole) <= ALIKE else "Layer by layer, an error is passed on to the layers that follow.",
+            ""
+            if abs(layered - whole) <= ALIKE
+            else "Layer by layer, an error is passed on to the layers that follow."
+            if layered < whole
+            else "All layers at once has to tell every layer from the previous prompt.",
         ),
     ]
     if len(models) == len(MODELS):
