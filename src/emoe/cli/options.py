@@ -86,6 +86,19 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     add_host_memory(parser)
     add_device(parser)
     parser.add_argument(
+        "--expert-devices",
+        type=names,
+        metavar="NAMES",
+        help="spread every layer's experts over these devices, e.g. cuda:0,cuda:1, --device among them; the expert "
+        "memory is of all together (default: experts lie with their layer)",
+    )
+    parser.add_argument(
+        "--spread",
+        choices=("auto", "always"),
+        default="auto",
+        help="auto: spread them only where that is faster by measurement; always (default: auto)",
+    )
+    parser.add_argument(
         "--mode",
         choices=MODES,
         default="exact",
@@ -242,6 +255,11 @@ def host_memory(text: str) -> ExpertMemory | str | None:
         return parse_host_memory(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def names(text: str) -> tuple[str, ...]:
+    """argparse type for names with commas between them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def prompts_apart(text: str) -> int | str:

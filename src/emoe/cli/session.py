@@ -225,6 +225,8 @@ def open_session(args: argparse.Namespace, **overrides: Any) -> Session:
     }
     if args.device is not None:
         options["device_map"] = args.device
+    if args.expert_devices is not None:
+        options |= {"expert_devices": args.expert_devices, "spread": args.spread}
     if args.revision is not None:
         options["revision"] = args.revision
     if args.trust_remote_code:
@@ -253,6 +255,8 @@ def announce(session: Session) -> None:
             f"on {', '.join(s['devices'])}, beside {format_bytes(host['slots_bytes'])} of host memory for experts"
             + (f"; {host['notice']}" if host["notice"] else "")
         )
+    if s["spread"]:
+        note(f"experts {s['spread']}")
     if s["hybrid"] is not None:
         note(f"HYBRID: {s['hybrid']['label']}, so the last bits can differ from a run to the next")
     warn_if_lossy(s)

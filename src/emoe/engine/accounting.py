@@ -52,7 +52,7 @@ class Accounting:
         self._ranks = {layer: rank for rank, layer in enumerate(order)}
         self._experts = max(layer.experts for layer in self._layers)
         self._nbytes = np.array([nbytes[layer] for layer in order], dtype=np.int64)
-        self._everything = all(layer.pool.table.all_fit for layer in self._layers)
+        self._everything = all(pool.table.all_fit for layer in self._layers for pool in layer.pools)
         self._segment: Array = np.zeros(0, dtype=np.int64)
         self._segments = 0
         self._seen: list[tuple[int, torch.Tensor]] = []
@@ -71,7 +71,7 @@ class Accounting:
         self._seen.append((rank, ids))
         if not self._everything:
             runtime = self._layers[rank]
-            self._resident[rank, : runtime.experts] = runtime.pool.table.ready(layer)
+            self._resident[rank, : runtime.experts] = runtime.ready()
             self._loaded[rank] = runtime.owner.counts(runtime)
 
     def end(self, planned: Array | None = None) -> StepUse:

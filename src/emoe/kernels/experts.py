@@ -9,14 +9,16 @@ once, which a budget does not give.
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from emoe.kernels.choice import Kernel
+from emoe.kernels.fetching import Fetch, at_once
 from emoe.kernels.gates import gate_of
 from emoe.kernels.native.experts import Bound, NativeExperts, bindable
 from emoe.kernels.quantised import SCALE, QuantisedMatrix, matvec
@@ -257,15 +259,6 @@ def round_rows(n: int) -> int:
     return -(-n // step) * step
 
 
-Fetch = Callable[..., Callable[[], tuple[torch.Tensor, ...]]]
-"""Begins to bring small tensors to the program; what it returns waits for them (emoe.residency.devices)."""
-
-
-def at_once(*tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """A `Fetch` of tensors that the program can read where they are."""
-    return lambda: tensors
-
-
 class Grouping:
     """A chunk's (token, choice) pairs as rows sorted by expert, each expert's rows a block.
 
@@ -285,6 +278,7 @@ class Grouping:
         """
         flat = ids.reshape(-1)
         self.top_k = ids.shape[1]
+        self._rows_each = 0.0
         ordered, order = torch.sort(flat, stable=True)
         ends = torch.searchsorted(ordered, torch.arange(1, experts + 1, dtype=flat.dtype, device=ids.device))
         arriving = fetch(ends)
@@ -306,6 +300,31 @@ class Grouping:
             self.place[order] = row
             self.gather = order.new_zeros(sum(sizes))
             self.gather[row] = token
+
+    @property
+    def rows(self) -> int:
+        """Rows of all blocks."""
+        return sum(self.blocks.values())
+
+    @property
+    def rows_each(self) -> float:
+        """Rows of an expert of the whole chunk on average."""
+        return self._rows_each or self.rows / len(self.counts)
+
+    def part(self, start: int, experts: Sequence[int]) -> Grouping:
+        """The rows of some neighbouring experts, the first of which begin at row `start`."""
+        part = copy.copy(self)
+        part.blocks = {expert: self.blocks[expert] for expert in experts}
+        part.counts = {expert: self.counts[expert] for expert in experts}
+        part.gather = self.gather[start : start + part.rows]
+        part._rows_each = self.rows_each
+        return part
+
+    def at(self, gather: torch.Tensor) -> Grouping:
+        """The same with its rows' tokens on another device."""
+        part = copy.copy(self)
+        part.gather = gather
+        return part
 
     def by_count(self) -> list[int]:
         """Experts, most tokens first, ties by number."""
@@ -339,6 +358,18 @@ def many_tokens(
     if not grouping.counts:
         return torch.zeros_like(hidden)
     workspace = workspace or Workspace()
+    outer = rows_of_chunk(math, hidden, grouping, ready, workspace)
+    return finish_chunk(math, outer, grouping, gates, hidden.dtype, workspace)
+
+
+def rows_of_chunk(
+    math: ExpertMath,
+    hidden: torch.Tensor,
+    grouping: Grouping,
+    ready: Iterable[tuple[int, Weights]],
+    workspace: Workspace,
+) -> torch.Tensor:
+    """[rows of the grouping, hidden]: what experts make of their tokens, before any norm and weighting."""
     shape = (grouping.gather.numel(), hidden.shape[1], hidden.dtype, hidden.device)
     rows = torch.index_select(hidden, 0, grouping.gather, out=workspace.rows("rows", *shape))
     outer = workspace.rows("outer", *shape)
@@ -347,9 +378,21 @@ def many_tokens(
     blocks = dict(zip(grouping.blocks, pairs, strict=True))
     for expert, w in ready:
         _one_expert(math, w, *blocks[expert], grouping.counts[expert])
+    return outer
+
+
+def finish_chunk(
+    math: ExpertMath,
+    outer: torch.Tensor,
+    grouping: Grouping,
+    gates: torch.Tensor,
+    dtype: torch.dtype,
+    workspace: Workspace,
+) -> torch.Tensor:
+    """[tokens, hidden]: norm (where a family has one), weight and add the rows of a chunk."""
     if math.post_norm is not None:
         outer = math.post_norm(outer)
-    return combine(outer, gates, hidden.dtype, grouping.place, workspace)
+    return combine(outer, gates, dtype, grouping.place, workspace)
 
 
 def _one_expert(math: ExpertMath, w: Weights, x: torch.Tensor, out: torch.Tensor, count: int) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from emoe.kernels.experts import ExpertMath, Grouping, Workspace, combine, finish_token
+from emoe.kernels.experts import ExpertMath, Grouping, Workspace, finish_chunk, finish_token
 from emoe.kernels.quantised import SCALE
 
 _log = logging.getLogger(__name__)
@@ -89,11 +89,18 @@ class SlotKernels:
         """
         if not grouping.counts:
             return torch.zeros_like(hidden)
+        outer = self.rows_of_chunk(hidden, grouping, ready, workspace)
+        return finish_chunk(self._math, outer, grouping, gates, hidden.dtype, workspace)
+
+    def rows_of_chunk(
+        self, hidden: torch.Tensor, grouping: Grouping, ready: Iterable[Wave], workspace: Workspace
+    ) -> torch.Tensor:
+        """[rows of the grouping, hidden]: what experts make of their tokens, before any norm and weighting."""
         rows = grouping.gather.numel()
         shape = (rows, hidden.shape[1], hidden.dtype, hidden.device)
         gathered = torch.index_select(hidden, 0, grouping.gather, out=workspace.rows("rows", *shape))
         outer = workspace.rows("outer", *shape)
-        block = self._products.block_rows(rows / len(grouping.counts))
+        block = self._products.block_rows(grouping.rows_each)
         starts, at = {}, 0
         for expert, n in grouping.blocks.items():
             starts[expert] = at
@@ -101,9 +108,7 @@ class SlotKernels:
         for wave in ready:
             for part in _within(wave, grouping.blocks):
                 self._run(part, grouping.blocks, starts, block, gathered, outer)
-        if self._math.post_norm is not None:
-            outer = self._math.post_norm(outer)
-        return combine(outer, gates, hidden.dtype, grouping.place, workspace)
+        return outer
 
     def _run(
         self,

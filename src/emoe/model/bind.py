@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -27,9 +27,10 @@ from emoe.model.cache import let_grow
 from emoe.model.embedding import RowsOnDisk, choose_embeddings
 from emoe.model.foresight import Ahead
 from emoe.model.loading import load_dense
-from emoe.model.placement import Placement, check_settings, equip, host_plan, make_pool, place, preload
+from emoe.model.placement import Placement, check_settings, equip, host_plan, make_pool, place, preload, spread_over
 from emoe.model.quantising import HUB_SETTINGS, embedded, stored_experts
 from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Runtime
+from emoe.model.spreading import Shard, Spread, check_spreading
 from emoe.model.tasking import nano_profile, profile_for
 from emoe.model.tracing import record_trace
 from emoe.policies.foresight import Foresight
@@ -79,6 +80,8 @@ class Binding:
         self.on_miss: OnMiss = "load"
         self.embedding: RowsOnDisk | None = None
         self.embeddings_reason = ""
+        self.firsts: dict[int, dict[int, int]] = {}
+        self.spread = ""
         self.pools: list[ExpertPool] = []
         self.handles: list[Any] = []
         self.kernel: Kernel | None = None
@@ -138,6 +141,8 @@ def load(
     host_memory: str | int | None = None,
     mode: Mode = "exact",
     on_miss: OnMiss = "load",
+    expert_devices: Sequence[str] | None = None,
+    spread: str = "auto",
     reader: str = "auto",
     eviction: str = "least-stale",
     replan_prompts: int | str = 1,
@@ -173,6 +178,9 @@ def load(
             where the running task is sensitive to wrong routing and the second elsewhere, as the profile says.
         on_miss: "load", or on a GPU "hybrid": misses that the host holds are computed on the CPU where that is faster
             by measurement (exact routes, CPU arithmetic for misses: other last bits than the GPU's).
+        expert_devices: devices ("cuda:0", "cuda:1") over which the experts of every layer are spread, the one that
+            `device_map` puts the model on among them; the budget is of all together. None: they lie with their layer.
+        spread: "auto" spreads them only where a token is expected to take less time so, by measurement; "always".
         reader: "auto", "cached", "direct" or "advised"; see the user guide.
         eviction: "least-stale", "lru" or "lfu", or a scorer of expected use: "decayed", or "next-use", which follows
             LRU while that loads less, and switches itself off while it takes longer than the loads it spares.
@@ -221,6 +229,8 @@ def load(
     memory = None if expert_memory is None else ExpertMemory.parse(expert_memory)
     host = parse_host_memory(host_memory)
     check_settings(host, on_miss, mode, copies=bool(kwargs.get("device_map")))
+    plain = predictor is None and prefetch is None and layer_split == "uniform" and on_miss == "load"
+    check_spreading(expert_devices, spread, mode, plain and eviction in ("least-stale", "lru", "lfu"))
     hub = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}
     path = resolve(embedded() if model_id is None else model_id, **hub)
     config_kwargs = {name: kwargs[name] for name in ("dtype", "trust_remote_code") if name in kwargs}
@@ -243,6 +253,8 @@ def load(
     local = {name: value for name, value in kwargs.items() if name not in hub}
     model = load_dense(path, index, IMPLEMENTATION, lookup, **local)
     placement = place(model, stored, needs)
+    row = torch.zeros(1, model.config.get_text_config(decoder=True).hidden_size, dtype=model.dtype, device=model.device)
+    placement = spread_over(expert_devices, spread, placement, plan.resident_bytes / plan.total_bytes, row)
     if placement.spread:
         plan = plan_slots(
             memory, placement.needs, lane=lane, shared_from=settings.shared_from, popularity=ahead.popularity()
@@ -261,6 +273,7 @@ def load(
         if lookup is not None:
             binding.embedding = RowsOnDisk(model, lookup, index)
             binding.handles.append(binding.embedding)
+        binding.firsts, binding.spread = placement.firsts, placement.told
         _bind(model, binding, placement, opened)
         binding.attention = choose_attention(model, binding.kernel, asked="attn_implementation" in kwargs)
         binding.handles += [let_grow(model), *ahead.attach(model, binding.pools, tokenizer)]
@@ -338,6 +351,7 @@ def _bind(model: PreTrainedModel, binding: Binding, placement: Placement, reader
     """Make the banks and attach each experts module to its layer."""
     runtime, index = binding.runtime, binding.index
     entries = {entry.layer: entry for entry in index.layers}
+    shards: dict[int, list[Shard]] = {}
     for pool_plan in binding.plan.pools:
         members = [need for need in placement.needs if need.group == pool_plan.group]
         first = entries[members[0].layer]
@@ -345,19 +359,26 @@ def _bind(model: PreTrainedModel, binding: Binding, placement: Placement, reader
         experts = {need.layer: need.experts for need in members}
         table = ResidencyTable(pool_plan, experts, binding.ahead.rule(experts, pool_plan.quotas))
         bank = Bank(first.parts, pool_plan.slots, device)
-        pool = make_pool(table, bank, device, binding.host, index, reader, binding.loader)
+        firsts = placement.firsts.get(pool_plan.group)
+        pool = make_pool(table, bank, device, binding.host, index, reader, binding.loader, firsts)
         binding.pools.append(pool)
         kernel = kernel_of(device.place, torch_dtype(first.run_dtype))
         math = ExpertMath(model.get_submodule(first.module), kernel)
         weights = [math.bind(views) for views in bank.views]
         for need in members:
-            module = model.get_submodule(entries[need.layer].module)
-            dtype = torch_dtype(entries[need.layer].run_dtype)
-            layer = LayerRuntime(need.layer, need.experts, pool, ExpertMath(module, kernel), runtime, weights, dtype)
-            runtime.layers[need.layer] = layer
-            module._emoe_layer = layer
-            if runtime.mode != "exact":
-                binding.handles.append(_attach_rule(model, entries[need.layer], layer))
+            begins = 0 if firsts is None else firsts[need.layer]
+            shards.setdefault(need.layer, []).append(Shard(pool, begins, need.experts, weights))
+    for number, own in shards.items():
+        module = model.get_submodule(entries[number].module)
+        dtype = torch_dtype(entries[number].run_dtype)
+        pool, count = own[0].pool, sum(shard.count for shard in own)
+        math = ExpertMath(module, kernel_of(pool.bank.device, dtype))
+        layer = LayerRuntime(number, count, pool, math, runtime, own[0].weights, dtype)
+        layer.spread = Spread(number, math, own) if len(own) > 1 else None
+        runtime.layers[number] = layer
+        module._emoe_layer = layer
+        if runtime.mode != "exact":
+            binding.handles.append(_attach_rule(model, entries[number], layer))
     equip(runtime.layers.values(), binding.on_miss)
     binding.kernel = kernel_of(binding.pools[0].bank.device, model.dtype)
     binding.dense = DenseKernels(model, binding.kernel)

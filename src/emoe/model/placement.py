@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -18,6 +18,7 @@ from emoe.kernels.slots import SlotKernels, available
 from emoe.model.hybrid import Costs, Hybrid, measure
 from emoe.model.loading import device_of
 from emoe.model.runtime import LayerRuntime
+from emoe.model.spreading import PartIndex, measure_spread
 from emoe.residency.bank import Bank
 from emoe.residency.budget import HostPlan, LayerNeed, SlotPlan, plan_host
 from emoe.residency.devices import Device, device_at
@@ -30,10 +31,16 @@ from emoe.residency.transfers import Transfers, copy_seconds
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What each layer needs, those of one group on one device; `devices` by group."""
+    """What each layer needs, those of one group on one device; `devices` by group.
+
+    `firsts`: by group and layer, the first of the layer's experts that lie there, where they are spread over devices.
+    `told`: why they are, or not; empty where that was not asked for.
+    """
 
     needs: list[LayerNeed]
     devices: dict[int, Device]
+    firsts: dict[int, dict[int, int]] = field(default_factory=dict)
+    told: str = ""
 
     @property
     def spread(self) -> bool:
@@ -62,6 +69,63 @@ def place(model: PreTrainedModel, index: ExpertIndex, needs: Sequence[LayerNeed]
             devices[at] = device_at(at)
         placed.append(replace(need, group=groups.setdefault((need.group, at), len(groups))))
     return Placement(placed, {group: devices[at] for (_, at), group in groups.items()})
+
+
+def spread_over(
+    names: Sequence[str] | None, spread: str, placement: Placement, resident_share: float, row: torch.Tensor
+) -> Placement:
+    """The same with every layer's experts spread over devices, where that is faster ("auto") or in any case ("always").
+
+    Args:
+        names: the devices, the layers' own among them; None: as they are.
+        spread: one of SPREADS.
+        placement: all layers on one device.
+        resident_share: of the experts; the others miss, as if all were chosen alike.
+        row: a hidden state [1, hidden] in the model's dtype, on the layers' device.
+
+    Raises:
+        UsageError: the layers lie on several devices, or on none of `names`.
+    """
+    if names is None:
+        return placement
+    homes = {id(device): device for device in placement.devices.values()}
+    (home, *others) = homes.values()
+    places = [_numbered(torch.device(name)) for name in names]
+    if others or home.place not in places:
+        raise UsageError(
+            f"the layers lie on {', '.join(str(device.place) for device in homes.values())}: to spread their experts, "
+            f"put them on one of the expert devices ({', '.join(names)}) with device_map."
+        )
+    if len(places) == 1:
+        return placement
+    devices = [home, *(device_at(place) for place in places if place != home.place)]
+    k = min(need.top_k for need in placement.needs)
+    costs = measure_spread(devices, max(need.slot_nbytes for need in placement.needs), row)
+    saved = costs.saved_s(k, len(devices), 1 - resident_share)
+    told = (
+        f"spread over {len(devices)} devices a layer's token takes {abs(saved) * 1e6:.0f} us "
+        f"{'less' if saved > 0 else 'more'} (copy {costs.link_s * 1e6:.0f} us, hop {costs.hop_s * 1e6:.0f} us)"
+    )
+    if spread == "auto" and saved <= 0:
+        return replace(placement, told=f"not spread: {told}")
+    needs: list[LayerNeed] = []
+    homes_of: dict[int, Device] = {}
+    firsts: dict[int, dict[int, int]] = {}
+    for need in placement.needs:
+        for number, device in enumerate(devices):
+            group = need.group * len(devices) + number
+            first = need.experts * number // len(devices)
+            count = need.experts * (number + 1) // len(devices) - first
+            if count:
+                needs.append(replace(need, experts=count, top_k=min(need.top_k, count), group=group))
+                firsts.setdefault(group, {})[need.layer] = first
+                homes_of[group] = device
+    return Placement(needs, homes_of, firsts, f"spread: {told}")
+
+
+def _numbered(place: torch.device) -> torch.device:
+    """ "cuda" is the current device."""
+    return torch.device("cuda", torch.cuda.current_device()) if str(place) == "cuda" else place
 
 
 def host_plan(asked: ExpertMemory | str | None, placement: Placement, plan: SlotPlan) -> HostPlan | None:
@@ -96,10 +160,14 @@ def check_settings(host: ExpertMemory | str | None, on_miss: str, mode: Mode, co
 
 def make_pool(
     table: ResidencyTable, bank: Bank, device: Device, host: HostPlan | None, index: ExpertIndex, reader: Reader,
-    loader: Loader,
+    loader: Loader, firsts: Mapping[int, int] | None = None,
 ) -> ExpertPool:  # fmt: skip
-    """One bank at work on `device`, through host slots where it is reached by copies."""
-    pool = ExpertPool(table, bank, index, reader, loader)
+    """One bank at work on `device`, through host slots where it is reached by copies.
+
+    `firsts`: the number of the first of its experts in each layer, where experts are spread.
+    """
+    numbered: Any = index if firsts is None else PartIndex(index, firsts)
+    pool = ExpertPool(table, bank, numbered, reader, loader)
     if device.copies and host is not None:
         group = table.plan.group
         tier = HostTier(device, bank.parts, host.pools[group], table.experts, host.keeps(group))
@@ -115,6 +183,9 @@ def equip(layers: Iterable[LayerRuntime], on_miss: OnMiss) -> None:
         parts = layer.pool.bank.stacked()
         if available(parts)[0]:
             layer.kernels = SlotKernels(layer.math, parts)
+        for shard in () if layer.spread is None else layer.spread.shards:
+            parts = shard.pool.bank.stacked()
+            shard.kernels = SlotKernels(layer.math, parts) if available(parts)[0] else None
         if on_miss == "hybrid":
             pool = layer.pool
             if id(pool) not in costs:

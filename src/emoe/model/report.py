@@ -25,7 +25,8 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         device reached by copies), host (None without such a device: budget_bytes, floor_bytes, slots, slots_bytes,
         resident_bytes, held_bytes (taken so far), pinned, notice (why not), hits, misses), hybrid (None without: label,
         computed (experts), and the seconds that decide: link_s, cpu_s, rows_s), slot_kernels (which kernels compute
-        experts, and why), devices, synchronisations (how often the program stood still for a copy), load_wait_s,
+        experts, and why), devices, spread (why a layer's experts are spread over devices, or not; empty: not asked
+        for), synchronisations (how often the program stood still for a copy), load_wait_s,
         rerouted_tokens, routed_tokens, rerouted_share, prompts, passes, mode, lossy, reroutes (whether the mode can),
         expert_dtype, reader, reader_reason, embeddings (where the input embedding lies: place, reason, bytes_spared,
         rows_read, bytes_read), eviction, layers (per layer: hits, misses, loads, bytes_read,
@@ -45,7 +46,8 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
     with runtime.lock:
         for pool in binding.pools:
             for layer, c in pool.table.counters.items():
-                layers[layer] = {
+                first = binding.firsts.get(pool.table.plan.group, {}).get(layer, 0)
+                found = {
                     "hits": c.hits,
                     "misses": c.misses,
                     "loads": c.loads,
@@ -56,8 +58,10 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
                     "routed_tokens": c.tokens,
                     "experts": pool.table.experts[layer],
                     "slots": pool.table.plan.quotas[layer],
-                    "resident": pool.table.resident(layer),
+                    "resident": [first + expert for expert in pool.table.resident(layer)],
                 }
+                before = layers.get(layer)  # the same layer's experts on another device
+                layers[layer] = found if before is None else {name: before[name] + found[name] for name in found}
         resident = sum(pool.table.occupied * pool.bank.slot_nbytes for pool in binding.pools)
         peak = sum(pool.peak_occupied * pool.bank.slot_nbytes for pool in binding.pools)
         wait = sum(pool.load_wait_s for pool in binding.pools)
@@ -99,6 +103,7 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
         "hybrid": _hybrid(binding),
         "slot_kernels": available(binding.pools[0].bank.stacked())[1],
         "devices": devices,
+        "spread": binding.spread,
         "synchronisations": sum(device.synchronisations for device in homes.values()),
         "load_wait_s": wait,
         "rerouted_tokens": rerouted,

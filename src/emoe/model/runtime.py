@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,6 +28,7 @@ from emoe.kernels.experts import (
 )
 from emoe.kernels.slots import SlotKernels, sent
 from emoe.model.hybrid import Hybrid
+from emoe.model.spreading import Spread
 from emoe.residency.pool import ExpertPool
 from emoe.residency.prefetches import Taking
 
@@ -99,6 +102,7 @@ class LayerRuntime:
     `waits`: a miss is loaded and waited for, also in a mode that reroutes (`balanced`, where the layer is sensitive for
     the running task). `keeps_route`: whether the visit now under way runs the model's own route. `kernels`: those that
     take slots by number, where the device has them. `hybrid`: when to compute a miss on the CPU, where that is allowed.
+    `spread`: the devices over which its experts are spread; `pool` is then the layer's own.
     `noted`: on its way from the device, what the model's own route was before rerouting, for the counters.
     """
 
@@ -114,9 +118,19 @@ class LayerRuntime:
     kernels: SlotKernels | None = None
     hybrid: Hybrid | None = None
     prompt_counts: list[int] = field(default_factory=list)
+    spread: Spread | None = None
     noted: Callable[[], tuple[torch.Tensor, ...]] | None = None
     _mask_key: tuple[int, ...] = ()
     _mask: torch.Tensor | None = None
+
+    @property
+    def pools(self) -> list[ExpertPool]:
+        """Its pool, or those over which its experts are spread."""
+        return [self.pool] if self.spread is None else [shard.pool for shard in self.spread.shards]
+
+    def ready(self) -> npt.NDArray[np.bool_]:
+        """bool [experts]: which can be run now and are not being run."""
+        return np.concatenate([pool.table.ready(self.layer) for pool in self.pools])
 
     def wanted(self) -> frozenset[int]:
         """The experts that this prompt's tokens chose most so far: as many as the layer has slots of its own."""
@@ -222,8 +236,8 @@ class Runtime:
                 self.observing = self._begin_prompt()
             elif now.phase == "decode":
                 self.observing = False
-            for table in {id(layer.pool): layer.pool.table for layer in self.layers.values()}.values():
-                table.begin_pass()
+            for pool in {id(pool): pool for layer in self.layers.values() for pool in layer.pools}.values():
+                pool.table.begin_pass()
             for start in self.at_pass_start:
                 start(now)
 
@@ -332,6 +346,8 @@ class Runtime:
                     self.observe(layer.layer, arrived, gates)
                 self._count_noted(layer)
                 experts: list[int] = arrived.tolist()[0]
+                if layer.spread is not None:
+                    return layer.spread.one_token(hidden, experts, gates, self.counts(layer))
                 aside = [] if layer.hybrid is None else layer.hybrid.aside(layer.layer, experts)
                 here = [e for e in experts if e not in aside] if aside else experts
                 taking = layer.pool.begin(layer.layer, here, count=self.counts(layer))
@@ -373,6 +389,8 @@ class Runtime:
         grouping = Grouping(ids, layer.experts, rounded=rounds_rows(hidden.device, hidden.dtype), fetch=fetch)
         self._count_noted(layer)
         prefill = self.now.phase == "prefill"
+        if layer.spread is not None:
+            return layer.spread.chunk(hidden, grouping, gates, prefill, self.counts(layer))
         wanted = None
         if prefill and self.observing:
             if not layer.prompt_counts:

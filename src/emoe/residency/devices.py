@@ -16,7 +16,7 @@ from typing import Protocol, cast
 import torch
 
 from emoe.errors import BudgetError, UnsupportedModelError
-from emoe.kernels.experts import at_once
+from emoe.kernels.fetching import at_once
 from emoe.kernels.pages import prefer_huge_pages
 from emoe.residency.budget import DIRECT_ALIGN_BYTES
 
@@ -108,6 +108,10 @@ class Device(Protocol):
         """Begin to bring small results of computing to the program; what is returned waits for them and gives them."""
         ...
 
+    def receive(self, rows: torch.Tensor, sender: Device) -> torch.Tensor:
+        """Rows that another device has computed, here; what is computed from now on comes after them."""
+        ...
+
     def clock(self) -> float:
         """Seconds, to measure copies by."""
         ...
@@ -183,6 +187,10 @@ class CpuDevice:
     def fetch(self, *tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
         """They are there."""
         return at_once(*tensors)
+
+    def receive(self, rows: torch.Tensor, sender: Device) -> torch.Tensor:
+        """Copy, if they are elsewhere."""
+        return rows.to(self.place)
 
     def clock(self) -> float:
         """Seconds of the machine's clock."""
@@ -300,6 +308,10 @@ class CudaDevice:
             return tuple(there)
 
         return arrived
+
+    def receive(self, rows: torch.Tensor, sender: Device) -> torch.Tensor:
+        """Copy from device to device: torch orders it after both devices' current streams, and the program goes on."""
+        return rows.to(self.place, non_blocking=True)
 
     def clock(self) -> float:
         """Seconds of the machine's clock."""

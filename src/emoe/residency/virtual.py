@@ -8,6 +8,7 @@ raise `OrderError` every time.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from emoe.residency.devices import HostMemory, Mark, aligned
+from emoe.residency.devices import Device, HostMemory, Mark, aligned
 
 POISON = 0xFF
 """Bytes of all ones are NaN in every floating-point dtype that weights have."""
@@ -99,6 +100,13 @@ class _Copy:
 
 
 @dataclass(slots=True)
+class Program:
+    """The clock of a program."""
+
+    s: float = 0.0
+
+
+@dataclass(slots=True)
 class _Region:
     """What is known of one slot: the copy into it, whether compute may read it, and when its last use ends."""
 
@@ -114,15 +122,20 @@ class VirtualDevice:
     Attributes:
         bytes_per_s: the link's bandwidth; copies share it, in the order they are issued.
         latency_s: what a copy takes beside its bytes.
+        memory_bytes_per_s: how fast slots are read when they are used; computing takes that long.
+        hop_s, hop_bytes_per_s: what rows from another device take.
+        program: the clock of the program, which several devices may share.
         pinning: whether host memory can be pinned.
         place: what its banks' memory says it lies on.
         compute_s: when what has been given to compute will be done.
-        program_s: the program's own clock: it moves only when the program waits.
         link_s: when the link will be free; `busy_s`: how long it has worked.
         copied_bytes: bytes of all copies.
     """
 
     bytes_per_s: float = 1e9
+    memory_bytes_per_s: float = math.inf
+    hop_s: float = 0.0
+    hop_bytes_per_s: float = math.inf
     latency_s: float = 0.0
     pinning: bool = True
     place: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -130,7 +143,7 @@ class VirtualDevice:
     synchronisations: int = 0
     fetches: int = 0
     compute_s: float = 0.0
-    program_s: float = 0.0
+    program: Program = field(default_factory=Program)
     link_s: float = 0.0
     busy_s: float = 0.0
     copied_bytes: int = 0
@@ -216,7 +229,9 @@ class VirtualDevice:
                 region = self._regions.get(memory.data_ptr())
                 if region is None or not region.waited:
                     raise OrderError("a slot was used and nothing had waited for the copy that fills it")
-                region.used_until = self.compute_s
+                self.compute_s += memory.numel() / self.memory_bytes_per_s
+            for memory in memories:
+                self._regions[memory.data_ptr()].used_until = self.compute_s
             return VirtualMark(self, self.compute_s)
 
     def finish(self, mark: Mark) -> None:
@@ -237,6 +252,23 @@ class VirtualDevice:
             return there
 
         return arrived
+
+    def receive(self, rows: torch.Tensor, sender: Device) -> torch.Tensor:
+        """Compute here goes on when the other device has computed the rows and they have come over."""
+        if sender is self or not isinstance(sender, VirtualDevice):
+            return rows
+        took = self.hop_s + rows.nbytes / self.hop_bytes_per_s
+        self.compute_s = max(self.compute_s, max(sender.compute_s, self.program_s) + took)
+        return rows.clone()
+
+    @property
+    def program_s(self) -> float:
+        """The program's clock: it moves only when the program waits."""
+        return self.program.s
+
+    @program_s.setter
+    def program_s(self, seconds: float) -> None:
+        self.program.s = seconds
 
     def clock(self) -> float:
         """The program's clock."""
