@@ -150,10 +150,10 @@ def _accuracy(found: dict[tuple[str, int], Accuracy], share: int, why: str) -> C
 def _saved(plans: dict[int, Plan], found: dict[tuple[str, int], Accuracy], why: str) -> Claim:
     """Memory that is saved, and what accuracy is left where it is."""
     text, paper = "20 to 80 % less memory at 93.7 to 99.8 % accuracy", "20 to 80 % less"
-    saved = {share: 100 * (1 - _weights(made) / _weights(plans[100])) for share, made in plans.items() if share < 100}
-    if not saved:
+    kept = {share: value for share in plans if share < 100 and (value := found[RESIDENT, share].value()) is not None}
+    if not kept:
         return Claim(text, paper, "", "not measured", "no smaller share can run on this model.")
-    kept = {share: found[RESIDENT, share].value() or 0.0 for share in saved}
+    saved = {share: 100 * (1 - _weights(plans[share]) / _weights(plans[100])) for share in kept}
     here = ", ".join(f"{share} % of the experts: {saved[share]:.0f} % less at {kept[share]:.1f} %" for share in saved)
     flags = [max(saved.values()) >= 20, any(saved[s] >= 20 and kept[s] >= PAPER_LOWEST for s in saved)]
     verdict = graded(flags)

@@ -55,7 +55,8 @@ def run(bench: Workbench) -> Finding:
         drawing.bars(left, NAMES, _series(rows, 4), "predicting (% of request time)")
         drawing.paper_line(left, PAPER_SHARE, "paper, p = 40: 0.24 to 3.11 %")
         drawing.bars(right, NAMES, _series(rows, 3), "ms per prediction")
-        right.set_yscale("log")
+        if any(row[3] for row in rows):
+            right.set_yscale("log")
         for value, text in PAPER_CALLS_MS:
             drawing.paper_line(right, value, text)
         for ax in (left, right):
