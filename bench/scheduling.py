@@ -16,7 +16,6 @@ a store of its own, in an order that changes from seed to seed. Ratios are of th
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import statistics
 import time
@@ -28,35 +27,17 @@ from typing import Any
 
 import httpx
 
-from bench.scheduling_server import Server
+from bench.scheduling_server import PROGRAM
 from bench.scheduling_simulated import Simulated
-from emoe.bench.serve.client import Asking, Client, Record
-from emoe.bench.serve.load import send
-from emoe.bench.serve.results import Summary
-from emoe.bench.serve.run import spaced
-from emoe.bench.serve.targets import Book, Targets, parse_targets, unloaded
-from emoe.bench.serve.workload import Planned, parse_mix, plan, read_prompts
-from emoe.scheduling.arrivals import poisson_arrivals
+from emoe.bench.serve.comparing import Comparison, Outcome
+from emoe.bench.serve.local import Server
+from emoe.bench.serve.targets import Book, Targets, parse_targets
+from emoe.bench.serve.workload import read_prompts
 
 SCHEDULERS = ("fifo", "edf", "emoe", "affinity")
 BASE = "fifo"
-CALIBRATION = 3  # requests of each task
 SEARCH_S = 25.0  # seconds of arrivals of a run that looks for the load
 SEARCH_STEPS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One run, live or simulated."""
-
-    goodput: float
-    met_share: float
-    latency_s: float
-    ttft_s: float
-
-    def as_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,74 +63,17 @@ class Run:
         }
 
 
-def outcome_of(records: Sequence[Record]) -> Outcome:
-    """From the client's view. Raises RuntimeError when a request failed: then nothing can be compared."""
-    failed = [record for record in records if not record.ok]
-    if failed:
-        raise RuntimeError(f"{len(failed)} requests failed, the first with {failed[0].error}: {failed[0].message}")
-    duration = max(record.ended_s for record in records) - min(record.sent_s for record in records)
-    found = Summary.of(records, duration)
-    whole, first = found.spreads["e2el"], found.spreads["ttft"]
-    assert whole is not None and first is not None
-    return Outcome(found.goodput, found.met_share, whole.mean, first.mean)
-
-
-class Bench:
+class Bench(Comparison):
     """The servers, the targets and what was found."""
 
     def __init__(self, args: argparse.Namespace, servers: Mapping[str, Server]) -> None:
+        super().__init__(servers, read_prompts(), args.max_tokens)
         self.args = args
-        self.servers = servers
-        self.prompts = read_prompts()
-        self.book = Book({})
 
-    def requests(self, rate: float, count: int, seed: int, wrong: float = 0.0) -> list[Planned]:
-        """The same for every scheduler."""
-        made, _ = plan(
-            poisson_arrivals(rate, count, seed),
-            self.prompts,
-            parse_mix(None, self.prompts),
-            max_tokens=self.args.max_tokens,
-            seed=seed,
-            wrong_labels=wrong,
-        )
-        return made
-
-    async def _live(self, scheduler: str, requests: Sequence[Planned]) -> list[Record]:
-        async with Client(self.servers[scheduler].url, Asking()) as client:
-            await client.look(None)
-            return await send(client, requests, self.book)
-
-    def live(self, runs: Sequence[tuple[str, Sequence[Planned]]]) -> list[Outcome]:
-        """These schedulers with their requests, side by side."""
-
-        async def go() -> list[list[Record]]:
-            return await asyncio.gather(*(self._live(scheduler, requests) for scheduler, requests in runs))
-
-        return [outcome_of(records) for records in asyncio.run(go())]
-
-    def calibrate(self) -> None:
-        """Ask fifo's server a few of each task, one at a time: its times make the targets. Warm the others up."""
-        requests = self.requests(1.0, 200, seed=0)
-        tasks = sorted({request.task or "" for request in requests})
-
-        async def go(scheduler: str, each_task: int) -> dict[str, Targets]:
-            found = {}
-            async with Client(self.servers[scheduler].url, Asking()) as client:
-                await client.look(None)
-                for task in tasks:
-                    mine = [request for request in requests if request.task == task]
-                    records = [await client.ask(each, Targets()) for each in spaced(mine, each_task)]
-                    found[task] = unloaded([(r.ttft_s, r.tpot_s) for r in records if r.ttft_s is not None])
-            return found
-
-        async def others() -> None:
-            await asyncio.gather(*(go(scheduler, 1) for scheduler in self.servers if scheduler != BASE))
-
-        found = asyncio.run(go(BASE, CALIBRATION))
-        scaled = {task: needs.scaled(self.args.slo_scale) for task, needs in found.items()}
-        self.book = Book(scaled | parse_targets(self.args.slo))
-        asyncio.run(others())
+    def targets(self) -> None:
+        """Calibrated with fifo's server, or given."""
+        found = self.calibrate(BASE, self.args.slo_scale)
+        self.book = Book(dict(self.book.by_task) | parse_targets(self.args.slo))
         for task, needs in found.items():
             say(f"  {task}: unloaded {_ms(needs)} ms, targets {_ms(self.book.of(task))} ms")
 
@@ -299,12 +223,12 @@ def main() -> None:
     words = ["--expert-memory", args.budget, "--max-read-bytes-per-s", args.read_bandwidth, "--status-interval", "0"]
     words += ["--max-num-seqs", str(args.max_running), "--max-queue", "10000"]
     with ExitStack() as stack:
-        servers = {name: stack.enter_context(Server(name, words)) for name in schedulers}
+        servers = {name: stack.enter_context(Server(name, words, PROGRAM)) for name in schedulers}
         for server in servers.values():
             server.wait()
         bench = Bench(args, servers)
         say(f"targets are {args.slo_scale:g} times what {BASE} needs unloaded (first token/each later one)")
-        bench.calibrate()
+        bench.targets()
         say(f"looking for the load at which {BASE} meets the targets of {args.met:.0%}")
         rate = args.rate or bench.search()
         runs = [run for load in args.loads for run in bench.sweep(schedulers, load * rate)]

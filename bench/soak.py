@@ -34,8 +34,8 @@ from typing import Any
 import httpx
 import psutil
 
-from bench.scheduling_server import Server
 from emoe.bench.cgroup import MemoryCgroup, memory_cgroup
+from emoe.bench.serve.local import Server
 from emoe.config import format_bytes
 
 SAMPLE_S = 5.0

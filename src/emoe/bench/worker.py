@@ -4,6 +4,7 @@ line, and answers each with one line. See `emoe.bench.client` for the other end.
     {"op": "load", "contender": ..., "folder": ..., "threads": ..., "options": ...}
     {"op": "generate", "prompt": 3, "prompt_tokens": 128, "new_tokens": 32, "seed": 0}
     {"op": "replay", "start": 576, "prompt_tokens": 512, "steps": 64, "batch": 1, "chunk": null}
+    {"op": "replay", "ids": [[0, 1, 2], [3, 4, 5]], "prompt_tokens": 2, "chunk": null}
     {"op": "feed", "prompt": [0, 1, 2], "forced": [3, 4], "seconds": 60}
     {"op": "stop"}
 
@@ -88,12 +89,14 @@ class Worker:
         return engines.generate(self._running, prompt, request["new_tokens"], self._base_bytes).as_dict()
 
     def replay(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Tokens of a planted checkpoint's trace, teacher-forced, measured."""
+        """Given `ids` [batch][tokens], or tokens of a planted checkpoint's trace, teacher-forced, measured."""
         from emoe.bench import forced
         from emoe.bench.prompts import planted_ids
 
-        tokens = request["prompt_tokens"] + request["steps"]
-        ids = planted_ids(self._folder, request["start"], tokens, request["batch"])
+        ids = request.get("ids")
+        if ids is None:
+            tokens = request["prompt_tokens"] + request["steps"]
+            ids = planted_ids(self._folder, request["start"], tokens, request["batch"])
         prompt, chunk = request["prompt_tokens"], request["chunk"]
         return forced.replay(self._running, ids, prompt, self._base_bytes, chunk).as_dict()
 

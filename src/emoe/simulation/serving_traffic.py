@@ -160,7 +160,8 @@ def make_calls(
         targets: of a task, which are those of the true one.
         mix: weight of each task (default: all alike). Where an arrival brings its own answer's length, tasks whose
             answers are about as long, by `lengths` scaled to the arrivals' mean, are the likelier for it.
-        wrong_labels: share of requests that bear another task's label, drawn at random.
+        wrong_labels: share of requests that bear another task's label, drawn at random; those of a smaller share are
+            among those of a larger one.
         length_scale: factor for lengths that come from tasks, not from arrivals.
         longest: input and output together are cut to it.
         seed: of every draw.
@@ -172,7 +173,7 @@ def make_calls(
     weights = _weights(tasks, mix)
     if not 0 <= wrong_labels <= 1:
         raise UsageError(f"the share of wrong labels is between 0 and 1, not {wrong_labels:g}.")
-    rng = np.random.default_rng(seed)
+    rng, spoil = np.random.default_rng(seed), np.random.default_rng((seed, 1))
     means = {task: _mean(task, routes, lengths) * length_scale for task in tasks}
     scale = _scale(arrivals, means, weights, tasks)
     expected = {task: mean * scale for task, mean in means.items()}
@@ -186,8 +187,9 @@ def make_calls(
         entry = arrival.input_tokens or max(1, round(min(prompt.input_rows, DRAWN_TOKENS // 8) * length_scale))
         output = max(1, min(output, longest - 1))
         others = [other for other in tasks if other != task]
-        wrong = bool(rng.random() < wrong_labels) and bool(others)
-        label = others[int(rng.integers(len(others)))] if wrong else task
+        # From draws of their own for every request: the same traffic, whatever share is wrong.
+        wrong, other = rng.random() < wrong_labels, int(spoil.integers(max(1, len(others))))
+        label = others[other] if wrong and others else task
         found = targets(task)
         calls.append(
             Call(

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from emoe.bench import forced
 from emoe.bench.engines import COUNTED, Running, Sample
@@ -26,6 +26,7 @@ from emoe.model.bind import label_task
 from emoe.planner import facts_of
 
 Store = Literal["as it is", "slowed"]
+T = TypeVar("T")
 STORES: tuple[Store, ...] = ("slowed", "as it is")
 SHARE = "60%"
 """Of the experts, in every way that does not keep all or none: the paper's share in section 5.5."""
@@ -173,7 +174,7 @@ def requests(bench: Workbench, ways: Sequence[str]) -> Rounds:
     return found
 
 
-def rotated(ways: Sequence[str], turn: int) -> list[str]:
+def rotated(ways: Sequence[T], turn: int) -> list[T]:
     """Another order in every round, so that a slow minute does not always meet the same way."""
     return [ways[(at + turn) % len(ways)] for at in range(len(ways))]
 
