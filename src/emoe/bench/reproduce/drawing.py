@@ -115,10 +115,10 @@ def _paper_text(ax: Any, value: float, text: str, va: str) -> None:
 
 
 def paper_points(ax: Any, points: Points, text: str = "paper") -> None:
-    """The paper's numbers as open stars at their places."""
+    """The paper's numbers as white stars at their places."""
     if points:
         xs, ys = zip(*points, strict=True)
-        style = {"facecolors": "none", "edgecolors": PAPER, "linewidths": 1.1}
+        style = {"facecolors": "white", "edgecolors": PAPER, "linewidths": 1.1}
         ax.scatter(xs, ys, marker="*", s=70, label=text, zorder=4, clip_on=False, **style)
 
 
