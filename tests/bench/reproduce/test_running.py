@@ -12,11 +12,13 @@ import pytest
 
 import emoe.nano
 from emoe.bench.reproduce.experiment import Experiment, experiment
+from emoe.bench.reproduce.experiments import fig16
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, read_finding
 from emoe.bench.reproduce.running import run_all
 from emoe.bench.reproduce.workbench import Settings, Workbench, forget
 from emoe.cli import main
 from emoe.errors import UsageError
+from emoe.tasks.profile import Profile
 from tests.bench.reproduce.conftest import Open
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*requires_grad.*")
@@ -148,3 +150,21 @@ def test_a_miniature_of_the_routing_experiments_on_emoe_nano(
     assert claims["table1"].verdict == "partly" and "Without summarise, compare, converse" in claims["table1"].why
     assert claims["fig8"].verdict in ("holds", "partly"), "prompts of one task choose alike"
     assert claims["fig9"].verdict == "not measured", "too few prompts to be 20 apart"
+
+
+def test_a_miniature_of_a_speed_experiment_on_emoe_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch of one sequence, once in each way; the times say nothing, so no verdict is looked at."""
+    rows = [row for row in emoe.nano.prompts() if row["task"] == "classify"][:4]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bench = Workbench(
+        Settings(tmp_path / "out", quick=True, prompts=prompts, new_tokens=2), lambda *_: None, lambda _: None
+    )
+    bench.__dict__["profile"] = Profile.read(emoe.nano.profile_path(), bench.fingerprint)
+    monkeypatch.setattr(fig16, "PROMPT", 8)
+    monkeypatch.setattr(bench, "pick", lambda quick, full: quick[:1] if isinstance(quick, tuple) else 1)
+    (outcome,) = run_all(bench, [experiment("fig16")])
+    assert outcome.kept is not None and outcome.kept.claims and outcome.kept.pictures
+    cells = list((tmp_path / "out/work/cells/batches").glob("*.json"))
+    assert len(cells) == len(fig16.WAYS) * len(fig16.STORES)
+    assert all(min(json.loads(cell.read_bytes())["value"]) > 0 for cell in cells)
