@@ -12,9 +12,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from emoe.checkpoint.segments import ALIGNMENT
 from emoe.errors import ReadError
+from emoe.kernels.pages import HUGE_BYTES, prefer_huge_pages
 
 THREADS = (1, 2, 4, 8)
 BLOCKS = (1 << 20, 4 << 20, 16 << 20)
@@ -137,7 +142,7 @@ def _rate(
     stop = start + seconds
 
     def work() -> None:
-        buffer = memoryview(mmap.mmap(-1, block))
+        buffer = _like_a_slot(block)
         mine = 0
         try:
             while time.perf_counter() < stop or not mine:
@@ -159,6 +164,15 @@ def _rate(
             return None
         raise ReadError(f"the disk cannot be measured: {faults[0].strerror}. Check the checkpoint's files.")
     return done[0] / (time.perf_counter() - start)
+
+
+def _like_a_slot(nbytes: int) -> memoryview:
+    """Touched memory in huge pages, as slots have: into pages of 4 KiB a disk of 3.4 GB/s read 1.1."""
+    memory = torch.empty(nbytes + 2 * HUGE_BYTES, dtype=torch.uint8)
+    prefer_huge_pages(memory)
+    start = -memory.data_ptr() % HUGE_BYTES
+    slot: np.ndarray[Any, np.dtype[np.uint8]] = memory[start : start + nbytes].zero_().numpy()
+    return slot.data
 
 
 class _Places:
