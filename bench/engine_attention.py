@@ -1,10 +1,13 @@
 """Attention of the engine, request by request, against transformers' one masked product over the whole step.
 
-    python -m bench.engine_attention [--dtype bfloat16] [--steps 12] [--kinds alone,packed] [--layers] [--decode DIR]
+    python -m bench.engine_attention [--dtype bfloat16] [--steps 12] [--kinds alone,packed] [--layers] [--sinks]
+                                     [--decode DIR]
 
 Prints, for emoe-nano with all experts resident, prompt tokens/s and answer tokens/s by requests and KV length, and the
 largest mask that transformers holds for it. With --layers, instead: one layer's attention of one query row and of four
 by transformers' sdpa and by emoe's C, in microseconds, taking turns (`strided`: as the engine reads its pages).
+With --sinks, instead: a prompt through one layer of gpt-oss' attention (64 heads over 8, sinks) by transformers' eager
+attention and by emoe's, in milliseconds, MiB held at once beside the result, and the error against float64.
 With --decode DIR: a token of that checkpoint with either, resident, after 64, 512 and 2048 tokens, in milliseconds.
 """
 
@@ -19,14 +22,17 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 import emoe
 from emoe.engine import batching
 from emoe.engine.attention import IMPLEMENTATION
 from emoe.kernels.attention import few_rows
 from emoe.kernels.choice import native_calls
+from emoe.kernels.sinks import with_sinks
 from emoe.model.attention import FEW_ROWS_SDPA
 from emoe.model.bind import binding_of
+from emoe.planner.live_bytes import LiveBytes
 
 
 def greedy(logits: torch.Tensor, requests: Sequence[str]) -> list[int]:
@@ -101,6 +107,42 @@ def layers(dtype: torch.dtype, rounds: int) -> None:
                     print(f"{heads:3}/{key_heads:2}x{size:3} {rows:4} {keys:5} {layout:8} {theirs:9.0f} {ours:9.0f}")
 
 
+def prompts_with_sinks(rounds: int) -> None:
+    """Print time, memory and error of a prompt's attention with sinks, full and in a window of 128."""
+    torch.manual_seed(0)
+    module = nn.Module().eval()
+    module.num_key_value_groups = 8  # type: ignore[assignment]
+    print(f"{'tokens':>6} {'window':>6} {'':6} {'ms':>8} {'MiB':>8} {'rms error':>10}")
+    for tokens in (64, 512, 1024):
+        for window in (None, 128):
+            query = torch.randn(1, tokens, 64, 64).bfloat16().transpose(1, 2)
+            key, value = torch.randn(2, 1, tokens, 8, 64).bfloat16().transpose(2, 3)
+            module.sinks = nn.Parameter(torch.randn(64).bfloat16(), requires_grad=False)
+            seen = torch.arange(tokens)[:, None] - torch.arange(tokens)[None]
+            mask = ((seen >= 0) & (seen < (window or tokens)))[None, None]
+            added = torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill_(~mask, torch.finfo(torch.bfloat16).min)
+            truth, _ = eager_attention_forward(
+                module, query.double(), key.double(), value.double(), added.double(), scaling=0.125
+            )
+            ways = {
+                "eager": lambda: eager_attention_forward(module, query, key, value, added, scaling=0.125)[0],  # noqa: B023
+                "emoe": lambda: with_sinks(query, key, value, mask, 0.125, module.sinks),  # noqa: B023
+            }
+            times: dict[str, list[float]] = {name: [] for name in ways}
+            for _ in range(rounds):
+                for name, way in ways.items():
+                    start = time.perf_counter()
+                    way()
+                    times[name].append(time.perf_counter() - start)
+            for name, way in ways.items():
+                with LiveBytes() as live:
+                    out = way()
+                error = float((out.double() - truth).pow(2).mean().sqrt())
+                mib = (live.peak - out.nbytes) / 2**20
+                took = statistics.median(times[name]) * 1e3
+                print(f"{tokens:6} {window or '':>6} {name:6} {took:8.1f} {mib:8.1f} {error:10.6f}")
+
+
 def decode(folder: str, dtype: str, rounds: int) -> None:
     """Print what a token takes with either attention, taking turns, by tokens before it."""
     model, _ = emoe.load(folder, dtype=dtype)
@@ -116,7 +158,6 @@ def decode(folder: str, dtype: str, rounds: int) -> None:
                         start = time.perf_counter()
                         model(torch.tensor([[7]]), past_key_values=past)
                         seconds.append(time.perf_counter() - start)
-                        past.crop(-1)
         for name, seconds in times.items():
             print(f"{length:5} {name:10} {statistics.median(seconds) * 1e3:7.2f} ms (least {min(seconds) * 1e3:.2f})")
 
@@ -129,12 +170,16 @@ def main() -> None:
     parser.add_argument("--kinds", default="alone,packed")
     parser.add_argument("--batch-tokens", type=int, default=512)
     parser.add_argument("--layers", action="store_true", help="one layer by itself, without a model")
+    parser.add_argument("--sinks", action="store_true", help="a prompt through one layer with sinks")
     parser.add_argument("--decode", metavar="DIR", help="a token of this checkpoint")
     parser.add_argument("--rounds", type=int, default=20, help="of --layers and --decode")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.layers:
         layers(getattr(torch, arguments.dtype), arguments.rounds)
+        return
+    if arguments.sinks:
+        prompts_with_sinks(arguments.rounds)
         return
     if arguments.decode:
         decode(arguments.decode, arguments.dtype, arguments.rounds)
