@@ -46,6 +46,7 @@ def defined(
     sunk=st.booleans(),
     step=st.sampled_from([3, 8, 256]),
     block=st.sampled_from([100, 1 << 24]),
+    segment=st.sampled_from([3, 8192]),
     seed=st.integers(0, 9),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
@@ -61,6 +62,7 @@ def test_values(
     sunk: bool,
     step: int,
     block: int,
+    segment: int,
     seed: int,
     dtype: torch.dtype,
 ) -> None:
@@ -73,15 +75,19 @@ def test_values(
     seen = torch.arange(rows)[:, None] + keys - rows - torch.arange(keys)[None]
     mask = None
     if masked == "window":
-        mask = ((seen >= 0) & (seen < 5)).expand(1, 1, rows, keys)
+        mask = ((seen >= 0) & (seen < 5)).expand(1, 1, rows, keys).clone()
     elif masked in ("all heads", "each head", "added"):
         mask = torch.rand(batch, heads if masked == "each head" else 1, rows, keys) < 0.7
         if masked == "added":
             mask = torch.where(mask, torch.randn(mask.shape), torch.finfo(dtype).min).to(dtype)
+    if mask is not None and segment < keys and not sunk:
+        mask[..., 0] = True if mask.dtype == torch.bool else 0.0  # every row sees one
     sink = torch.randn(heads).to(dtype) * 2 if sunk else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sinks, "ROWS", step)
         patch.setattr(sinks, "BLOCK_BYTES", block)
+        patch.setattr(sinks, "PACKED_BYTES", block)
+        patch.setattr(sinks, "KEYS", segment)
         out = with_sinks(query, key, value, mask, scaling, sink, masked == "causal")
     assert out.shape == (batch, rows, heads, value_size)
     assert out.dtype == dtype

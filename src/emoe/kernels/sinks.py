@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 ROWS = 256
-"""Query rows at a time where there is a mask: keys that none of them sees are left out (windows, what is to come)."""
+"""Query rows at a time: keys that none of them sees are left out (windows, what is to come)."""
 
 BLOCK_BYTES = 16 << 20
 """Of scores in float32 that are written out at once where torch's fused attention cannot be used."""
+
+PACKED_BYTES = 8 << 20
+"""Of keys and values that torch's fused attention packs at once, which it does for each head."""
+
+KEYS = 8192
+"""Keys at a time; beyond, results are joined by the logarithms of their sums."""
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -45,17 +51,14 @@ def with_sinks(
         causal: whether row i sees keys up to i only; beside a mask it says nothing.
 
     Returns:
-        [batch, rows, heads, value size]. A row that sees no key gets the mean of all values, or 0 with sinks.
+        [batch, rows, heads, value size]. A row that sees no key gets 0 with sinks, else the mean of all
+        values (of more than `KEYS`, some other number).
     """
     batch, heads, rows, size = query.shape
     scaling = size**-0.5 if scaling is None else scaling
     out = query.new_zeros(batch, rows, heads, value.shape[3])
     fused = query.device.type == "cpu" and value.shape[3] == size and query.dtype.is_floating_point
     for b in range(batch):
-        one = (query[b], key[b], value[b])
-        if mask is None and fused:
-            _flash(*one, None, scaling, sinks, out[b], causal=causal)
-            continue
         each = None if mask is None else mask[min(b, mask.shape[0] - 1)]
         step = ROWS if fused else max(1, min(ROWS, BLOCK_BYTES // (4 * heads * key.shape[2])))
         for start in range(0, rows, step):
@@ -111,25 +114,48 @@ def _flash(
     scaling: float,
     sinks: torch.Tensor | None,
     out: torch.Tensor,
-    causal: bool = False,
 ) -> None:
-    """Of one sequence, by torch's fused attention: its batch are the key heads, so that no group's keys are copied."""
+    """Of one sequence, by torch's fused attention, whose batch are key heads, so that no group's keys are copied.
+
+    It packs keys and values for each head anew, so that long ones go through it one key head and `KEYS` keys at a time.
+    """
     heads, rows, size = query.shape
-    key_heads = key.shape[0]
+    key_heads, keys = key.shape[:2]
     group = heads // key_heads
-    shape = (key_heads, group, *key.shape[1:])
     added = None if mask is None else _added(mask, query.dtype)
     if added is not None:
         added = added.view(*((1, 1) if added.shape[0] == 1 else (key_heads, group)), *added.shape[1:])
-    q = query.view(key_heads, group, rows, size)
-    k, v = (each[:, None].expand(shape) for each in (key, value))
-    result, logsum = _fused(q, k, v, 0.0, causal, attn_mask=added, scale=scaling)
-    target = out.view(rows, key_heads, group, size).permute(1, 2, 0, 3)
-    if sinks is None:
-        target.copy_(result)
-        return
-    share = torch.sigmoid(logsum - sinks.float().view(key_heads, group, 1))
-    torch.mul(result, share.unsqueeze(-1), out=target)
+    queries, target = query.view(key_heads, group, rows, size), out.view(rows, key_heads, group, size)
+    step = key_heads if 2 * heads * keys * size * query.itemsize <= PACKED_BYTES else 1
+    for first in range(0, key_heads, step):
+        last = first + step
+        shape = (step, group, keys, size)
+        k, v = (each[first:last, None].expand(shape) for each in (key, value))
+        m = added if added is None or added.shape[0] == 1 else added[first:last]
+        result, logsum = _segments(queries[first:last], k, v, m, scaling)
+        to = target[:, first:last].permute(1, 2, 0, 3)
+        if sinks is None:
+            to.copy_(result)
+        else:
+            sink = sinks.float().view(key_heads, group, 1)[first:last]
+            torch.mul(result, torch.sigmoid(logsum - sink).unsqueeze(-1), out=to)
+
+
+def _segments(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over all keys and the logarithm of its sum, from those over `KEYS` keys each."""
+    found: tuple[torch.Tensor, torch.Tensor] | None = None
+    for start in range(0, key.shape[2], KEYS):
+        k, v = key[:, :, start : start + KEYS], value[:, :, start : start + KEYS]
+        m = None if mask is None else mask[..., start : start + KEYS]
+        result, logsum = _fused(query, k, v, 0.0, False, attn_mask=m, scale=scaling)
+        if found is not None:
+            both = torch.logaddexp(found[1], logsum)
+            new = torch.sigmoid(logsum - found[1]).unsqueeze(-1)
+            result, logsum = found[0].float() * (1 - new) + result.float() * new, both
+        found = result, logsum
+    return cast(tuple[torch.Tensor, torch.Tensor], found)
 
 
 def _plain(
