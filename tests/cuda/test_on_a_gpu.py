@@ -228,3 +228,20 @@ def test_layers_spread_over_gpus(tmp_path: Path) -> None:
         assert torch.equal(ours.cpu(), theirs.cpu())
     emoe.close(model)
     emoe.close(whole)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_experts_of_a_layer_spread_over_gpus(tmp_path: Path) -> None:
+    path = make_checkpoint("mixtral", tmp_path, seed=4, dtype=torch.bfloat16)
+    whole, _ = emoe.load(path, device_map="cuda:0")
+    names = ("cuda:0", "cuda:1")
+    model, _ = emoe.load(
+        path, device_map="cuda:0", expert_devices=names, spread="always", expert_memory="60%", host_memory="100%"
+    )
+    assert emoe.stats(model)["devices"] == list(names)
+    for seed, (batch, length) in enumerate(((2, 9), (1, 40), (1, 1))):
+        inputs = inputs_of(seed, batch, length)
+        for ours, theirs in zip(logits_of(model, inputs, 4), logits_of(whole, inputs, 4), strict=True):
+            assert torch.equal(ours, theirs)
+    emoe.close(model)
+    emoe.close(whole)

@@ -126,7 +126,7 @@ def test_spread_misses_come_over_every_link_at_once(path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("hop_s", [1e-3, 1e-5, 1e-7])
-@pytest.mark.parametrize("share", ["50%", "70%", "100%"])
+@pytest.mark.parametrize("share", ["40%", "50%", "70%", "100%"])
 def test_left_open_it_is_never_slower_than_one_device(
     path: Path, monkeypatch: pytest.MonkeyPatch, hop_s: float, share: str
 ) -> None:
@@ -136,7 +136,7 @@ def test_left_open_it_is_never_slower_than_one_device(
     alone_s = machine.seconds(one, 20)
     left = machine.load(path, 2, **options)
     spread = emoe.stats(left)["spread"]
-    assert spread.startswith("not spread") == (hop_s == 1e-3 or share == "100%") or hop_s == 1e-5
+    assert spread.startswith("not spread") == (hop_s == 1e-3 or share in ("40%", "100%")) or hop_s == 1e-5
     assert machine.seconds(left, 20) <= 1.001 * alone_s
     emoe.close(one)
     emoe.close(left)

@@ -106,6 +106,12 @@ def spread_over(
         f"spread over {len(devices)} devices a layer's token takes {abs(saved) * 1e6:.0f} us "
         f"{'less' if saved > 0 else 'more'} (copy {costs.link_s * 1e6:.0f} us, hop {costs.hop_s * 1e6:.0f} us)"
     )
+    # With fewer slots on each device, they miss more than all of them together would.
+    held = all(resident_share * (need.experts // len(devices)) >= need.top_k for need in placement.needs)
+    if spread == "auto" and not held:
+        return replace(
+            placement, told=f"not spread: a device's slots of a layer hold less than one token's experts; {told}"
+        )
     if spread == "auto" and saved <= 0:
         return replace(placement, told=f"not spread: {told}")
     needs: list[LayerNeed] = []
