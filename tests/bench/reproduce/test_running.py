@@ -15,6 +15,7 @@ from emoe.bench.reproduce.experiment import Experiment, experiment
 from emoe.bench.reproduce.experiments import fig16
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, read_finding
 from emoe.bench.reproduce.running import run_all
+from emoe.bench.reproduce.ways import STORES
 from emoe.bench.reproduce.workbench import Settings, Workbench, forget
 from emoe.cli import main
 from emoe.errors import UsageError
@@ -166,5 +167,5 @@ def test_a_miniature_of_a_speed_experiment_on_emoe_nano(tmp_path: Path, monkeypa
     (outcome,) = run_all(bench, [experiment("fig16")])
     assert outcome.kept is not None and outcome.kept.claims and outcome.kept.pictures
     cells = list((tmp_path / "out/work/cells/batches").glob("*.json"))
-    assert len(cells) == len(fig16.WAYS) * len(fig16.STORES)
+    assert len(cells) == len(fig16.WAYS) * len(STORES)
     assert all(min(json.loads(cell.read_bytes())["value"]) > 0 for cell in cells)
