@@ -31,6 +31,7 @@ from emoe.model.hybrid import Hybrid
 from emoe.model.spreading import Spread
 from emoe.residency.pool import ExpertPool
 from emoe.residency.prefetches import Taking
+from emoe.residency.retention import kept_after
 
 IMPLEMENTATION = "emoe"
 """The name under which transformers finds `experts_forward`."""
@@ -86,6 +87,12 @@ class Pass:
     announced: bool = False
     ended: frozenset[int] = frozenset()
     failed: bool = False
+
+    def behind(self) -> Any:
+        """int64 [tokens]: how many tokens of its own sequence come after each in this pass."""
+        stops = np.repeat([part.stop for part in self.segments], [part.tokens for part in self.segments])
+        found: Any = stops - np.arange(len(stops)) - 1
+        return found
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -398,12 +405,17 @@ class Runtime:
             for expert, n in grouping.counts.items():
                 layer.prompt_counts[expert] += n
             wanted = layer.wanted()
+        keep: frozenset[int] = frozenset()
+        if prefill and self.mode == "exact" and layer.pool.transfers is None:
+            staying = layer.pool.table.staying(layer.layer)
+            keep = kept_after(ids.numpy(), self.now.behind(), layer.experts, staying)
         together = layer.kernels is not None
         stream = layer.pool.stream(
             layer.layer,
             grouping.by_count(),
             prefill=prefill,
             wanted=wanted,
+            keep=keep,
             count=self.counts(layer),
             together=together,
             ahead=self.mode == "exact",

@@ -180,6 +180,7 @@ class ExpertPool:
         *,
         prefill: bool,
         wanted: frozenset[int] | None = None,
+        keep: frozenset[int] = frozenset(),
         count: bool = True,
         together: bool = False,
         ahead: bool = False,
@@ -197,6 +198,7 @@ class ExpertPool:
             together: residents make one wave; else every wave is one expert.
             ahead: while it passes through a prompt, spread the residents among what is loaded, and begin loads of the
                 next layer at the end (`Early`).
+            keep: these stay after a prompt (at most the layer's quota) in place of residents that are not among them.
             wanted: when given, exactly these (at most the layer's quota) become residents; others pass through.
 
         Raises:
@@ -226,7 +228,8 @@ class ExpertPool:
             table.counters[layer].misses += len(missing)
         if wanted is not None:
             missing = deque(sorted(missing, key=lambda e: e not in wanted))
-        protect = frozenset((layer, e) for e in wanted) if wanted is not None else frozenset()
+        keep = wanted if wanted is not None else keep
+        protect = frozenset((layer, e) for e in keep)
         flights = deque([*early, *self._claim(layer, missing)])
         begun = {flight.key[1] for flight in flights}
         following: deque[Key] = self.early.guess(layer, list(experts)) if ahead else deque()
@@ -240,7 +243,8 @@ class ExpertPool:
                 if not self._room((layer, expert), False):
                     return
                 passing = expert not in wanted if wanted is not None else prefill and not table.below_quota(layer)
-                slot = table.reserve((layer, expert), transient=passing, protect=protect)
+                spared = protect if wanted is not None else frozenset()
+                slot = table.reserve((layer, expert), transient=passing, protect=spared)
                 if slot is None:
                     return
                 missing.popleft()
@@ -260,7 +264,7 @@ class ExpertPool:
                 pinned.add(slot)
                 if self.transfers is not None:
                     self.transfers.use(slot)
-                if wanted is not None and expert in wanted:
+                if expert in keep:
                     table.adopt((layer, expert), protect)
             fill()
             found = deque((expert, self._slot_of(layer, expert)) for expert in hits)
@@ -284,6 +288,8 @@ class ExpertPool:
                 flight = flights.popleft()
                 self._finish(flight)
                 pinned.add(flight.slot)
+                if wanted is None and flight.key[1] in keep:
+                    table.adopt(flight.key, protect)
                 fill()
                 yield [(flight.key[1], flight.slot)]
                 done((flight.slot,))

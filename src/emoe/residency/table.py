@@ -322,6 +322,10 @@ class ResidencyTable:
 
     # -- choice -------------------------------------------------------------------------------------------
 
+    def staying(self, layer: int) -> int:
+        """How many experts of `layer` may stay: its quota, or of a shared pool what it has now."""
+        return self.plan.quotas[layer] or self._kept[layer]
+
     def below_quota(self, layer: int) -> bool:
         """Whether `layer` may take a free slot for good: it has less than its quota, or than its even share."""
         quota = self.plan.quotas[layer] or max(1, self.plan.slots // len(self._rank))

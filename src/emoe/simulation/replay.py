@@ -22,6 +22,7 @@ from emoe.prediction.protocol import RoutingShape, UseScorer
 from emoe.residency.budget import LayerNeed, PoolPlan, SlotPlan, plan_slots
 from emoe.residency.eviction import Eviction, Scored
 from emoe.residency.loader import Loader
+from emoe.residency.retention import kept_after
 from emoe.residency.table import LayerCounters, ResidencyTable
 from emoe.routing.trace import PREFILL, Array, Trace
 from emoe.simulation.clock import Link
@@ -107,9 +108,10 @@ def replay(
         pools.append(pool)
         pool_of.update(dict.fromkeys(sizes, pool))
     layers = trace.layers.tolist()
-    computed = trace.computed
+    computed, prompt_of = trace.computed, trace.prompt_of_token()
     for rows in passes(trace):
         prefill = bool((trace.phase[rows] == PREFILL).any())
+        behind = _behind(prompt_of[rows])
         if live is not None:
             _begin(live, trace, rows)
         for pool in pools:
@@ -118,7 +120,7 @@ def replay(
             known = computed[rows, rank]
             if live is not None and len(rows) == 1:
                 live.route(rank, trace.experts[rows[0], rank][known[0]])
-            _serve(pool_of[layer], layer, trace.experts[rows, rank], known, prefill)
+            _serve(pool_of[layer], layer, trace.experts[rows, rank], known, prefill, behind)
             clock.compute(int(known.any(axis=1).sum()))
         if live is not None:
             weights = None if trace.weights is None else trace.weights[rows]
@@ -156,8 +158,16 @@ def passes(trace: Trace) -> Iterator[Array]:
     yield from np.split(order, ends) if len(order) else ()
 
 
-def _serve(pool: Any, layer: int, routes: Array, known: Array, prefill: bool) -> None:
-    """One layer of one pass: routes [tokens, k], of which `known` were computed."""
+def _behind(prompts: Array) -> Array:
+    """int64 [tokens]: how many tokens of the same prompt come after each, where a prompt's tokens lie together."""
+    starts = np.flatnonzero(np.diff(prompts, prepend=prompts[:1] - 1))
+    sizes = np.diff(starts, append=len(prompts))
+    found: Array = np.repeat(starts + sizes, sizes) - np.arange(len(prompts)) - 1
+    return found
+
+
+def _serve(pool: Any, layer: int, routes: Array, known: Array, prefill: bool, behind: Array) -> None:
+    """One layer of one pass: routes [tokens, k], of which `known` were computed; `behind` as `_behind` has it."""
     tokens = int(known.any(axis=1).sum())
     if not tokens:
         return
@@ -168,7 +178,10 @@ def _serve(pool: Any, layer: int, routes: Array, known: Array, prefill: bool) ->
     counts = np.bincount(routes[known])
     chosen = np.flatnonzero(counts)
     by_count = chosen[np.argsort(-counts[chosen], kind="stable")].tolist()  # as Grouping.by_count
-    for _ in pool.stream(layer, by_count, prefill=prefill, ahead=True):
+    staying = pool.table.staying(layer) if prefill else 0
+    there = known.any(axis=1)
+    keep = kept_after(routes[there], behind[there], pool.table.experts[layer], staying)
+    for _ in pool.stream(layer, by_count, prefill=prefill, ahead=True, keep=keep):
         pass
 
 
