@@ -178,6 +178,14 @@ def test_an_unfitted_state_is_restored_as_unfitted() -> None:
         predictor.predict(None)
 
 
+def test_training_works_where_gradients_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "MAX_EPOCHS", 1)
+    with torch.no_grad():
+        predictor: Any = EmoeA(SHAPE)
+        predictor.fit(history(12), seed=0)
+        assert not torch.is_grad_enabled()
+
+
 def test_training_reports_and_stops_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "MAX_SECONDS", 0.0)
     lines: list[str] = []

@@ -63,6 +63,7 @@ def cross_entropy(logits: Tensor, shares: Tensor, known: Tensor) -> Tensor:
     return (losses * known).sum() / known.sum().clamp(min=1)
 
 
+@torch.enable_grad()
 def train(
     name: str,
     network: nn.Module,
@@ -72,7 +73,10 @@ def train(
     rng: np.random.Generator,
     progress: Report | None,
 ) -> None:
-    """Train in place and leave the weights of the epoch with the lowest held-out loss, the untrained one included."""
+    """Train in place and leave the weights of the epoch with the lowest held-out loss, the untrained one included.
+
+    Whoever asks may be computing without gradients, as everything that runs a model does.
+    """
     trained, held = sides
     optimiser = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     best = _held_out_loss(network, loss, held, batch)
