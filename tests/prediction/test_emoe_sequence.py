@@ -181,7 +181,7 @@ def test_an_unfitted_state_is_restored_as_unfitted() -> None:
 def test_training_works_where_gradients_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "MAX_EPOCHS", 1)
     with torch.no_grad():
-        predictor: Any = EmoeA(SHAPE)
+        predictor: Any = make_predictor("emoe-a", SHAPE)
         predictor.fit(history(12), seed=0)
         assert not torch.is_grad_enabled()
 
