@@ -118,7 +118,7 @@ def test_a_process_takes_what_was_planned() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     peak = int(done.stdout) * 1024
     planned = plan(expert_memory="40%", context=64).total_bytes
-    # What is mapped from files (340 MB of libraries) may leave memory again where a machine reclaims it: 7 % less, here.
+    # What is mapped from files (340 MB of libraries) may leave memory again where a machine reclaims it: 7 % here.
     assert 0.9 * planned <= peak <= 1.03 * planned
 
 
