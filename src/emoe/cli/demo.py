@@ -10,8 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from emoe.checkpoint.codecs.formats import NATIVE
-from emoe.cli.options import add_command, add_json, add_model, expert_memory, positive
+from emoe.cli.options import add_command, add_json, add_loading, add_model, expert_memory, positive
 from emoe.cli.output import note, print_json, table
 from emoe.config import ExpertMemory, Mode, format_bytes
 
@@ -110,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         sessions = []
         for way in ways:
-            loading = argparse.Namespace(**vars(args) | _LOADING, mode=way.mode)
+            loading = argparse.Namespace(**_usual_loading() | vars(args) | {"mode": way.mode})
             sessions.append(stack.enter_context(open_session(loading, expert_memory=way.memory)))
         import torch
 
@@ -179,25 +178,6 @@ def _run_prompt(
     return rows
 
 
-# What the demo does not let one choose.
-_LOADING: dict[str, Any] = {
-    "expert_dtype": NATIVE,
-    "expert_cache": None,
-    "embeddings": "memory",
-    "host_memory": None,
-    "on_miss": "load",
-    "device": None,
-    "replan_prompts": 1,
-    "profile": None,
-    "predictor": None,
-    "prefetch": None,
-    "layer_split": "uniform",
-    "sensitivity_threshold": None,
-    "reader": "auto",
-    "eviction": "least-stale",
-    "trace": None,
-    "task": None,
-}
 _COUNTERS = ("hits", "misses", "rerouted_tokens", "routed_tokens", "bytes_read")
 
 
@@ -270,3 +250,10 @@ def _summary_text(summary: list[dict[str, Any]], expert_bytes: int) -> str:
             )
         )
     return "All prompts (medians of times and rates)\n" + table(rows, right=(1, 2, 3, 4, 5, 6, 7))
+
+
+def _usual_loading() -> dict[str, Any]:
+    """What the demo does not let one choose."""
+    parser = argparse.ArgumentParser()
+    add_loading(parser)
+    return vars(parser.parse_args([]))
