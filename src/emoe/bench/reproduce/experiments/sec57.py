@@ -111,7 +111,9 @@ def _memory(rows: tuple[tuple[Any, ...], ...]) -> Claim:
     if not found:
         return Claim(text, paper, "", "not measured", "no predictor could run: the notes say why.")
     verdict = graded([value <= PAPER_MEMORY for value in found.values()])
-    here = ", ".join(f"{name} {value:.3g} %" for name, value in found.items())
+    here = ", ".join(
+        f"{name} {value:,.0f} %" if value >= 100 else f"{name} {value:.3g} %" for name, value in found.items()
+    )
     why = (
         "a network's process holds hundreds of megabytes of Python and libraries, more than the whole of a small "
         "model; of a model of 90 GB it would be under 1 %. Counting (task-popularity, the default) needs no process."
