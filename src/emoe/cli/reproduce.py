@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,15 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
     )
     start = time.monotonic()
+    # Ended from outside, the servers and processes it started must go too: as with Ctrl-C.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         outcomes = run_all(Workbench(settings, progress.step, progress.say), experiments)
     except KeyboardInterrupt:
         progress.say(f"stopped; what is done is kept: the same command goes on in {out}")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if args.json:
         print_json([_values(each) for each in outcomes])
     else:
