@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,3 +172,18 @@ def test_a_miniature_of_a_speed_experiment_on_emoe_nano(tmp_path: Path, monkeypa
     cells = list((tmp_path / "out/work/cells/batches").glob("*.json"))
     assert len(cells) == len(fig16.WAYS) * len(STORES)
     assert all(min(json.loads(cell.read_bytes())["value"]) > 0 for cell in cells)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals")
+def test_terminated_it_ends_as_if_interrupted(tmp_path: Path) -> None:
+    """So that servers and processes it started are stopped, too."""
+    command = [sys.executable, "-m", "emoe", "reproduce", "fig4", "--quick", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(1200):
+            if (tmp_path / "out/work/job.json").is_file() or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "what is done is kept" in said
