@@ -78,6 +78,15 @@ def test_it_holds_what_transformers_holds(steps: list[tuple[str, int]], converte
             assert torch.equal(expected_, found_)
 
 
+def test_a_copy_made_in_inference_mode_goes_on_outside_it() -> None:
+    layer = GrowingLayer()
+    first, _ = layer.update(*states(2, 3, 0))
+    with torch.inference_mode():
+        copied = copy.deepcopy(layer)
+    keys, _ = copied.update(*states(2, 1, 1))
+    assert torch.equal(keys[..., :3, :], first) and torch.equal(keys[..., 3:, :], states(2, 1, 1)[0])
+
+
 def test_tokens_are_written_and_not_copied() -> None:
     layer = GrowingLayer()
     places = set()

@@ -37,10 +37,12 @@ class _Room:
     def fits(self, old: torch.Tensor, new: torch.Tensor) -> bool:
         """Whether `new` can be written behind `old`: what was handed out is never written to again.
 
-        `old` is a view of this room, unless the cache was cropped, reordered or copied meanwhile.
+        `old` is a view of this room, unless the cache was cropped, reordered or copied meanwhile. Copied in inference
+        mode, its memory cannot be written to outside it.
         """
         return (
-            self.filled == old.shape[-2]
+            (torch.is_inference_mode_enabled() or not self.memory.is_inference())
+            and self.filled == old.shape[-2]
             and self.filled + new.shape[-2] <= self.memory.shape[-2]
             and old.data_ptr() == self.memory.data_ptr()
             and old.stride() == self.memory.stride()
