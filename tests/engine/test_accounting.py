@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import emoe
 from emoe.model.bind import binding_of
-from emoe.model.runtime import Pass
+from emoe.model.passes import Pass
 from tests.conftest import Checkpoints
 from tests.engine.running import ENDLESS, SMALL, engine_of, prompt, send
 

@@ -15,7 +15,7 @@ import emoe
 from emoe import nano
 from emoe.engine.interface import EngineSettings
 from emoe.model.bind import binding_of
-from emoe.model.runtime import Pass
+from emoe.model.passes import Pass
 from emoe.residency.plans import TaskDemand, expected_tokens
 from emoe.routing.trace import Trace
 from emoe.tasks.profile import Profile

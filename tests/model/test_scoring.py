@@ -123,6 +123,14 @@ def test_no_scorer_changes_a_logit(path: Path, seed: int, share: int, lengths: l
     emoe.close(whole)
 
 
+def test_where_plans_decide_nothing_is_scored(path: Path) -> None:
+    model, _ = emoe.load(path, expert_memory="60%", mode="resident", eviction="counting")
+    logits_of(model, batch_of(1, 1, 9), 6)
+    assert not scorer_of(model).seen and scorer_of(model).asked == 0
+    scorer = emoe.stats(model)["scorer"]
+    assert not scorer["active"] and "resident" in scorer["reason"]
+
+
 def test_an_unknown_name_lists_rules_and_scorers(path: Path) -> None:
     with pytest.raises(UsageError, match=r"counting.*least-stale, lfu, lru"):
         emoe.load(path, eviction="fifo")

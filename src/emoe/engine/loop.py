@@ -19,7 +19,7 @@ from emoe.engine.sampling import Choice, Draw, choose
 from emoe.engine.tickets import Ticket, as_emoe_error
 from emoe.errors import EmoeError
 from emoe.model.bind import Binding
-from emoe.model.runtime import Pass, Segment
+from emoe.model.passes import Pass, Segment
 from emoe.scheduling.core import admit
 from emoe.scheduling.costs import Step
 from emoe.scheduling.protocol import Scheduler, Situation

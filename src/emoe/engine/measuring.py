@@ -15,7 +15,7 @@ from emoe.engine.batching import Slice
 from emoe.engine.interface import EngineStats
 from emoe.engine.tickets import Ticket
 from emoe.model.bind import Binding
-from emoe.model.runtime import Pass
+from emoe.model.passes import Pass
 from emoe.scheduling.costs import Step
 from emoe.tasks.keywords import OTHER
 

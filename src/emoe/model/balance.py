@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from emoe.model.runtime import Pass, Runtime
+from emoe.model.passes import Pass
+from emoe.model.runtime import Runtime
 from emoe.model.tasking import KnownHabits
 
 

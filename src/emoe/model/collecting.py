@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from emoe.model.runtime import Pass, Runtime
+from emoe.model.passes import Pass
+from emoe.model.runtime import Runtime
 from emoe.routing.trace import id_dtype, missing_id
 
 Array = npt.NDArray[Any]

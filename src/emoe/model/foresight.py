@@ -15,9 +15,10 @@ from emoe.errors import UnsupportedModelError, UsageError
 from emoe.model.asking import Answers, AnswersAside, AnswersHere, Spent
 from emoe.model.balance import Balance
 from emoe.model.collecting import RouteCollector
+from emoe.model.passes import Pass
 from emoe.model.planning import Planner
 from emoe.model.prefetch import NextGate
-from emoe.model.runtime import Pass, Runtime
+from emoe.model.runtime import Runtime
 from emoe.model.scoring import Scores
 from emoe.model.tasking import KnownHabits, TaskReader
 from emoe.policies.foresight import Foresight
@@ -113,19 +114,22 @@ class Ahead:
             pool.prefetches.worth = self.worth
         if settings.predictor is not None:
             self._answers = self._ask(settings.predictor)
-        if self.scores is not None or self._answers is not None:
+        if self.scores is not None and settings.mode == "resident":  # scoring took 3 to 8 of 20 tok/s for nothing
+            self.scores.rest("in mode 'resident' plans say what is resident, and no answer evicts anything")
+        scores = None if self.scores is None or self.scores.idle else self.scores
+        if scores is not None or self._answers is not None:
             collector = RouteCollector(
                 runtime,
                 [need.layer for need in self._needs],
                 self._shape.experts,
                 self._shape.top_k,
-                with_weights=self.scores is not None,
+                with_weights=scores is not None,
             )
-            if self.scores is not None:
-                self.scores.pools = pools
-                collector.consumers.append(self.scores.collect)
-                runtime.at_pass_start.append(self.scores.start_pass)
-                runtime.observers.append(self.scores.route)
+            if scores is not None:
+                scores.pools = pools
+                collector.consumers.append(scores.collect)
+                runtime.at_pass_start.append(scores.start_pass)
+                runtime.observers.append(scores.route)
             if self._answers is not None:
                 self.planner = self._planner(pools, self._answers)
                 collector.consumers.append(self.planner.collect)

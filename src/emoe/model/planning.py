@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from emoe.model.asking import Answers, Task
 from emoe.model.collecting import PassRoutes
-from emoe.model.runtime import Pass, Runtime
+from emoe.model.passes import Pass
+from emoe.model.runtime import Runtime
 from emoe.prediction.protocol import RoutingShape
 from emoe.prediction.schedule import Adaptive, RecentShares, Schedule
 from emoe.prediction.worker import PredictorDiedError

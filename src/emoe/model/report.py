@@ -238,5 +238,5 @@ def _scoring(binding: Binding) -> dict[str, Any] | None:
         "spared_s": scores.worth.hidden_s,
         "recency_leads": any(contest.lead == RECENCY for contest in contests),
         "active": scores.live.active and not binding.ahead.idle,
-        "reason": binding.ahead.idle or scores.worth.reason,
+        "reason": binding.ahead.idle or scores.idle or scores.worth.reason,
     }

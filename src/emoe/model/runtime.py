@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from emoe.kernels.experts import (
 )
 from emoe.kernels.slots import SlotKernels, sent
 from emoe.model.hybrid import Hybrid
+from emoe.model.passes import Pass
 from emoe.model.spreading import Spread
 from emoe.residency.pool import ExpertPool
 from emoe.residency.prefetches import Taking
@@ -36,70 +37,8 @@ from emoe.residency.retention import kept_after
 IMPLEMENTATION = "emoe"
 """The name under which transformers finds `experts_forward`."""
 
-Phase = Literal["prefill", "decode"]
 RouteObserver = Callable[["Pass", int, torch.Tensor, torch.Tensor], None]
 """Called with (pass, layer, ids [tokens, k], weights [tokens, k]): the model's own route, before any rerouting."""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """One sequence's part of a pass: rows `start` to `stop` of its tokens.
-
-    Attributes:
-        sequence: which sequence: the row of a batch, or the number that whoever announced the pass gave it.
-        start, stop: its rows among all tokens of the pass.
-        phase: whether it reads a prompt or answers.
-        new: it is the first part of a new prompt.
-        task, position, prompt_tokens: where the pass was announced, its label, how many of its tokens came before, and
-            how many its whole prompt has.
-    """
-
-    sequence: int
-    start: int
-    stop: int
-    phase: Phase
-    new: bool
-    task: str | None = None
-    position: int = 0
-    prompt_tokens: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Its tokens in this pass, padding included."""
-        return self.stop - self.start
-
-
-@dataclass(slots=True)
-class Pass:
-    """One forward pass of the model over [batch, tokens]; `mask` marks the tokens that are not padding.
-
-    `segments` are the sequences in it: the rows of a batch, or what was `announced`: sequences that come and go, packed
-    into one row, of which `ended` name those that have left since the pass before. A pass that `failed` is run again.
-    """
-
-    phase: Phase = "prefill"
-    batch: int = 1
-    tokens: int = 1
-    new_prompt: bool = True
-    mask: torch.Tensor | None = None
-    input_ids: torch.Tensor | None = None
-    segments: tuple[Segment, ...] = ()
-    announced: bool = False
-    ended: frozenset[int] = frozenset()
-    failed: bool = False
-
-    def behind(self) -> Any:
-        """int64 [tokens]: how many tokens of its own sequence come after each in this pass."""
-        stops = np.repeat([part.stop for part in self.segments], [part.tokens for part in self.segments])
-        found: Any = stops - np.arange(len(stops)) - 1
-        return found
-
-    def __post_init__(self) -> None:
-        if not self.segments:
-            n = self.tokens
-            self.segments = tuple(
-                Segment(row, row * n, row * n + n, self.phase, self.new_prompt) for row in range(self.batch)
-            )
 
 
 @dataclass(slots=True)
@@ -405,10 +344,7 @@ class Runtime:
             for expert, n in grouping.counts.items():
                 layer.prompt_counts[expert] += n
             wanted = layer.wanted()
-        keep: frozenset[int] = frozenset()
-        if prefill and self.mode == "exact" and layer.pool.transfers is None:
-            staying = layer.pool.table.staying(layer.layer)
-            keep = kept_after(ids.numpy(), self.now.behind(), layer.experts, staying)
+        keep = self._kept_after(layer, ids) if prefill and self.mode == "exact" else frozenset()
         together = layer.kernels is not None
         stream = layer.pool.stream(
             layer.layer,
@@ -428,6 +364,16 @@ class Runtime:
         finally:
             stream.close()  # type: ignore[attr-defined]
             self.workspace.trim()
+
+    def _kept_after(self, layer: LayerRuntime, ids: torch.Tensor) -> frozenset[int]:
+        """Which experts are to stay after a prompt: none in particular where all do, or where a device holds them."""
+        table = layer.pool.table
+        if table.all_fit or layer.pool.transfers is not None:
+            return frozenset()
+        behind = self.now.behind()
+        if len(behind) != len(ids):  # a model that routes other rows than the pass's tokens: all count alike
+            behind = np.zeros(len(ids), dtype=np.int64)
+        return kept_after(ids.numpy(), behind, layer.experts, table.staying(layer.layer))
 
 
 def experts_forward(

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from emoe.model.collecting import PassRoutes
-from emoe.model.runtime import Pass, Runtime
+from emoe.model.passes import Pass
+from emoe.model.runtime import Runtime
 from emoe.prediction.live import LiveScores
 from emoe.residency.pool import ExpertPool
 from emoe.residency.worth import Worth
@@ -25,8 +26,15 @@ class Scores:
         self.pools: Sequence[ExpertPool] = ()
         self.worth = Worth()
         """Load time spared against scoring time. Judged only where a contest counts what recency would have loaded."""
+        self.idle = ""
+        """Why nothing is scored at all; empty where something is."""
         self._last_pass_s = time.perf_counter()
         self._spent_s, self._spared = 0.0, 0
+
+    def rest(self, reason: str) -> None:
+        """Neither be told nor asked: evictions go by least-stale."""
+        self.idle = reason
+        self.live.active = False
 
     def collect(self, found: PassRoutes) -> None:
         """Observe one pass: a prefill chunk at once, a decode step as one token, a batch's tokens one after another."""

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from emoe.checkpoint.fingerprint import fingerprint
 from emoe.model.collecting import tokens_of
-from emoe.model.runtime import Pass, Runtime
+from emoe.model.passes import Pass
+from emoe.model.runtime import Runtime
 from emoe.tasks.keywords import OTHER
 from emoe.tasks.profile import Profile
 

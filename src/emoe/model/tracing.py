@@ -9,7 +9,8 @@ import torch
 
 from emoe.checkpoint.index import ExpertIndex
 from emoe.model.collecting import LiveTokens, tokens_of
-from emoe.model.runtime import Pass, Runtime
+from emoe.model.passes import Pass
+from emoe.model.runtime import Runtime
 from emoe.residency.budget import LayerNeed
 from emoe.routing.recorder import TraceWriter
 

@@ -178,7 +178,7 @@ def _serve(pool: Any, layer: int, routes: Array, known: Array, prefill: bool, be
     counts = np.bincount(routes[known])
     chosen = np.flatnonzero(counts)
     by_count = chosen[np.argsort(-counts[chosen], kind="stable")].tolist()  # as Grouping.by_count
-    staying = pool.table.staying(layer) if prefill else 0
+    staying = pool.table.staying(layer) if prefill and not pool.table.all_fit else 0
     there = known.any(axis=1)
     keep = kept_after(routes[there], behind[there], pool.table.experts[layer], staying)
     for _ in pool.stream(layer, by_count, prefill=prefill, ahead=True, keep=keep):
