@@ -9,15 +9,13 @@ Each prompt is answered greedily for `--tokens` tokens at most.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 
 import emoe
-from bench.task_prompts import Row, choose
+from bench.task_prompts import Row, chosen_by, parser_for
 from emoe.model.bind import label_task
-from training.data import load
 from training.tokenizer import prompt_text
 
 MAX_PROMPT_TOKENS = 384  # what emoe-nano was trained on
@@ -41,17 +39,11 @@ def record(out: Path, prompts: list[Row], tokens: int) -> None:
 
 def main() -> None:
     """Write one trace."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--side", choices=("history", "held-out"), default="history")
-    parser.add_argument("--prompts", type=int, default=600)
+    parser = parser_for(__doc__)
     parser.add_argument("--tokens", type=int, default=28)
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    prompts = choose(load(options.data), options.side == "held-out", options.prompts, options.seed)
-    record(options.out, prompts, options.tokens)
+    record(options.out, chosen_by(options), options.tokens)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def halves(side: dict[str, list[Example]]) -> tuple[dict[str, list[Example]], di
 
 
 def accuracy(keywords: Keywords, pairs: Pairs) -> float:
+    """Share of the pairs whose prompt the keywords give their task."""
     return sum(keywords.extract(prompt).task == task for task, prompt in pairs) / len(pairs)
 
 
@@ -82,6 +83,7 @@ def unweighted(keywords: Keywords) -> Keywords:
 
 
 def report(train: dict[str, list[Example]], held: dict[str, list[Example]]) -> None:
+    """Print accuracy by task and phrasing, what becomes of tasks unknown, and the time of an extraction."""
     keywords = Keywords.learn(phrased(train, list(range(8))))
     new = phrased(held, list(range(3)), held_out=True)
     known = phrased(held, list(range(8)))
@@ -114,6 +116,7 @@ def _seconds(keywords: Keywords, prompts: list[str]) -> float:
 
 
 def main() -> None:
+    """Print the report, or the grid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder with one sub-folder per task")
     parser.add_argument("--each", type=int, default=300, help="prompts of each task to learn from (default: 300)")

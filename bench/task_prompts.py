@@ -38,17 +38,28 @@ def choose(examples: list[Example], held_out: bool, total: int, seed: int) -> li
     return chosen
 
 
-def main() -> None:
-    """Write one file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_for(description: str | None) -> argparse.ArgumentParser:
+    """The options that say which prompts to choose, and the file to write."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--side", choices=("history", "held-out"), default="history")
     parser.add_argument("--prompts", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    rows = choose(load(options.data), options.side == "held-out", options.prompts, options.seed)
-    lines = (json.dumps({"task": task, "prompt": prompt, "reference": answer}) for task, prompt, answer in rows)
+    return parser
+
+
+def chosen_by(options: argparse.Namespace) -> list[Row]:
+    """The rows that options of `parser_for` ask for."""
+    return choose(load(options.data), options.side == "held-out", options.prompts, options.seed)
+
+
+def main() -> None:
+    """Write one file."""
+    options = parser_for(__doc__).parse_args()
+    lines = (
+        json.dumps({"task": task, "prompt": prompt, "reference": answer}) for task, prompt, answer in chosen_by(options)
+    )
     options.out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emoe.config import ExpertMemory, format_bytes, parse_bytes
+from emoe.config import ExpertMemory, format_bytes, parse_bytes, parse_host_memory, user_cache
 from emoe.errors import UsageError
 
 sizes = st.integers(min_value=0, max_value=2**60)
@@ -122,3 +124,77 @@ def test_expert_memory_refusals_say_what_to_write(value: object, message: str) -
 )
 def test_expert_memory_text_reads_back(memory: ExpertMemory) -> None:
     assert ExpertMemory.parse(str(memory)) == memory
+
+
+@pytest.mark.parametrize(
+    ("memory", "text"),
+    [
+        (ExpertMemory("bytes", 8 * 2**30), "8GiB"),
+        (ExpertMemory("bytes", 1536 * 2**20), "1536MiB"),
+        (ExpertMemory("bytes", 2**50), "1PiB"),
+        (ExpertMemory("bytes", 1023), "1023B"),
+        (ExpertMemory("share", 0.125), "12.5%"),
+        (ExpertMemory("per_layer", 12), "12/layer"),
+    ],
+)
+def test_expert_memory_is_written_as_people_write_it(memory: ExpertMemory, text: str) -> None:
+    assert str(memory) == text
+
+
+@given(st.sampled_from([*"kmgtp"]), st.booleans(), st.integers(0, 5000))
+def test_a_unit_is_a_power_of_1000_or_of_1024(letter: str, binary: bool, count: int) -> None:
+    power = "kmgtp".index(letter) + 1
+    assert parse_bytes(f"{count}{letter}{'i' * binary}B") == count * (1024 if binary else 1000) ** power
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        ("auto", "auto"),
+        (0, "0"),
+        ("0", "0"),
+        ("16GiB", ExpertMemory("bytes", 2**34)),
+        ("50%", ExpertMemory("share", 0.5)),
+        (4096, ExpertMemory("bytes", 4096)),
+    ],
+)
+def test_host_memory_forms(value: str | int | None, expected: ExpertMemory | str | None) -> None:
+    assert parse_host_memory(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("lots", "cannot read 'lots' as host memory; write e.g. '16GiB'"),
+        ("-1GiB", "as host memory"),
+        (0.5, "as host memory"),
+        ("12/layer", "it is one pool over all layers"),
+    ],
+)
+def test_host_memory_refusals_say_what_to_write(value: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_host_memory(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("own", "shared", "expected"),
+    [
+        ("/own", "/shared", "/own"),
+        ("~/own", "/shared", "/home/me/own"),
+        ("", "/shared", "/shared/emoe"),
+        (None, "/shared", "/shared/emoe"),
+        (None, "relative", "/home/me/.cache/emoe"),  # the XDG specification has such a value ignored
+        (None, None, "/home/me/.cache/emoe"),
+    ],
+)
+def test_where_the_cache_lies(
+    monkeypatch: pytest.MonkeyPatch, own: str | None, shared: str | None, expected: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for name, value in (("EMOE_CACHE", own), ("XDG_CACHE_HOME", shared)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert user_cache() == Path(expected)

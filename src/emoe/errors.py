@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
 
 class EmoeError(Exception):
     """Base of all deliberate errors: catch this to catch every one of them."""
@@ -40,3 +45,15 @@ class ReadError(EmoeError):
     """Reading experts failed while the model ran: an i/o error, a file changed since it was indexed."""
 
     exit_code = 6
+
+
+def unknown(what: str, name: object, choices: Iterable[str]) -> UsageError:
+    """The error for a `name` that is none of `choices`, in their order: "no `what` is called ..."."""
+    return UsageError(f"no {what} is called {name!r}: choose one of {', '.join(choices)}.")
+
+
+def named(what: str, name: str, table: Mapping[str, _T]) -> _T:
+    """What `table` holds under `name`. Raises UsageError naming the choices, in its order."""
+    if name not in table:
+        raise unknown(what, name, table)
+    return table[name]

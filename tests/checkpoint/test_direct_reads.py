@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from emoe.checkpoint import readers
+from emoe.checkpoint import direct, readers
 from emoe.checkpoint.headers import FileStamp
 from emoe.checkpoint.pieces import Piece
 from emoe.checkpoint.readers import Reader
@@ -99,7 +99,7 @@ def test_what_is_aligned_is_read_into_place(content: Content, phase: int, straig
         return preadv(descriptor, buffers, offset)
 
     with Reader("direct", content.files, pread=watched) as reader:
-        if reader.kind != "direct" or reader._block != readers.SMALL_BLOCK:
+        if reader.kind != "direct" or reader._block != direct.SMALL_BLOCK:
             pytest.skip("this file system reads larger blocks")
         reader.read_into(content.pieces((4096, 65536)), {"0": part})
     assert part.numpy().tobytes() == content.content[4096 : 4096 + 65536]

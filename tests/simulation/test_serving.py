@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe.cli.simulate import add_parser
-from emoe.engine.interface import EngineSettings
 from emoe.errors import UsageError
 from emoe.prediction.protocol import RoutingShape
 from emoe.residency.budget import PoolPlan
@@ -198,12 +197,6 @@ def test_targets_from_a_file(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(UsageError, match=r"slo\.json"):
             read_targets(file, LENGTHS)
-
-
-def test_settings_of_an_engine() -> None:
-    engine = EngineSettings(scheduler="edf", max_running=3, kv_tokens=640, max_input_tokens=99)
-    found = SimulationSettings.of_engine(engine, COSTS, BANK)
-    assert (found.scheduler, found.max_running, found.kv_tokens, found.max_input_tokens) == ("edf", 3, 640, 99)
 
 
 def test_presets() -> None:

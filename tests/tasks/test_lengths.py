@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from emoe.errors import UsageError
-from emoe.routing.trace import Trace
-from emoe.tasks.keywords import OTHER
-from emoe.tasks.lengths import LEVELS, Lengths, lengths_by_task
+from emoe.tasks.lengths import LEVELS, Lengths
 
 COUNTS = st.lists(st.integers(0, 500), min_size=1, max_size=40)
 
@@ -51,21 +48,3 @@ def test_json_and_back() -> None:
 def test_no_answer_is_refused() -> None:
     with pytest.raises(UsageError, match="no answer"):
         Lengths.of([])
-
-
-def test_of_a_trace_are_the_decoded_tokens_of_each_prompt() -> None:
-    decoded = [2, 4, 0, 6]
-    phase = np.concatenate([[0, 0, 0] + [1] * n for n in decoded]).astype(np.uint8)
-    trace = Trace(
-        experts=np.zeros((len(phase), 1, 1), np.uint8),
-        phase=phase,
-        step=np.arange(len(phase)),
-        offsets=np.cumsum([0] + [3 + n for n in decoded]),
-        task=np.array([0, 0, 1, -1], np.int32),
-        tasks=("code", "never decoded"),
-        layers=np.array([0], np.int32),
-        num_experts=2,
-        prompts=({},) * 4,
-    )
-    lengths = lengths_by_task(trace)
-    assert {task: each.mean for task, each in lengths.items()} == {"code": 3.0, OTHER: 4.0}

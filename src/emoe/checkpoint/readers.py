@@ -10,14 +10,12 @@ fault that fails inside a kernel cannot be reported, only die.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
-import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +24,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from emoe.checkpoint import direct
 from emoe.checkpoint.crew import Crew
 from emoe.checkpoint.headers import FileStamp
 from emoe.checkpoint.memory_room import READER_KINDS, MemoryRoom, ReaderKind, choose_reader, memory_room
@@ -57,12 +56,8 @@ CHUNK_BYTES = 1 << 20
 CHUNKS = 6
 # What a reading thread holds for what cannot go straight into place: a chunk, and the rest of the blocks at its ends.
 STAGING_BYTES = CHUNK_BYTES + 2 * ALIGNMENT
-# It lies in huge pages: a disk read 3.4 GB/s into those and 1.1 into pages of 4 KiB (requests of 2 MiB, 8 at once).
-HUGE_BYTES = 2 << 20
 # O_DIRECT reads under way at once. One leaves half of a disk's bandwidth unused (bench/disk.py).
 DIRECT_DEPTH = 8
-# Files and memory of O_DIRECT reads are divided into blocks of this size where the device allows it, else of ALIGNMENT.
-SMALL_BLOCK = 512
 # Linux's limit of buffers in one preadv.
 _IOV_MAX = 1024
 
@@ -171,8 +166,9 @@ class Reader:
 
     def _open(self, files: Mapping[Path, FileStamp]) -> None:
         """Open every file, in the way `kind` needs; `kind` may become "advised"."""
-        for file in _one_each(files) if self.kind == "direct" else ():
-            refusal = _direct_refusal(file)
+        places = direct.one_each(files) if self.kind == "direct" else []
+        for file in places:
+            refusal = direct.refusal(file)
             if refusal is not None:
                 self.kind = "advised"
                 self.notice = (
@@ -181,8 +177,8 @@ class Reader:
                 )
                 _log.warning("%s", self.notice)
                 break
-        if self.kind == "direct" and all(_reads_blocks_of(file, SMALL_BLOCK) for file in _one_each(files)):
-            self._block = SMALL_BLOCK
+        if self.kind == "direct":
+            self._block = direct.block_nbytes(places)
         flags = os.O_RDONLY | (os.O_DIRECT if self.kind == "direct" else 0)
         for file, stamp in files.items():
             try:
@@ -216,7 +212,7 @@ class Reader:
         if buffer is None:
             with self._idle:
                 # Enough for the four loader threads and those that help them (planner.plan.READ_BUFFER_BYTES).
-                self._spare = self._spare or _staging_buffers(DIRECT_DEPTH + 3)
+                self._spare = self._spare or direct.buffers(DIRECT_DEPTH + 3, STAGING_BYTES)
                 buffer = self._local.staging = self._spare.pop(0)
         return buffer
 
@@ -361,58 +357,6 @@ def _ended(run: Sequence[Segment], descriptor: int, offset: int) -> ReadError:
 def staging_nbytes(kind: ReaderKind, pieces: Sequence[Piece]) -> int:
     """Bytes that each reading thread needs beside the slots to read such an expert."""
     return gather_nbytes(pieces) + (STAGING_BYTES if kind == "direct" else 0)
-
-
-def _staging_buffers(count: int) -> list[Bytes]:
-    """Buffers side by side in huge pages where the system has them; memory is taken as they are first used."""
-    nbytes = -(-count * STAGING_BYTES // HUGE_BYTES) * HUGE_BYTES
-    memory = mmap.mmap(-1, nbytes + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a wish: a kernel without huge pages refuses, and reads all the same
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole: Bytes = np.frombuffer(memory, dtype=np.uint8)
-    start = -whole.ctypes.data % HUGE_BYTES
-    return [whole[at : at + STAGING_BYTES] for at in range(start, start + count * STAGING_BYTES, STAGING_BYTES)]
-
-
-def _one_each(files: Iterable[Path]) -> list[Path]:
-    """A file of each file system. What is missing is reported where it is opened."""
-    found: dict[int, Path] = {}
-    for file in files:
-        try:
-            found.setdefault(file.stat().st_dev, file)
-        except OSError:
-            continue
-    return list(found.values())
-
-
-def _direct_refusal(file: Path) -> str | None:
-    """Why the file system of `file` refuses O_DIRECT; None where it does not.
-
-    Any other fault is reported where the file is opened or read.
-    """
-    try:
-        _read_block(file, ALIGNMENT)
-    except OSError as error:
-        return error.strerror if error.errno in (errno.EINVAL, errno.EOPNOTSUPP) else None
-    return None
-
-
-def _reads_blocks_of(file: Path, block: int) -> bool:
-    """Whether O_DIRECT reads blocks of this size, at such places of the file into such places of memory."""
-    try:
-        _read_block(file, block)
-    except OSError:
-        return False
-    return True
-
-
-def _read_block(file: Path, block: int) -> None:
-    """Read the second block of a file into the second of some memory."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
-    try:
-        os.preadv(descriptor, [memoryview(mmap.mmap(-1, 2 * block))[block:]], block)
-    finally:
-        os.close(descriptor)
 
 
 class _Throttle:

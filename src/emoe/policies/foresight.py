@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from emoe.config import LAYER_SPLITS, MODES, PREFETCHES, LayerSplit, Mode, Prefetch
-from emoe.errors import UsageError
+from emoe.errors import UsageError, unknown
 from emoe.prediction.registry import PREDICTORS, SCORERS
 from emoe.prediction.schedule import Adaptive, Every, make_schedule
 from emoe.residency.eviction import EVICTION_RULES, Scored, make_eviction
@@ -31,14 +31,11 @@ class Foresight:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise UsageError(f"no mode is called {self.mode!r}: choose one of {', '.join(MODES)}.")
+            raise unknown("mode", self.mode, MODES)
         if self.eviction not in EVICTION_RULES and self.eviction not in SCORERS:
-            known = ", ".join(sorted({*EVICTION_RULES, *SCORERS}))
-            raise UsageError(f"no eviction rule is called {self.eviction!r}: choose one of {known}.")
+            raise unknown("eviction rule", self.eviction, sorted({*EVICTION_RULES, *SCORERS}))
         if self.predictor is not None and self.predictor not in PREDICTORS:
-            raise UsageError(
-                f"no predictor is called {self.predictor!r}: choose one of {', '.join(sorted(PREDICTORS))}."
-            )
+            raise unknown("predictor", self.predictor, sorted(PREDICTORS))
         schedule = make_schedule(self.replan_prompts)
         if isinstance(schedule, Adaptive) and self.predictor is None:
             raise UsageError(
@@ -48,9 +45,9 @@ class Foresight:
         if isinstance(schedule, Every) and schedule.prompts < 1:
             raise UsageError(f"replan_prompts is {self.replan_prompts}, but must be at least 1.")
         if self.layer_split not in LAYER_SPLITS:
-            raise UsageError(f"no layer_split is called {self.layer_split!r}: choose one of {', '.join(LAYER_SPLITS)}.")
+            raise unknown("layer_split", self.layer_split, LAYER_SPLITS)
         if self.prefetch is not None and self.prefetch not in PREFETCHES:
-            raise UsageError(f"no prefetch is called {self.prefetch!r}: choose one of {', '.join(PREFETCHES)}.")
+            raise unknown("prefetch", self.prefetch, PREFETCHES)
         if self.prefetch == "plan" and self.predictor is None:
             raise UsageError("prefetch='plan' loads what a predictor expects: name one with predictor=.")
         if self.prefetch == "next-gate" and self.predictor is not None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from emoe.errors import UsageError
+from emoe.errors import UsageError, unknown
 from emoe.prediction.counting import PromptCounter, check_shape, need, pack_names, unpack_names
 from emoe.prediction.protocol import Array, Report, RoutingShape
 from emoe.routing.trace import Trace
@@ -38,7 +38,7 @@ class SequencePredictor(PromptCounter, ABC):
 
     def __init__(self, shape: RoutingShape, name: str, network: str) -> None:
         if network not in NETWORKS:
-            raise UsageError(f"no network is called {network!r}: choose one of {', '.join(NETWORKS)}.")
+            raise unknown("network", network, NETWORKS)
         super().__init__(shape)
         self.name, self.kind = name, network
         self._tasks: dict[str, int] = {}

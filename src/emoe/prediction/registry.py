@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
-from emoe.errors import UsageError
+from emoe.errors import named
 from emoe.prediction.protocol import Predictor, RoutingShape, UseScorer
 
 
@@ -77,9 +77,7 @@ def make_predictor(name: str, shape: RoutingShape) -> Predictor:
     Raises:
         UsageError: no predictor has that name.
     """
-    if name not in PREDICTORS:
-        raise UsageError(f"no predictor is called {name!r}: choose one of {', '.join(sorted(PREDICTORS))}.")
-    return PREDICTORS[name](shape)
+    return named("predictor", name, PREDICTORS)(shape)
 
 
 def make_scorer(name: str, shape: RoutingShape) -> UseScorer:
@@ -88,6 +86,4 @@ def make_scorer(name: str, shape: RoutingShape) -> UseScorer:
     Raises:
         UsageError: no scorer has that name.
     """
-    if name not in SCORERS:
-        raise UsageError(f"no scorer is called {name!r}: choose one of {', '.join(sorted(SCORERS))}.")
-    return SCORERS[name](shape)
+    return named("scorer", name, SCORERS)(shape)

@@ -24,6 +24,7 @@ import emoe
 from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.checkpoint.fingerprint import fingerprint
 from emoe.checkpoint.index import ExpertIndex
+from emoe.checkpoint.whole import write_whole
 from emoe.errors import UsageError
 from emoe.model.bind import binding_of
 from emoe.prediction.protocol import RoutingShape
@@ -38,7 +39,7 @@ from emoe.profiling.training import train
 from emoe.routing.trace import Trace
 from emoe.tasks.keywords import OTHER, Keywords
 from emoe.tasks.lengths import Lengths
-from emoe.tasks.profile import PredictorStates, Profile, write_whole
+from emoe.tasks.profile import PredictorStates, Profile
 from emoe.tasks.sensitivity import THRESHOLD, Sensitivity
 
 Step = Callable[[str, int, int], None]

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from emoe.checkpoint.whole import write_whole
 from emoe.model.bind import binding_of, label_task, layer_needs
 from emoe.model.tracing import record_trace
 from emoe.profiling.prompts import Prompt
 from emoe.profiling.running import Answer, answer
 from emoe.routing.trace import Trace
-from emoe.tasks.profile import write_whole
 
 PART_S = 30.0
 """A part is closed after this many seconds: no more than that is lost when the process is killed."""

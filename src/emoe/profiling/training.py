@@ -7,11 +7,11 @@ from pathlib import Path
 
 from safetensors.numpy import load_file, save
 
+from emoe.checkpoint.whole import write_whole
 from emoe.errors import UsageError
 from emoe.prediction import registry
 from emoe.prediction.protocol import Array, Predictor, Report, RoutingShape, Trainable, UseScorer
 from emoe.routing.trace import Trace
-from emoe.tasks.profile import write_whole
 
 
 def make(name: str, shape: RoutingShape) -> Predictor | UseScorer:

@@ -14,7 +14,7 @@ SLOT_ALIGN_BYTES = 64
 """Every part of a slot starts on a cache line: the kernels' vector path then never depends on which slot is used."""
 
 DIRECT_ALIGN_BYTES = 512
-"""Where O_DIRECT can write, so that an expert needs no copy (emoe.checkpoint.readers.SMALL_BLOCK)."""
+"""Where O_DIRECT can write, so that an expert needs no copy (emoe.checkpoint.direct.SMALL_BLOCK)."""
 
 DIRECT_PART_BYTES = 64 << 10
 """Experts with a part of this size are aligned for O_DIRECT: it costs them less than a hundredth."""

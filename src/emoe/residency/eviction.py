@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from emoe.errors import UsageError
+from emoe.errors import named
 
 Counts = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.int64] | npt.NDArray[np.float64]
@@ -135,6 +135,4 @@ def make_eviction(name: str) -> Eviction:
     Raises:
         UsageError: no rule has that name.
     """
-    if name not in EVICTION_RULES:
-        raise UsageError(f"no eviction rule is called {name!r}: choose one of {', '.join(sorted(EVICTION_RULES))}.")
-    return EVICTION_RULES[name]()
+    return named("eviction rule", name, EVICTION_RULES)()

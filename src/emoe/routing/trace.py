@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +34,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from emoe.checkpoint.whole import whole_file
 from emoe.errors import EmoeError
 
 FORMAT = "emoe-trace"
@@ -180,17 +180,11 @@ class Trace:
         }
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
         arrays["header"] = np.frombuffer(text.encode(), dtype=np.uint8)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            with part.open("wb") as file:
+            with whole_file(path) as file:
                 np.savez_compressed(file, allow_pickle=False, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
         except OSError as error:
             raise TraceError(f"{path}: the trace could not be written: {error.strerror or error}") from error
-        finally:
-            part.unlink(missing_ok=True)
         return path
 
     @classmethod

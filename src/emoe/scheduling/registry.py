@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from emoe.errors import UsageError
+from emoe.errors import named
 from emoe.scheduling.affinity import Affinity
 from emoe.scheduling.edf import Edf
 from emoe.scheduling.emoe import Emoe
@@ -20,6 +20,4 @@ def make_scheduler(name: str) -> Scheduler:
     Raises:
         UsageError: no scheduler has that name.
     """
-    if name not in SCHEDULERS:
-        raise UsageError(f"no scheduler is called {name!r}: choose one of {', '.join(SCHEDULERS)}.")
-    return SCHEDULERS[name]()
+    return named("scheduler", name, SCHEDULERS)()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from emoe.config import MODES, Mode
-from emoe.errors import UsageError
+from emoe.errors import UsageError, unknown
 from emoe.routing.trace import Array
 from emoe.simulation.lookups import Lookups
 from emoe.tasks.sensitivity import Sensitivity
@@ -36,7 +36,7 @@ class Binding:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise UsageError(f"no binding is called {self.mode!r}: choose one of {', '.join(MODES)}.")
+            raise unknown("binding", self.mode, MODES)
         if self.mode == "balanced" and self.sensitivity is None:
             raise UsageError("balanced needs to know which layers are sensitive: give --profile.")
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from emoe.errors import UsageError
+from emoe.errors import UsageError, unknown
 from emoe.prediction.protocol import RoutingShape
 from emoe.routing.trace import DECODE, PREFILL, Array, Trace
 
@@ -93,7 +93,7 @@ class Lookups:
         if interleave < 1:
             raise UsageError(f"--interleave must be at least 1, not {interleave}.")
         if phases not in PHASES:
-            raise UsageError(f"no phase is called {phases!r}: choose one of {', '.join(PHASES)}.")
+            raise unknown("phase", phases, PHASES)
         shape = RoutingShape.of(trace)
         kept = np.ones(len(trace), dtype=bool)
         if phases != "all":

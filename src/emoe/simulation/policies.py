@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emoe.errors import UsageError
+from emoe.errors import UsageError, unknown
 from emoe.prediction.protocol import LayerScorer, RoutingShape, UseScorer
 from emoe.prediction.registry import CONTESTED, NETWORKS, PREDICTORS, SCORERS, make_predictor, make_scorer
 from emoe.prediction.schedule import DEFAULT_PROMPTS, make_schedule
@@ -232,7 +232,7 @@ def names() -> tuple[str, ...]:
 def check(name: str) -> None:
     """Raises UsageError where no policy has that name."""
     if name not in names():
-        raise UsageError(f"no policy is called {name!r}: choose one of {', '.join(names())}.")
+        raise unknown("policy", name, names())
 
 
 def check_history(named: Iterable[str], history: object | None) -> None:

@@ -16,7 +16,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from emoe.engine.interface import EngineSettings
 from emoe.errors import UsageError
 from emoe.residency.budget import PoolPlan
 from emoe.residency.eviction import make_eviction
@@ -59,23 +58,6 @@ class SimulationSettings:
     costs: Mapping[str, float] = field(default_factory=dict)
     bank: PoolPlan | None = None
     eviction: str = "least-stale"
-
-    @classmethod
-    def of_engine(
-        cls, engine: EngineSettings, costs: Mapping[str, float], bank: PoolPlan | None, eviction: str = "least-stale"
-    ) -> SimulationSettings:
-        """As a real engine runs: its settings, what its cost model has found, and the bank of its experts."""
-        return cls(
-            scheduler=engine.scheduler,
-            max_running=engine.max_running,
-            max_batch_tokens=engine.max_batch_tokens,
-            kv_tokens=engine.kv_tokens,
-            page_tokens=engine.page_tokens,
-            max_input_tokens=engine.max_input_tokens,
-            costs=costs,
-            bank=bank,
-            eviction=eviction,
-        )
 
     def __post_init__(self) -> None:
         """Raises UsageError for a limit below 1."""
@@ -137,7 +119,6 @@ class _Simulation:
         self.waiting: list[_Job] = []
         self.running: list[_Job] = []
         self.free_pages = settings.kv_tokens // settings.page_tokens
-        self.kv_pages = self.free_pages
         bank = settings.bank
         self.banks = None if bank is None else Banks(routes.shape, bank, make_eviction(settings.eviction))
         if self.banks is not None and self.banks.everything:

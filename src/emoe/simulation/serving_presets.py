@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from emoe.errors import UsageError
+from emoe.errors import named
 from emoe.prediction.protocol import RoutingShape
 
 Array = NDArray[Any]
@@ -74,6 +74,4 @@ PRESETS: Mapping[str, Preset] = {
 
 def preset(name: str) -> Preset:
     """A preset by name. Raises UsageError naming the choices."""
-    if name not in PRESETS:
-        raise UsageError(f"no preset is called {name!r}: choose one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
+    return named("preset", name, PRESETS)

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 
 from emoe.errors import UsageError
-from emoe.routing.trace import DECODE, Trace
-from emoe.tasks.keywords import OTHER
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 """The quantiles that are kept."""
@@ -62,13 +60,3 @@ class Lengths:
         """Read what `as_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
         levels = {float(level): float(tokens) for level, tokens in values["quantiles"].items()}
         return cls(float(values["mean"]), levels, int(values["answers"]), float(values["cut"]))
-
-
-def lengths_by_task(trace: Trace) -> dict[str, Lengths]:
-    """Lengths from a trace alone, by task and under `OTHER` of all prompts: the tokens decoded after each prompt.
-
-    Prompts of which nothing was decoded are left out; so is a task that has none else.
-    """
-    decoded = np.bincount(trace.prompt_of_token()[trace.phase == DECODE], minlength=trace.num_prompts)
-    groups = {OTHER: decoded} | {name: decoded[trace.task == i] for i, name in enumerate(trace.tasks)}
-    return {task: Lengths.of(tokens[tokens > 0].tolist()) for task, tokens in groups.items() if (tokens > 0).any()}

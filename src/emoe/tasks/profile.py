@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from emoe.checkpoint.whole import write_whole
 from emoe.errors import EmoeError, UsageError
 from emoe.prediction.protocol import Array, RoutingShape
 from emoe.tasks.keywords import OTHER, Keywords
@@ -242,19 +242,6 @@ class Profile:
         except OSError as error:
             raise ProfileError(f"the profile {directory} could not be written: {error}.") from error
         return directory
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file complete under its name, or not at all. Raises OSError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _header(directory: Path) -> dict[str, Any]:

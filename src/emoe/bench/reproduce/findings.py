@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from emoe.checkpoint.whole import write_whole
 from emoe.errors import UsageError
-from emoe.tasks.profile import write_whole
 
 Verdict = Literal["holds", "partly", "does not hold", "not measured"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)

@@ -12,7 +12,7 @@ from typing import Any
 
 from emoe.bench.reproduce.experiment import NAMES, Experiment, experiment
 from emoe.bench.reproduce.findings import Kept, Table, read_finding
-from emoe.tasks.profile import write_whole
+from emoe.checkpoint.whole import write_whole
 
 PAGE = "index.html"
 _MARKS = {"holds": "&#10003;", "partly": "&#8776;", "does not hold": "&#10007;", "not measured": "&ndash;"}

@@ -29,6 +29,7 @@ import emoe
 from emoe import nano
 from emoe.checkpoint.fingerprint import fingerprint
 from emoe.checkpoint.source import resolve
+from emoe.checkpoint.whole import write_whole
 from emoe.errors import UsageError
 from emoe.model import close
 from emoe.model.encoding import encode
@@ -38,7 +39,7 @@ from emoe.profiling.record import record
 from emoe.profiling.running import Answer
 from emoe.routing.counts import PromptCounts, holds_counts, read_counts
 from emoe.routing.trace import Trace
-from emoe.tasks.profile import Profile, write_whole
+from emoe.tasks.profile import Profile
 
 Side = Literal["learn", "score"]
 Step = Callable[[str, int, int], None]

@@ -56,6 +56,7 @@ Rule = Callable[[RouterCall, Tensor | None], Routed]
 
 
 def softmax(call: RouterCall, allowed: Tensor | None, renormalise: bool | None, upcast: bool = False) -> Routed:
+    """Softmax over all experts; `renormalise` is None where the router has a flag for it."""
     router = call.router
     # Casting before the softmax and inside it are different kernels on some devices: follow the family.
     logits = call.logits.float() if upcast else call.logits
@@ -70,6 +71,7 @@ def softmax(call: RouterCall, allowed: Tensor | None, renormalise: bool | None, 
 
 
 def gemma(call: RouterCall, allowed: Tensor | None) -> Routed:
+    """Renormalised shares times a learned scale of each expert."""
     ids, weights = kinds.softmax_topk(
         call.logits, allowed, top_k=call.router.config.top_k_experts, renormalise=True, dtype=torch.float
     )
@@ -77,6 +79,7 @@ def gemma(call: RouterCall, allowed: Tensor | None) -> Routed:
 
 
 def ernie(call: RouterCall, allowed: Tensor | None) -> Routed:
+    """ERNIE 4.5: a learned bias helps to choose, and the weights' sum is bounded from below."""
     router = call.router
     bias = router.moe_statics.e_score_correction_bias.squeeze()
     ids, weights = kinds.biased_softmax_topk(
@@ -91,6 +94,11 @@ def ernie(call: RouterCall, allowed: Tensor | None) -> Routed:
 
 
 def deepseek_v2(call: RouterCall, allowed: Tensor | None) -> Routed:
+    """Shares times a factor, never renormalised; groups where the configuration says so.
+
+    Raises:
+        UnsupportedModelError: a `topk_method` without a rule.
+    """
     router = call.router
     scores = kinds.forbid(call.logits, allowed).softmax(dim=-1, dtype=torch.float32)
     if router.topk_method == "group_limited_greedy":
@@ -106,6 +114,7 @@ def deepseek_v2(call: RouterCall, allowed: Tensor | None) -> Routed:
 
 
 def mistral4(call: RouterCall, allowed: Tensor | None, renormalise: bool | None) -> Routed:
+    """Shares in the logits' dtype, within the groups whose two best sum highest."""
     router = call.router
     scores = kinds.forbid(call.logits, allowed).softmax(-1)
     groups = Groups(router.num_group, router.topk_group, outside=0.0)
@@ -121,6 +130,7 @@ def mistral4(call: RouterCall, allowed: Tensor | None, renormalise: bool | None)
 def topk_softmax(
     call: RouterCall, allowed: Tensor | None, dtype: torch.dtype | None = None, shared_out: bool = False
 ) -> Routed:
+    """gpt-oss and its like; `dtype` is that of the softmax, else the logits'."""
     top_k = call.router.top_k
     ids, weights = kinds.topk_softmax(call.logits, allowed, top_k=top_k, dtype=dtype or call.logits.dtype)
     if shared_out:  # the block multiplies the output by k again
@@ -129,6 +139,7 @@ def topk_softmax(
 
 
 def cohere2(call: RouterCall, allowed: Tensor | None) -> Routed:
+    """Softmax or sigmoid of the best k logits, as the configuration says."""
     router = call.router
     if router.expert_selection_fn == "softmax":
         return topk_softmax(call, allowed, torch.float)
@@ -143,6 +154,7 @@ def cohere2(call: RouterCall, allowed: Tensor | None) -> Routed:
 
 
 def deepseek_v3(call: RouterCall, allowed: Tensor | None, outside: float = kinds.NEVER) -> Routed:
+    """In the logits' dtype; `outside` is the choice score of experts outside the chosen groups."""
     router = call.router
     groups = None if router.num_group is None else Groups(router.num_group, router.topk_group, outside)
     ids, weights = kinds.scores_topk(
@@ -154,6 +166,7 @@ def deepseek_v3(call: RouterCall, allowed: Tensor | None, outside: float = kinds
 
 
 def beam(call: RouterCall, allowed: Tensor | None) -> Routed:
+    """As `deepseek_v3`, in order of the choice scores and without a factor."""
     router = call.router
     ids, weights = kinds.scores_topk(
         call.logits.sigmoid(),
@@ -202,11 +215,13 @@ def scored(call: RouterCall, allowed: Tensor | None) -> Routed:
 
 
 def tabled(call: RouterCall, allowed: Tensor | None) -> Routed:
+    """Experts that a table prescribes for each token id; the scores decide only their weights."""
     ids, weights = kinds.tabled_topk(call.router.score_fn(call.logits), allowed, tabled=call.ids)
     return Routed(ids, kinds.normalise(weights, 1e-20) * call.router.routed_scaling_factor)
 
 
 def lfm2(call: RouterCall, allowed: Tensor | None) -> Routed:
+    """The bias is an argument of the router, used if the configuration says so."""
     router = call.router
     bias = call.argument(1, "expert_bias") if router.use_expert_bias else None
     ids, weights = kinds.scores_topk(call.logits.sigmoid(), allowed, top_k=router.top_k, bias=bias, in_order=True)
@@ -216,6 +231,7 @@ def lfm2(call: RouterCall, allowed: Tensor | None) -> Routed:
 
 
 def kolibri1(call: RouterCall, allowed: Tensor | None) -> Routed:
+    """Chosen by logits + bias; the weights are sigmoids of the bare logits."""
     router = call.router
     ids, filled = kinds.choose(call.logits + router.e_score_correction_bias, allowed, router.top_k)
     weights = call.logits.gather(1, ids).sigmoid().masked_fill(~filled, 0)
