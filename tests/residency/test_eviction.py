@@ -52,5 +52,5 @@ def test_scored_orders_by_value_then_by_recency(past: Uses, values: list[float])
 
 
 def test_an_unknown_rule_is_refused_with_the_choices() -> None:
-    with pytest.raises(UsageError, match="choose one of least-stale, lfu, lru"):
+    with pytest.raises(UsageError, match="choose one of lru, lfu, least-stale"):
         make_eviction("fifo")
