@@ -70,6 +70,10 @@ def _address(structure: Any) -> int:
 @example(form=COLUMNS, columns=9, rows=1111, tokens=1, biased=True, dtype=torch.bfloat16, seed=0)
 @example(form=COLUMNS, columns=9, rows=6200, tokens=1, biased=False, dtype=torch.float32, seed=0)
 @example(form=ROWS, columns=2880, rows=33, tokens=2, biased=True, dtype=torch.float32, seed=0)
+@example(form=INT4, columns=2880, rows=5, tokens=15, biased=True, dtype=torch.bfloat16, seed=0)
+@example(form=INT8, columns=2880, rows=5, tokens=15, biased=True, dtype=torch.bfloat16, seed=0)
+@example(form=INT4, columns=1024, rows=5, tokens=1, biased=False, dtype=torch.bfloat16, seed=0)
+@example(form=INT8, columns=640, rows=5, tokens=1, biased=False, dtype=torch.bfloat16, seed=0)
 def test_products_are_right_whatever_the_threads_and_the_rows(
     calls: Calls, form: int, columns: int, rows: int, tokens: int, biased: bool, dtype: torch.dtype, seed: int
 ) -> None:
@@ -93,6 +97,43 @@ def test_products_are_right_whatever_the_threads_and_the_rows(
     torch.set_num_threads(1)
     assert all(torch.equal(out, other) for other in again)
     assert torch.equal(out[-1:], product(calls, weight, x[-1:].contiguous(), bias, form))
+
+
+@given(
+    bits=st.sampled_from([8, 4]),
+    groups=st.integers(1, 20),
+    spread=st.sampled_from([0.0, 3.0, 12.0]),
+    size=st.sampled_from([1e-30, 1.0, 1e30]),
+    seed=st.integers(0, 999),
+)
+def test_quantised_products_of_small_and_large_numbers_are_off_by_little(
+    calls: Calls, bits: int, groups: int, spread: float, size: float, seed: int
+) -> None:
+    """What is kept of x beside much larger numbers of its 128 columns: 2^-15 of the largest is the stated bound."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = groups * GROUP
+    weight, values = random_matrix(bits, columns, 6, seed)
+    x = torch.randn(2, columns, generator=generator)
+    x = (x * torch.exp(spread * torch.randn(2, columns, generator=generator)) * size).clamp(-1e34, 1e34).bfloat16()
+    exact = x.double() @ values.t()
+    allowed = exact.abs() * 2**-8 + 2e-6 * (x.double().abs() @ values.abs().t())
+    for start in range(0, columns, 128):
+        part = slice(start, start + 128)
+        largest = x[:, part].double().abs().amax(dim=1, keepdim=True)
+        allowed += largest * 2**-15 * values[:, part].abs().sum(dim=1)
+    out = product(calls, weight, x, None, INT8 if bits == 8 else INT4).double()
+    assert bool(((out - exact).abs() <= allowed + 1e-37).all())
+
+
+def test_what_is_no_number_in_x_is_none_in_the_result(calls: Calls) -> None:
+    for bits, form in ((8, INT8), (4, INT4)):
+        weight, _ = random_matrix(bits, 320, 3, 0)
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            x = torch.ones(2, 320).bfloat16()
+            x[1, 200] = bad
+            out = product(calls, weight, x, None, form)
+            assert bool(out[0].isfinite().all())
+            assert not bool(out[1].isfinite().any())
 
 
 def test_nan_and_infinity_come_through(calls: Calls) -> None:
@@ -288,6 +329,8 @@ def test_quantised_matrices_unpack_to_their_values(calls: Calls) -> None:
             matrix = Matrix(weight.packed.data_ptr(), weight.scale.data_ptr(), None)
             calls.unpack(Shape(96, 7, form, TYPES[dtype]), _address(matrix), out)
             assert torch.equal(out, weight.values(dtype))
+            calls.unpack(Shape(96, 7, form, TYPES[dtype]), _address(matrix), out[:2], 4)
+            assert torch.equal(out[:2], weight.values(dtype)[4:6])
 
 
 def test_gates_are_known_by_what_they_compute() -> None:

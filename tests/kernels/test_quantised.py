@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emoe.errors import UnsupportedModelError
-from emoe.kernels.quantised import GROUP, QuantisedMatrix, matvec
+from emoe.kernels import quantised
+from emoe.kernels.quantised import GROUP, QuantisedMatrix, many_rows, matvec
 
 
 def random_matrix(bits: int, columns: int, rows: int, seed: int) -> tuple[QuantisedMatrix, torch.Tensor]:
@@ -51,6 +52,40 @@ def test_products_are_integers_times_scales_times_x(
     tolerance = 1e-5 if dtype is torch.float32 else 2**-8
     scale = float((x.double().abs() @ values.abs().t()).max())
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=1e-6 * scale)
+
+
+@given(
+    bits=st.sampled_from([8, 4]),
+    rows=st.integers(1, 40),
+    each=st.integers(1, 41),
+    tokens=st.integers(9, 40),
+    biased=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 10**6),
+)
+def test_many_rows_are_multiplied_block_by_block(
+    bits: int, rows: int, each: int, tokens: int, biased: bool, dtype: torch.dtype, seed: int
+) -> None:
+    weight, values = random_matrix(bits, 64, rows, seed)
+    x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    bias = torch.randn(rows).to(dtype) if biased else None
+    out = torch.full((tokens, rows), torch.nan, dtype=dtype)
+    asked: list[slice] = []
+
+    def unpack(some: slice, into: torch.Tensor) -> None:
+        asked.append(some)
+        weight.unpack(some, into)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantised, "MULTIPLIED", each * 64)
+        many_rows(x, weight, bias, out, unpack)
+    assert [row for some in asked for row in range(some.start, some.stop)] == list(range(rows))
+    assert max(some.stop - some.start for some in asked) <= each
+    stored = values.to(dtype).double()
+    expected = x.double() @ stored.t() + (0.0 if bias is None else bias.double())
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-7
+    scale = float((x.double().abs() @ stored.abs().t()).max())
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize(

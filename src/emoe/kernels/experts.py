@@ -21,7 +21,7 @@ from emoe.kernels.choice import Kernel
 from emoe.kernels.fetching import Fetch, at_once
 from emoe.kernels.gates import gate_of
 from emoe.kernels.native.experts import Bound, NativeExperts, bindable
-from emoe.kernels.quantised import SCALE, QuantisedMatrix, matvec
+from emoe.kernels.quantised import SCALE, QuantisedMatrix, Unpack, many_rows, matvec
 
 COMBINE_TOKENS = 128
 """Tokens whose expert outputs are weighted and added at once: what is added stays in the processor's cache."""
@@ -66,7 +66,7 @@ NATIVE_ROWS = 8
 """Rows of one expert up to which the C kernels run it, whose results do not depend on how many rows there are."""
 
 QUANTISED_ROWS = 16
-"""The same for quantised experts: beyond, a matrix is unpacked once and multiplied by torch."""
+"""The same for quantised experts: beyond, a matrix is unpacked block by block and multiplied by torch."""
 
 QUANTISED_FEW = 8
 """Rows up to which torch multiplies a quantised matrix in float32; beyond, it is unpacked to the rows' dtype first."""
@@ -136,13 +136,15 @@ class Weights:
         self.native = native
 
 
-def _project(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+def _project(
+    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, out: torch.Tensor, unpack: Unpack | None = None
+) -> None:
     if isinstance(weight, QuantisedMatrix):
         if x.shape[0] <= QUANTISED_FEW:
             out.copy_(matvec(x, weight, bias))
-            return
-        weight = weight.values(x.dtype).t()
-    if bias is None:
+        else:
+            many_rows(x, weight, bias, out, unpack)
+    elif bias is None:
         torch.mm(x, weight, out=out)
     else:
         torch.addmm(bias, x, weight, out=out)
@@ -406,15 +408,12 @@ def _one_expert(math: ExpertMath, w: Weights, x: torch.Tensor, out: torch.Tensor
         else:
             native.down(math.activate(native.first(x, [w.native])), [w.native], out)
         return
-    unpack = None
+    unpack: list[Unpack | None] = [None, None]
     if native is not None and w.native is not None and quantised:
-        unpack = functools.partial(native.unpacked, w.native, x.dtype)
-    first = w.first if unpack is None else unpack(down=False)
-    inner = x.new_empty(x.shape[0], first.shape[1])
-    _project(x, first, w.first_bias, inner)
-    inner = math.activate(inner)
-    del first  # one matrix unpacked at a time is what is planned for
-    _project(inner, w.down if unpack is None else unpack(down=True), w.down_bias, out)
+        unpack = [functools.partial(native.unpack, w.native, down) for down in (False, True)]
+    inner = x.new_empty(x.shape[0], w.first.shape[1])
+    _project(x, w.first, w.first_bias, inner, unpack[0])
+    _project(math.activate(inner), w.down, w.down_bias, out, unpack[1])
 
 
 def rounds_rows(device: torch.device, dtype: torch.dtype) -> bool:

@@ -11,19 +11,27 @@ bfloat16 or float32, and rounded once to x's dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from emoe.checkpoint.codecs.arithmetic import decode_int4, decode_int8
 from emoe.checkpoint.codecs.formats import GROUP, SCALE
 from emoe.errors import UnsupportedModelError
 
-__all__ = ["GROUP", "SCALE", "QuantisedMatrix", "matvec"]
+__all__ = ["GROUP", "SCALE", "QuantisedMatrix", "many_rows", "matvec"]
 
 UNPACKED = 1 << 17
 """Numbers unpacked at once on a CPU: 512 KiB of float32.
 
 A matrix of 1536 x 2048 as int4 takes 2.5 ms, and 3.0 to 5.3 in one go (docs/log.md).
 """
+
+MULTIPLIED = 1 << 20
+"""Numbers unpacked to the rows' dtype at once on a CPU, for many rows: 2 MiB of bfloat16, near the cores' caches."""
+
+Unpack = Callable[[slice, torch.Tensor], None]
+"""Called with (rows of the matrix, where their values go: [rows, in])."""
 
 
 class QuantisedMatrix:
@@ -65,25 +73,59 @@ class QuantisedMatrix:
         """Return the matrix [out, in] in `dtype`: integers times scales in float32, rounded once."""
         columns, rows = self.shape
         out = torch.empty(rows, columns, dtype=dtype, device=self.packed.device)
-        for some in self._blocks():
-            out[some] = self._unpacked(some)
+        self.unpack(slice(0, rows), out)
         return out
+
+    def unpack(self, rows: slice, out: torch.Tensor) -> None:
+        """Write the values of some rows to `out` [rows, in]: integers times scales in float32, rounded once."""
+        for some in self.blocks(UNPACKED, rows):
+            out[some.start - rows.start : some.stop - rows.start] = self._unpacked(some)
 
     def _unpacked(self, some: slice) -> torch.Tensor:
         decode = decode_int8 if self.bits == 8 else decode_int4
         return decode(self.packed[some], self.scale[some])
 
-    def _blocks(self) -> list[slice]:
-        """Its rows, as many at a time as suit the device: a CPU unpacks within its cache, and holds little else."""
+    def blocks(self, numbers: int, within: slice | None = None) -> list[slice]:
+        """Its rows (or those `within`), as many at a time as hold `numbers` on a CPU; elsewhere all at once."""
         columns, rows = self.shape
-        each = max(1, UNPACKED // columns) if self.packed.device.type == "cpu" else rows
-        return [slice(start, min(start + each, rows)) for start in range(0, rows, each)]
+        begin, end = (0, rows) if within is None else (within.start, within.stop)
+        each = max(1, numbers // columns) if self.packed.device.type == "cpu" else end - begin
+        return [slice(start, min(start + each, end)) for start in range(begin, end, each)]
 
 
 def matvec(x: torch.Tensor, weight: QuantisedMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return x [rows, in] times the matrix, [rows, out] in x's dtype, accumulated in float32 (plain torch)."""
     wide = x.float()
     out = wide.new_empty(x.shape[0], weight.shape[1])
-    for some in weight._blocks():
+    for some in weight.blocks(UNPACKED):
         out[:, some] = wide @ weight._unpacked(some).t()
     return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def many_rows(
+    x: torch.Tensor,
+    weight: QuantisedMatrix,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    unpack: Unpack | None = None,
+) -> None:
+    """Write x [rows, in] times the matrix, unpacked to x's dtype, to `out` [rows, out]; torch multiplies.
+
+    Unpacked whole, a matrix of 4096 x 2048 goes to memory and back, in pages that may be new each time.
+
+    Args:
+        x: the rows.
+        weight: the matrix.
+        bias: [out] or None.
+        out: where to.
+        unpack: what unpacks; None: `weight.unpack`.
+    """
+    blocks = weight.blocks(MULTIPLIED)
+    held = x.new_empty(blocks[0].stop, weight.shape[0])
+    for some in blocks:
+        values = held[: some.stop - some.start]
+        (unpack or weight.unpack)(some, values)
+        if bias is None:
+            torch.mm(x, values.t(), out=out[:, some])
+        else:
+            torch.addmm(bias[some], x, values.t(), out=out[:, some])

@@ -110,6 +110,26 @@ def test_a_cache_is_ordinary_safetensors_beside_the_model(model_folder: Path) ->
     ]
 
 
+def test_torch_works_on_one_thread_meanwhile(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dozens of short passes for each block: beside a busy neighbour each would wait for another thread."""
+    seen: set[int] = set()
+    encode = type(INT4).encode
+
+    def watched(self: Any, matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen.add(torch.get_num_threads())
+        return encode(self, matrix)
+
+    monkeypatch.setattr(type(INT4), "encode", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        made(model_folder)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1}
+
+
 def test_a_second_call_finds_it_and_the_run_dtype_does_not_matter(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,7 +77,7 @@ def build_cache(
             _resume(work, card)
             _check_room(work, index, codec, card)
             kind, _ = choose_reader(index, 0)
-            with Reader(kind, index.files) as reader:
+            with Reader(kind, index.files) as reader, _one_thread():
                 weight_map = _write_layers(work, _Encoder(index, codec, reader), progress)
             listed = {"metadata": {"total_size": card.nbytes}, "weight_map": weight_map}
             (work / INDEX_FILE).write_text(json.dumps(listed, indent=0) + "\n", encoding="utf-8")
@@ -160,6 +160,22 @@ class _Encoder:
                 f"{self.index.path}: {part.name!r} of expert {expert} in layer {layer.layer} cannot be stored as "
                 f"{self.codec.name}: {error}. Use native experts."
             ) from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch work on the calling thread alone.
+
+    Encoding is dozens of short passes over blocks that lie in the cache, and torch shares some (abs, round) among its
+    threads from 2,048 numbers on. Where another process holds one of two cores, each pass waits for a thread that is
+    not running: 0.1 MiB of int4 a second, where one thread makes 4.4 (docs/log.md).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

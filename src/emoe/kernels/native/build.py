@@ -19,7 +19,10 @@ from pathlib import Path
 
 from emoe.config import user_cache
 
-SOURCES = ("emoe.c", "vectors.h", "pool.h", "products.h", "pairs.h", "gates.h", "threads.h", "attention.h", "norm.h")
+SOURCES = (
+    *("emoe.c", "vectors.h", "pool.h", "products.h", "pairs.h", "integers.h", "gates.h", "unpacking.h", "threads.h"),
+    *("attention.h", "norm.h"),
+)
 """`emoe.c` includes the others."""
 
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden", "-lm", "-lpthread")

@@ -99,7 +99,8 @@ class Calls:
         self._norm.argtypes = [number, number, ctypes.c_long, ctypes.c_long, ctypes.c_float, pointer, pointer, pointer]
         self._norm.restype = None
         self._attention.argtypes = [pointer] * 7 + [number]
-        self._unpack.argtypes, self._unpack.restype = [pointer, pointer, pointer, number], None
+        self._unpack.argtypes = [pointer, pointer, ctypes.c_long, ctypes.c_long, pointer, number]
+        self._unpack.restype = None
 
     def one_token(
         self, layer: Layer, experts: Sequence[int], hidden: torch.Tensor, gates: torch.Tensor, out: torch.Tensor
@@ -191,9 +192,10 @@ class Calls:
         rows = x.numel() // size
         self._norm(TYPES[x.dtype], form, rows, size, epsilon, x.data_ptr(), weight.data_ptr(), out.data_ptr())
 
-    def unpack(self, shape: Shape, matrix: int, out: torch.Tensor) -> None:
-        """Write a quantised matrix (the address of a `Matrix`) as a plain one to `out` [rows, columns]."""
-        self._unpack(ctypes.addressof(shape), matrix, out.data_ptr(), torch.get_num_threads())
+    def unpack(self, shape: Shape, matrix: int, out: torch.Tensor, first: int = 0) -> None:
+        """Write rows of a quantised matrix (the address of a `Matrix`), from `first`, as plain ones to `out`."""
+        rows, threads = out.shape[0], torch.get_num_threads()
+        self._unpack(ctypes.addressof(shape), matrix, first, rows, out.data_ptr(), threads)
 
     def thread_counts(self) -> dict[int, int]:
         """How many calls were made with each number of threads (a power of two, or what torch is set to)."""

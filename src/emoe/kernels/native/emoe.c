@@ -6,6 +6,7 @@
 #include "pool.h"
 #include "products.h"
 #include "gates.h"
+#include "unpacking.h"
 #include "threads.h"
 
 #include <stdlib.h>
@@ -159,43 +160,11 @@ EXPORT int emoe_products(const shape *s, int count, const matrix *const *weights
     return 0;
 }
 
-typedef struct {
-    const shape *of;
-    const matrix *from;
-    char *to;
-} unpacking;
-
-static void unpack_row(void *context, long r)
+/* to [rows, in] of the shape's type = integers * scales: rows of a quantised matrix as plain ones, for many rows of x. */
+EXPORT void emoe_unpack(const shape *s, const matrix *from, long first, long rows, char *to, int threads)
 {
-    const unpacking *u = context;
-    const shape *s = u->of;
-    const long bytes = row_bytes(s), size = type_bytes(s->type);
-    const char *w = u->from->data + r * bytes;
-    char *to = u->to + r * s->in * size;
-    for (long c = 0; c < s->in; c += STEP) {
-        float block[STEP], by;
-        const long n = s->in - c < STEP ? s->in - c : STEP;
-        if (s->format == INT4) {
-            by = (float)((const _Float16 *)u->from->scale)[r * (s->in / STEP) + c / STEP];
-            for (long i = 0; i < n; i++) block[i] = (float)(((uint8_t)w[(c + i) / 2] >> (i % 2 * 4) & 15) - 8) * by;
-        } else {
-            by = ((const float *)u->from->scale)[r];
-            for (long i = 0; i < n; i++) block[i] = (float)((const int8_t *)w)[c + i] * by;
-        }
-        if (n == STEP) {
-            store16(s->type, to + c * size, rounded(s->type, *(const vf_any *)block));
-            store16(s->type, to + (c + LANES) * size, rounded(s->type, *(const vf_any *)(block + LANES)));
-        } else {
-            for (long i = 0; i < n; i++) store1(s->type, to + (c + i) * size, block[i]);
-        }
-    }
-}
-
-/* to [out, in] of the shape's type = integers * scales: a quantised matrix as a plain one, for many rows of x. */
-EXPORT void emoe_unpack(const shape *s, const matrix *from, char *to, int threads)
-{
-    unpacking u = {s, from, to};
-    spread(threads, s->out, unpack_row, &u);
+    unpacking u = {s, from, to, first, rows};
+    spread(threads, (rows + UNPACKED_ROWS - 1) / UNPACKED_ROWS, unpack_rows, &u);
 }
 
 /* out [batch, rows, heads, value_size] = attention of few rows; `mask` and `sinks` (one for each head) may be none. */

@@ -112,13 +112,11 @@ class NativeExperts:
         layer = self._layer(experts[0], x.dtype)
         self._calls.products(layer.down, [bound.down_matrix for bound in experts], x.contiguous(), out)
 
-    def unpacked(self, bound: Bound, dtype: torch.dtype, *, down: bool) -> torch.Tensor:
-        """Return one of an expert's quantised matrices as a plain [in, out] one in `dtype`."""
-        layer = self._layer(bound, dtype)
+    def unpack(self, bound: Bound, down: bool, rows: slice, out: torch.Tensor) -> None:
+        """Write some rows of one of an expert's quantised matrices as plain values to `out` [rows, in]."""
+        layer = self._layer(bound, out.dtype)
         shape, matrix = (layer.down, bound.down_matrix) if down else (layer.first, bound.first_matrix)
-        out = torch.empty(shape.rows, shape.columns, dtype=dtype)
-        self._calls.unpack(shape, matrix, out)
-        return out.t()
+        self._calls.unpack(shape, matrix, out, rows.start)
 
     def _layer(self, bound: Bound, dtype: torch.dtype) -> Layer:
         layer = self._layers.get(dtype)

@@ -34,20 +34,28 @@ INLINE long padded(long in) { return align_up(in, STEP); }
 INLINE int in_pairs(const shape *s)
 {
 #ifdef __AVX512BF16__
-    return s->type == BF16 && (s->format == ROWS || (s->format == INT4 && s->in <= 1024 * STEP));
+    return s->type == BF16 && s->format == ROWS;
 #else
     (void)s;
     return 0;
 #endif
 }
 
-/* Bytes of a row of x as `prepare` leaves it. */
-INLINE long prepared_bytes(const shape *s) { return align_up(padded(s->in) * (in_pairs(s) ? 2 : 4), 64); }
+INLINE long prepared_bytes(const shape *s);
 
 INLINE long row_bytes(const shape *s)
 {
     long columns = s->format == COLUMNS ? s->out : s->in;
     return s->format == INT4 ? columns / 2 : s->format == INT8 ? columns : columns * type_bytes(s->type);
+}
+
+#include "integers.h"
+
+/* Bytes of a row of x as `prepare` leaves it. */
+INLINE long prepared_bytes(const shape *s)
+{
+    if (in_integers(s)) return integers_bytes(s->in);
+    return align_up(padded(s->in) * (in_pairs(s) ? 2 : 4), 64);
 }
 
 /* Whether weights are read as even columns and odd columns. */
@@ -58,6 +66,10 @@ static void prepare(const shape *s, const char *x, char *into)
 {
     long bytes = type_bytes(s->type), split = splits(s);
     float *to = (float *)into;
+    if (in_integers(s)) {
+        prepare_integers(s, x, into);
+        return;
+    }
     if (in_pairs(s)) {
         memcpy(into, x, (size_t)(s->in * 2));
         memset(into + s->in * 2, 0, (size_t)((padded(s->in) - s->in) * 2));
@@ -272,12 +284,14 @@ static void run_unit(void *context, long number)
     if (s->format == COLUMNS) {
         if (s->type == BF16) columns_of(BF16, s, j, from, to - from);
         else columns_of(F32, s, j, from, to - from);
+    } else if (in_integers(s)) {
+        if (s->format == INT8) integers_of(INT8, s, j, from, to);
+        else integers_of(INT4, s, j, from, to);
     } else if (s->format == INT8) {
         if (s->type == BF16) rows_of(INT8, BF16, s, j, from, to);
         else rows_of(INT8, F32, s, j, from, to);
     } else if (s->format == INT4) {
-        if (in_pairs(s)) nibbles_in_pairs(s, j, from, to);
-        else if (s->type == BF16) rows_of(INT4, BF16, s, j, from, to);
+        if (s->type == BF16) rows_of(INT4, BF16, s, j, from, to);
         else rows_of(INT4, F32, s, j, from, to);
     } else if (in_pairs(s)) {
         rows_in_pairs(s, j, from, to);
