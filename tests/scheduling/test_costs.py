@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe.prediction.protocol import RoutingShape
-from emoe.scheduling.costs import Array, CostModel, Step
+from emoe.scheduling.costs import MOST_TASKS, Array, CostModel, Step
 from tests.scheduling.situations import request
 
 SHAPE = RoutingShape(2, 4, 1)
@@ -135,3 +135,78 @@ def test_without_a_shape_loads_are_expected_to_stay_what_they_were() -> None:
     for _ in range(500):
         costs.observe(Step(1, 0, 0, 7, 0.75, 0.7))
     assert costs.loads([]) == pytest.approx(7, rel=0.1)
+
+
+def test_what_reading_kv_memory_takes_is_found_apart_from_tokens() -> None:
+    costs = model()
+    rng = np.random.default_rng(2)
+    for _ in range(900):
+        decode, kv = int(rng.integers(1, 9)), int(rng.integers(0, 20_000))
+        costs.observe(Step(decode, 0, kv, 0, 0.006 + 0.0012 * decode + 2e-7 * kv))
+    assert costs.as_dict()["kv_token_s"] == pytest.approx(2e-7, rel=0.05)
+    assert costs.compute_s(2, 0, 10_000) - costs.compute_s(2) == pytest.approx(0.002, rel=0.05)
+    long, short = request(1, tokens=9000, output_tokens=1000), request(2, tokens=1)
+    assert costs.step_s([long]) - costs.step_s([short]) == pytest.approx(9999 * 2e-7, rel=0.05)
+
+
+def test_a_tokens_share_of_a_step_is_that_of_the_usual_batch() -> None:
+    costs = model(step_s=0.008)
+    assert costs.token_s == pytest.approx(0.01 + 0.008)
+    for _ in range(1500):
+        costs.observe(Step(4, 0, 0, 0, 0.048))
+    assert costs.as_dict()["mean_batch"] == pytest.approx(4, rel=0.01)
+    found = costs.as_dict()
+    assert costs.token_s == pytest.approx(found["token_s"] + found["step_s"] / 4, rel=0.01)
+    assert costs.token_s == pytest.approx(0.012, rel=0.05)
+
+
+def test_input_tokens_cost_what_they_are_said_to() -> None:
+    assert model().prefill_s(50) == pytest.approx(0.02)
+    assert model().compute_s(0, 50) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("step", [Step(0, 0, 9, 3, 1.0), Step(1, 0, 0, 0, 0.0), Step(1, 0, 0, 0, float("nan"))])
+def test_a_step_that_did_nothing_is_ignored(step: Step) -> None:
+    costs = model()
+    before = costs.as_dict()
+    costs.observe(step)
+    assert costs.as_dict() == before
+
+
+def test_waiting_is_part_of_a_step_and_no_more() -> None:
+    """Clocks that disagree about a step's end must not make computing negative or loads free."""
+    inside, beyond, below = model(), model(), model()
+    for _ in range(50):
+        inside.observe(Step(1, 0, 0, 2, 0.1, 0.1))
+        beyond.observe(Step(1, 0, 0, 2, 0.1, 7.0))
+        below.observe(Step(1, 0, 0, 0, 0.1, -7.0))
+    assert inside.as_dict() == beyond.as_dict()
+    assert below.compute_s(1) == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_tasks_shares_are_asked_for_once_and_bounded_in_number() -> None:
+    asked: list[str | None] = []
+
+    def shares(task: str | None) -> Array | None:
+        asked.append(task)
+        return None
+
+    costs = CostModel(SHAPE, shares, lambda: None, token_s=0.01, prefill_token_s=0.001, expert_load_s=0.1)
+    for _ in range(2):
+        costs.untouched([("a", 1), (None, 2)])
+    assert asked == ["a", None]
+    for number in range(MOST_TASKS):
+        costs.untouched([(f"task {number}", 1)])
+    costs.untouched([("a", 1)])
+    assert asked.count("a") == 2  # labels are the clients' to choose: what is known of them was let go
+    assert len(costs._untouched) <= MOST_TASKS
+
+
+def test_tokens_leave_a_key_untouched_independently() -> None:
+    costs = model(shares=np.array([[0.5, 0.5, 0, 0], [1.0, 0, 0, 0]]))
+    left = costs.untouched([("a", 3)])
+    assert left[0].tolist() == pytest.approx([0.125, 0.125, 1, 1])
+    assert left[1].tolist() == pytest.approx([0, 1, 1, 1])
+    unknown = CostModel(None, lambda task: None, lambda: None, token_s=1, prefill_token_s=1, expert_load_s=1)
+    with pytest.raises(ValueError, match="no expert keys"):
+        unknown.untouched([])

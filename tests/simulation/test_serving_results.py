@@ -31,9 +31,7 @@ def results(*rows: tuple[Call, Served], seconds: float = 10.0) -> ServingResults
 
 
 def call(at_s: float, tokens: int, task: str = "a", **targets: Any) -> Call:
-    return Call(
-        at_s=at_s, input_tokens=20, output_tokens=tokens, task=task, label=None, expected_tokens=8.0, **targets
-    )
+    return Call(at_s=at_s, input_tokens=20, output_tokens=tokens, task=task, label=None, expected_tokens=8.0, **targets)
 
 
 def test_times_of_one_request() -> None:
