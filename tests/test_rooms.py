@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "emoe"
 # From the ground up; rooms on one line do not import each other.
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config",),
+    ("config", "plugins"),
     ("checkpoint",),
     ("kernels",),
     ("residency",),

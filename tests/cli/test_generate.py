@@ -104,7 +104,9 @@ def test_sampling_repeats_with_a_seed(capsys: pytest.CaptureFixture[str]) -> Non
     ("args", "message"),
     [
         (["-p", "   "], "the prompt is empty"),
-        (["-p", "x", "--temperature", "-1"], "--temperature must be at least 0"),
+        (["-p", "x", "--temperature", "-1"], "--temperature must be a number of at least 0"),
+        (["-p", "x", "--temperature", "nan"], "--temperature must be a number of at least 0"),
+        (["-p", "caf\udce9"], "the prompt is no UTF-8 text"),
         (["-p", "x", "--top-p", "2"], "--top-p must be above 0 and at most 1"),
         (["-p", "x", "--temperature", "0", "--top-k", "5"], "no effect"),
         (["-p", "word " * 2000], "was made for 1024 in all"),
@@ -114,6 +116,13 @@ def test_sampling_repeats_with_a_seed(capsys: pytest.CaptureFixture[str]) -> Non
 def test_what_cannot_be_meant_exits_with_2(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", *args]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_pipe_that_holds_no_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("generate", "chat"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+        assert main([command]) == 2
+        assert "utf-8 text: 'utf-8' codec can't decode byte 0xe9" in capsys.readouterr().err
 
 
 def test_a_long_answer_ends_at_the_models_context(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import emoe
+from emoe import nano
 from emoe.cli import main
 from emoe.errors import UsageError
 from tests.conftest import Checkpoints
@@ -54,6 +55,9 @@ def test_without_a_command_it_helps_and_fails(capsys: pytest.CaptureFixture[str]
         (["generate", "--expert-memory", "140%"], "more than all experts"),
         (["generate", "--mode", "fast"], "invalid choice: 'fast'"),
         (["frobnicate"], "invalid choice"),
+        (["generate", "--seed", "-1"], "from 0 to 4294967295, not '-1'"),
+        (["simulate", "--seed", "4294967296"], "from 0 to 4294967295"),
+        (["bench", "decode", "--seed", "x"], "from 0 to 4294967295"),
     ],
 )
 def test_malformed_options_exit_with_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,3 +164,11 @@ def test_an_interrupt_while_loading_leaves_without_a_traceback() -> None:
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err.strip() == "emoe: interrupted"
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_another(tmp_path: Path) -> None:
+    (tmp_path / "modèle").symlink_to(nano.path())
+    process = emoe_process("plan", str(tmp_path / "modèle"), env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    text, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "mod?le (qwen3_moe" in text

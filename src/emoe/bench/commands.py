@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from emoe.bench.options import ended_in_order, modes, say, words
+from emoe.bench.options import ended_in_order, modes, say, seed, words
 from emoe.bench.settings import BASELINES, DecodeSettings, parse_budget
 from emoe.checkpoint.codecs.formats import EXPERT_DTYPES, NATIVE
 from emoe.config import PREFETCHES, ExpertMemory, format_bytes, parse_bytes
@@ -83,9 +83,10 @@ def _add_measuring(parser: argparse.ArgumentParser, budgets: str, baselines: str
     add("--expert-dtype", choices=EXPERT_DTYPES, default=NATIVE, help="emoe's experts in int8 or int4 (lossy)")
     add("--expert-cache", metavar="DIR", help="where those are kept (default: .emoe in the model's folder)")
     add("--embeddings", choices=("memory", "disk"), default="memory", help="where emoe's input embedding lies")
-    add("--prefetch", choices=PREFETCHES, help="emoe's prefetching (default: none)")
+    add("--predictor", metavar="NAME", help="load ahead what this predictor expects; an unknown name lists all")
+    add("--prefetch", choices=PREFETCHES, help="emoe's prefetching (default: none, or plan with a predictor)")
     add("--offload-folder", metavar="DIR", help="where accelerate may write weights (default: the temporary folder)")
-    add("--seed", type=int, default=usual.seed, metavar="N", help="of random prompts")
+    add("--seed", type=seed, default=usual.seed, metavar="N", help="of random prompts")
     add("--json", action="store_true", help="print one JSON object (docs/benchmarks.md) instead of a table")
 
 
@@ -113,6 +114,7 @@ def decode_settings(args: argparse.Namespace) -> DecodeSettings:
         one_at_a_time=args.one_at_a_time,
         expert_dtype=args.expert_dtype,
         expert_cache=args.expert_cache,
+        predictor=args.predictor,
         prefetch=args.prefetch,
         embeddings=args.embeddings,
         forced=args.forced,
@@ -157,7 +159,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Options of `emoe bench checkpoint`."""
     parser.add_argument("shape", metavar="SHAPE", help="its name, e.g. qwen3-moe-2.5gb; any other word lists them")
     parser.add_argument("folder", metavar="DIR", type=Path, help="where to write it")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the weights (default: 0)")
     parser.set_defaults(run=run_checkpoint)
 
 

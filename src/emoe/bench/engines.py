@@ -26,7 +26,7 @@ from emoe.errors import UnsupportedModelError
 from emoe.model.bind import binding_of
 from emoe.prediction.registry import SCORERS
 
-CHOICES = ("expert_dtype", "expert_cache", "prefetch", "profile", "embeddings")
+CHOICES = ("expert_dtype", "expert_cache", "predictor", "prefetch", "profile", "embeddings")
 """Options that go to `emoe.load` where they are given."""
 
 COUNTED = ("hits", "misses", "loads", "bytes_read", "load_wait_s", "rerouted_tokens", "routed_tokens")

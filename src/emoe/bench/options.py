@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,13 @@ def numbers(text: str, what: str) -> tuple[int, ...]:
         return tuple(int(word) for word in words(text))
     except ValueError as error:
         raise UsageError(f"{what} must be numbers, as 1,2, not {text!r}") from error
+
+
+def seed(text: str) -> int:
+    """argparse type for a seed: a number that numpy and torch both take."""
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {2**32 - 1}, not {text!r}")
+    return int(text)
 
 
 def modes(text: str) -> tuple[Mode, ...]:

@@ -99,6 +99,10 @@ def _conditions(report: DecodeReport) -> str:
         said.append(f"emoe's experts in {settings.expert_dtype} (LOSSY)")
     if settings.embeddings == "disk":
         said.append("emoe's input embedding on disk")
+    if settings.predictor is not None:
+        said.append(f"emoe loads ahead what {settings.predictor} expects")
+    if settings.prefetch == "next-gate":
+        said.append("emoe loads ahead what the next layer's router would choose")
     if settings.history is not None:
         said.append(f"{', '.join(settings.evictions)} where it learns: from {settings.history}")
     said.append("page cache dropped before every generation" if settings.cold else "page cache as it comes")

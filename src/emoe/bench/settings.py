@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from emoe.checkpoint.codecs.formats import NATIVE, codec_of
-from emoe.config import Embeddings, ExpertMemory, Mode
+from emoe.config import Embeddings, ExpertMemory, Mode, Prefetch
 from emoe.errors import UsageError
 from emoe.policies.foresight import Foresight
 
@@ -68,10 +68,10 @@ class DecodeSettings:
     generation. `forced`: the checkpoint is a planted one, and the tokens of its trace are fed whatever the logits say,
     `batch` sequences at once, prompts in passes of `chunk` tokens (None: in one); `new_tokens` counts the logits read,
     one more than the steps after the prompt.
-    `expert_dtype`, `expert_cache`, `prefetch`, `embeddings` as `emoe.load` has them. Each of `evictions` is a contender
-    (none: the default of `emoe.load`); `history` is a trace of other prompts, from which those that learn do so
-    beforehand. `baseline` names the contender that ratios refer to; None takes the fastest of transformers'
-    implementations at what is compared, or emoe with every expert where none of those ran.
+    `expert_dtype`, `expert_cache`, `predictor`, `prefetch`, `embeddings` as `emoe.load` has them. Each of
+    `evictions` is a contender (none: the default of `emoe.load`); `history` is a trace of other prompts, from which
+    those that learn do so beforehand. `baseline` names the contender that ratios refer to; None takes the fastest of
+    transformers' implementations at what is compared, or emoe with every expert where none of those ran.
     """
 
     model: str | None = None
@@ -97,7 +97,8 @@ class DecodeSettings:
     chunk: int | None = None
     expert_dtype: str = NATIVE
     expert_cache: str | None = None
-    prefetch: str | None = None
+    predictor: str | None = None
+    prefetch: Prefetch | None = None
     embeddings: Embeddings = "memory"
     contenders: tuple[Contender, ...] = field(init=False)
 
@@ -113,8 +114,9 @@ class DecodeSettings:
         if (self.batch > 1 or self.chunk is not None) and not self.forced:
             raise UsageError("batches and chunks can be replayed (emoe bench replay), not generated")
         codec_of(self.expert_dtype)
-        for rule in self.evictions:
-            Foresight(eviction=rule)  # refuses a name that no rule has
+        for rule in self.evictions or (Foresight().eviction,):
+            for mode in self.modes:  # refuses a name that nothing has, and settings at odds
+                Foresight(mode=mode, eviction=rule, predictor=self.predictor, prefetch=self.prefetch, profiled=True)
         made = tuple(_contenders(self.budgets, self.modes, self.baselines, self.evictions))
         if not made:
             raise UsageError("nothing to measure: give at least one budget and mode, or a baseline")

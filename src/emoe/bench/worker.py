@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+from emoe.plugins import load_plugins
+
 Operations = Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]
 """What answers a request, by its "op". "stop" must be among them, and harmless when it is called twice."""
 
@@ -38,6 +40,7 @@ class Worker:
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
         """Import and rehearse everything, note what that takes, then load. Peaks are above that base."""
+        load_plugins()  # contenders may be named in them
         import torch
 
         if request["threads"] is not None:

@@ -23,12 +23,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 import emoe
 from emoe.cli import bench, chat, demo, generate, inspect, plan, profile, quantise, reproduce, roofline, serve, simulate
 from emoe.cli.output import note
 from emoe.errors import EmoeError, UsageError
+from emoe.plugins import load_plugins
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -52,6 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. argparse's own usage errors exit with 2."""
+    try:
+        load_plugins()  # first: some options list the names there are
+    except UsageError as error:
+        note(f"error: {error}")
+        return error.exit_code
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -79,5 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """The console script."""
+    """The console script. What the terminal's encoding cannot show is shown as "?"."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     sys.exit(main())

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from emoe.bench.options import seed
 from emoe.cli.options import add_command, positive
 from emoe.cli.output import ProgressLine, note, print_json
 from emoe.config import format_bytes
@@ -21,7 +22,7 @@ def add_parser(benchmarks: Any) -> None:
     add("--trace", type=Path, metavar="TRACE", help="a trace file, or a folder with a trace.npz")
     add("--tokens", type=positive, metavar="N", help="tokens of the trace, at most the hidden size")
     add("--layers", type=positive, metavar="L", help="the first L layers only (default: all)")
-    add("--seed", type=int, default=0, metavar="N", help="of the weights (default: 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of the weights (default: 0)")
     add("--out", type=Path, required=True, metavar="DIR", help="where to write it")
     add(
         "--check",

@@ -10,6 +10,7 @@ from emoe.cli.early import refuse_early, refuse_settings
 from emoe.cli.options import add_command, add_loading, add_model, add_sampling, sampling
 from emoe.cli.output import note
 from emoe.config import format_bytes
+from emoe.errors import UsageError
 
 if TYPE_CHECKING:
     from emoe.cli.session import Answer, Session
@@ -62,6 +63,8 @@ class Conversation:
         while True:
             try:
                 line = input("> " if sys.stdin.isatty() else "").strip()
+            except UnicodeDecodeError as error:
+                raise UsageError(f"what was typed is no {sys.stdin.encoding} text: {error}") from error
             except EOFError:
                 if sys.stdin.isatty():
                     print()

@@ -56,7 +56,10 @@ def _prompt(args: argparse.Namespace) -> str:
     elif sys.stdin.isatty():
         raise UsageError('no prompt: give one with -p "..." or pipe it in')
     else:
-        prompt = sys.stdin.read().removesuffix("\n")
+        try:
+            prompt = sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"the prompt on standard input is no {sys.stdin.encoding} text: {error}") from error
     if not prompt.strip():
         raise UsageError("the prompt is empty")
     return prompt

@@ -12,8 +12,8 @@ from typing import Any
 from emoe.errors import UsageError
 
 PREFIX = "EMOE_"
-OF_EMOE = frozenset({"cache", "kernels"})
-"""Variables that emoe reads whatever runs: EMOE_CACHE, EMOE_KERNELS. They are no options of one command."""
+OF_EMOE = frozenset({"cache", "kernels", "plugins"})
+"""Variables that emoe reads whatever runs: EMOE_CACHE, EMOE_KERNELS, EMOE_PLUGINS. They are no options of a command."""
 
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
+from emoe.bench.options import seed
 from emoe.checkpoint.codecs.formats import EXPERT_DTYPES, NATIVE
 from emoe.config import (
     EMBEDDINGS,
@@ -208,13 +210,13 @@ def add_sampling(parser: argparse.ArgumentParser, default_tokens: int | None = N
     )
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this share")
     parser.add_argument("--top-k", type=positive, metavar="K", help="sample from this many likeliest tokens")
-    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    parser.add_argument("--seed", type=seed, metavar="N", help="makes sampling repeatable")
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords for `Session.generate` from the sampling options. Raises UsageError for impossible ones."""
-    if args.temperature is not None and args.temperature < 0:
-        raise UsageError(f"--temperature must be at least 0, not {args.temperature:g}")
+    if args.temperature is not None and not (math.isfinite(args.temperature) and args.temperature >= 0):
+        raise UsageError(f"--temperature must be a number of at least 0, not {args.temperature:g}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UsageError(f"--top-p must be above 0 and at most 1, not {args.top_p:g}")
     chosen = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}

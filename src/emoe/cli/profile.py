@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from emoe.bench.options import seed
 from emoe.cli.early import refuse_early
 from emoe.cli.options import READERS, add_command, add_expert_dtype, add_json, add_model, expert_memory, positive
 from emoe.cli.output import REDRAW_S, REPORT_S, clock, print_json, table
@@ -66,7 +67,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--predictors", metavar="NAMES", help="predictors to train, separated by commas, or none (default: the best)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random routing and the training")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the random routing and the training")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the sensitivity, too (.png, .svg, .pdf)")
     parser.add_argument(
         "--expert-memory",

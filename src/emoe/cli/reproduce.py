@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from emoe.bench.options import seed
 from emoe.cli.early import refuse_early
 from emoe.cli.options import add_command, add_json, positive
 from emoe.cli.output import clock, print_json, table
@@ -40,7 +41,7 @@ def add_parser(commands: Any) -> None:
     )
     add("--arrivals", type=Path, metavar="FILE", help="request arrivals for fig12 (CSV; default: Poisson alone)")
     add("--fresh", action="store_true", help="begin anew instead of going on with what DIR holds")
-    add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of everything random (default: 0)")
     add("-t", "--threads", type=positive, default=1, metavar="N", help="CPU threads (default: 1)")
     add_json(parser)
 

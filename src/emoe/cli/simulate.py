@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emoe.bench.options import seed
 from emoe.cli.options import add_command, positive, size
 from emoe.cli.output import ProgressLine, note, print_json, table
 from emoe.cli.simulate_serving import add_serving, asked_for, run_serving
@@ -110,7 +111,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--compute-time", type=_seconds, default=0.0, metavar="SECONDS", help="of one layer for one token (default: 0)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of training and random routes (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of training and random routes (default: 0)")
     parser.add_argument("--plot", metavar="FILE", help="draw ratio and hit rate against capacity (.png or .svg)")
     parser.add_argument("--json", action="store_true", help="print a JSON list (docs/cli.md) instead of text")
     add_serving(parser)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from emoe.errors import named
+from emoe.plugins import check_conforms
 from emoe.prediction.protocol import Predictor, RoutingShape, UseScorer
 
 
@@ -75,15 +76,19 @@ def make_predictor(name: str, shape: RoutingShape) -> Predictor:
     """Return a new predictor by name.
 
     Raises:
-        UsageError: no predictor has that name.
+        UsageError: no predictor has that name, or what bears it lacks something that `Predictor` asks for.
     """
-    return named("predictor", name, PREDICTORS)(shape)
+    made = named("predictor", name, PREDICTORS)(shape)
+    check_conforms(made, Predictor, "predictor", name)
+    return made
 
 
 def make_scorer(name: str, shape: RoutingShape) -> UseScorer:
     """Return a new scorer by name.
 
     Raises:
-        UsageError: no scorer has that name.
+        UsageError: no scorer has that name, or what bears it lacks something that `UseScorer` asks for.
     """
-    return named("scorer", name, SCORERS)(shape)
+    made = named("scorer", name, SCORERS)(shape)
+    check_conforms(made, UseScorer, "scorer", name)
+    return made

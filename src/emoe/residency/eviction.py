@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from emoe.errors import named
+from emoe.plugins import check_conforms
 
 Counts = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.int64] | npt.NDArray[np.float64]
@@ -133,6 +134,8 @@ def make_eviction(name: str) -> Eviction:
     """Return a new rule by name.
 
     Raises:
-        UsageError: no rule has that name.
+        UsageError: no rule has that name, or what bears it lacks something that `Eviction` asks for.
     """
-    return named("eviction rule", name, EVICTION_RULES)()
+    made = named("eviction rule", name, EVICTION_RULES)()
+    check_conforms(made, Eviction, "eviction rule", name)
+    return made

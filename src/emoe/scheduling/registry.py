@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from emoe.errors import named
+from emoe.plugins import check_conforms
 from emoe.scheduling.affinity import Affinity
 from emoe.scheduling.edf import Edf
 from emoe.scheduling.emoe import Emoe
@@ -18,6 +19,8 @@ def make_scheduler(name: str) -> Scheduler:
     """A new scheduler by name.
 
     Raises:
-        UsageError: no scheduler has that name.
+        UsageError: no scheduler has that name, or what bears it lacks something that `Scheduler` asks for.
     """
-    return named("scheduler", name, SCHEDULERS)()
+    made = named("scheduler", name, SCHEDULERS)()
+    check_conforms(made, Scheduler, "scheduler", name)
+    return made

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emoe.bench.options import say
+from emoe.bench.options import say, seed
 from emoe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     add("--rate", type=float, metavar="R", help="without a file: Poisson arrivals, requests per second (default: 1)")
     add("--requests", type=int, metavar="N", help="how many of those (default: 100)")
     add("--concurrency", type=int, metavar="N", help="requests in flight at most (default: no limit)")
-    add("--seed", type=int, default=0, metavar="N", help="of arrivals, tasks and wrong labels (default: 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of arrivals, tasks and wrong labels (default: 0)")
 
     what = parser.add_argument_group("requests")
     add = what.add_argument

@@ -1,0 +1,128 @@
+"""Policies of one's own: the page that explains them is run, and what is wrong with a file is said."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emoe.bench.worker import Worker
+from emoe.cli import main
+from emoe.errors import UsageError
+from emoe.plugins import VARIABLE, load_plugins
+from emoe.prediction.protocol import RoutingShape
+from emoe.prediction.registry import PREDICTORS, SCORERS, make_predictor, make_scorer
+from emoe.residency.eviction import EVICTION_RULES, make_eviction
+from emoe.scheduling.registry import SCHEDULERS, make_scheduler
+
+PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text()
+REGISTRIES: tuple[dict[str, Any], ...] = (EVICTION_RULES, SCORERS, PREDICTORS, SCHEDULERS)
+
+
+def block(language: str) -> str:
+    found: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    return found[0]
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Registries and modules as they were."""
+    kept, modules = [dict(each) for each in REGISTRIES], set(sys.modules)
+    yield
+    for registry, before in zip(REGISTRIES, kept, strict=True):
+        registry.clear()
+        registry.update(before)
+    for name in set(sys.modules) - modules:
+        if name.startswith("emoe_plugin_"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("line", block("bash").splitlines())
+def test_the_page_on_extending_is_run(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_policies.py").write_text(block("python"))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "my_policies.py"))
+    program, *args = shlex.split(line)
+    assert program == "emoe"
+    assert main(args) == 0
+    printed = capsys.readouterr().out
+    assert printed
+    if args[0] == "simulate":
+        assert any(name in printed for name in ("last-of-task", "shortest-first"))
+
+
+def test_a_file_is_run_once_and_modules_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "mine.py"
+        file.write_text(f"from emoe.scheduling.registry import SCHEDULERS\nSCHEDULERS[{folder!r}] = len(SCHEDULERS)\n")
+    (tmp_path / "emoe_plugin_module.py").write_text(
+        "from emoe.scheduling.registry import SCHEDULERS as s\ns['c'] = 7\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    named = {VARIABLE: f" {tmp_path}/a/mine.py, emoe_plugin_module,,{tmp_path}/b/mine.py"}
+    count = len(SCHEDULERS)
+    first = load_plugins(named)
+    assert load_plugins(named) == first
+    assert len(set(first)) == 3
+    known: dict[str, Any] = SCHEDULERS
+    assert (known["a"], known["c"], known["b"]) == (count, 7, count + 2)
+    assert load_plugins({}) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "there is no file"),
+        ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+        ("x = 1\ny = x / 0\n", "mine.py, line 2"),
+        ("def f(:\n", "SyntaxError"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused(
+    text: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setenv(VARIABLE, str(file))
+    for _ in range(2):  # the second time as the first: nothing half-made is kept
+        assert main(["plan"]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"emoe: error: {VARIABLE}: ")
+        assert printed.err.count("\n") == 1
+        assert said in printed.err
+        assert printed.out == ""
+
+
+def test_a_process_of_a_benchmark_runs_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "nowhere.py")
+    with pytest.raises(UsageError, match=f"{VARIABLE}: there is no file .*nowhere.py"):
+        Worker().load({})
+
+
+def test_what_lacks_something_is_refused_by_name() -> None:
+    class Empty:
+        name = "empty"
+
+        def __init__(self, *_: object) -> None:
+            pass
+
+    EVICTION_RULES["empty"] = Empty  # type: ignore[assignment]
+    SCORERS["empty"] = PREDICTORS["empty"] = Empty  # type: ignore[assignment]
+    SCHEDULERS["empty"] = Empty  # type: ignore[assignment]
+    shape = RoutingShape(2, 4, 2)
+    for make, lacks in (
+        (lambda: make_eviction("empty"), "eviction rule 'empty' .* lacks shared_from, steady, score: .*Eviction"),
+        (lambda: make_scorer("empty", shape), "scorer 'empty' .* lacks begin_prompt, observe, scores: .*UseScorer"),
+        (lambda: make_predictor("empty", shape), "lacks begin_prompt, observe, predict: .*protocol.Predictor"),
+        (lambda: make_scheduler("empty"), "lacks admit: .*protocol.Scheduler"),
+    ):
+        with pytest.raises(UsageError, match=lacks):
+            make()
