@@ -45,6 +45,7 @@ $(VENV)/.torch: constraints.txt
 	@test -n "$(PYTHON)" || { echo "no python3.11 found; set PYTHON=/path/to/python" >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$(PYTHON) is older than Python 3.11; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "installing into $(VENV): once, some minutes (torch is 200 MB as a CPU build, some GB with CUDA)"
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(PIP) install --quiet $(PIP_TORCH_ARGS) torch==$(TORCH_VERSION)
 	@touch $@

@@ -233,6 +233,12 @@ def _summary(results: list[Result]) -> list[dict[str, Any]]:
     return summary
 
 
+_LEGEND = (
+    "hits: chosen experts that were in memory. Others are read first (mode exact), or their tokens go to another expert\n"
+    "(rerouted, mode resident). same text: as with all experts."
+)
+
+
 def _summary_text(summary: list[dict[str, Any]], expert_bytes: int) -> str:
     rows = [("", "experts in memory", "of all", "hits", "rerouted", "first token", "tokens/s", "same text")]
     for way in summary:
@@ -249,7 +255,8 @@ def _summary_text(summary: list[dict[str, Any]], expert_bytes: int) -> str:
                 f"{way['identical']} of {way['prompts']}",
             )
         )
-    return "All prompts (medians of times and rates)\n" + table(rows, right=(1, 2, 3, 4, 5, 6, 7))
+    shown = table(rows, right=(1, 2, 3, 4, 5, 6, 7))
+    return f"All prompts (medians of times and rates)\n{shown}\n\n{_LEGEND}"
 
 
 def _usual_loading() -> dict[str, Any]:
