@@ -234,8 +234,8 @@ def _summary(results: list[Result]) -> list[dict[str, Any]]:
 
 
 _LEGEND = (
-    "hits: chosen experts that were in memory. Others are read first (mode exact), or their tokens go to another expert\n"
-    "(rerouted, mode resident). same text: as with all experts."
+    "hits: chosen experts that were in memory. Others are read first (mode exact), or their tokens go to another\n"
+    "expert (rerouted, mode resident). same text: as with all experts."
 )
 
 

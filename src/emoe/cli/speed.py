@@ -32,7 +32,7 @@ def speed_of(made: Plan, facts: Facts, *, threads: int | None, trace: str | None
     count = max(machine.engine) if threads is None else threads
     if count not in machine.engine:
         have = ", ".join(map(str, sorted(machine.engine)))
-        return None, f"speed: measured for {have} threads; `emoe roofline MODEL -t {count}` measures {count}"
+        return None, f"speed: measured for {have} thread(s); `emoe roofline MODEL -t {count}` measures {count}"
     if made.fit == "none" and made.expert_memory is None:
         return None, "speed: none, it does not fit"
     routes, told = trace_of(trace, TRACE_TOKENS, facts.path)
@@ -67,7 +67,7 @@ def speed_of(made: Plan, facts: Facts, *, threads: int | None, trace: str | None
     values = speed.as_dict() | {"threads": count, "context": context, "miss_rate": miss_rate, "routes": told}
     text = (
         f"speed: about {speed.tokens_per_s:.3g} tokens/s, the first of a {context}-token prompt after "
-        f"{speed.first_token_s:.2g} s ({count} threads, {miss_rate:.0%} of experts missing and read from disk; "
-        f"routes: {told})"
+        f"{speed.first_token_s:.2g} s ({count} thread{'s' * (count > 1)}, {miss_rate:.0%} of experts missing "
+        f"and read from disk; routes: {told})"
     )
     return values, text
