@@ -10,8 +10,9 @@ from typing import Any
 
 from emoe.bench.options import seed
 from emoe.cli.early import refuse_early
-from emoe.cli.options import add_command, add_json, positive
+from emoe.cli.options import add_command, add_json, positive, size
 from emoe.cli.output import clock, print_json, table
+from emoe.config import ExpertMemory
 from emoe.errors import UsageError
 
 
@@ -40,6 +41,22 @@ def add_parser(commands: Any) -> None:
         help="routes of another model for the experiments that need only routes; may be repeated",
     )
     add("--arrivals", type=Path, metavar="FILE", help="request arrivals for fig12 (CSV; default: Poisson alone)")
+    add(
+        "--share",
+        default="60%",
+        metavar="PERCENT",
+        help="experts that the speed experiments keep (default: 60%%, the paper's)",
+    )
+    add("--memory", type=size, metavar="SIZE", help="what the process may use (default: what is free)")
+    add("-n", "--max-new-tokens", type=positive, default=48, metavar="N", help="tokens of an answer (default: 48)")
+    add(
+        "--prompt-tokens",
+        type=positive,
+        default=384,
+        metavar="N",
+        help="of a prompt at most; longer ones lose their middle (default: 384)",
+    )
+    add("--rejudge", action="store_true", help="judge and draw again what DIR holds, and measure nothing")
     add("--fresh", action="store_true", help="begin anew instead of going on with what DIR holds")
     add("--seed", type=seed, default=0, metavar="N", help="of everything random (default: 0)")
     add("-t", "--threads", type=positive, default=1, metavar="N", help="CPU threads (default: 1)")
@@ -54,6 +71,11 @@ def run(args: argparse.Namespace) -> int:
         _list([experiment(name) for name in NAMES], args)
         return 0
     experiments = chosen(args.names)
+    if args.rejudge and args.fresh:
+        raise UsageError("--rejudge reads what --fresh removes: give one of the two.")
+    share = ExpertMemory.parse(args.share)
+    if share.kind != "share":
+        raise UsageError(f"--share is a part of the experts, such as 60%, not {args.share!r}.")
     refuse_early(args.model, None)
     from emoe.cli.session import bars_on_terminals_only
     from emoe.profiling.plot import pyplot
@@ -79,12 +101,16 @@ def run(args: argparse.Namespace) -> int:
         traces=tuple(_named(text) for text in args.trace),
         arrivals=args.arrivals,
         threads=args.threads,
+        share=str(share),
+        memory=args.memory,
+        new_tokens=args.max_new_tokens,
+        prompt_tokens=args.prompt_tokens,
     )
     start = time.monotonic()
     # Ended from outside, the servers and processes it started must go too: as with Ctrl-C.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        outcomes = run_all(Workbench(settings, progress.step, progress.say), experiments)
+        outcomes = run_all(Workbench(settings, progress.step, progress.say), experiments, args.rejudge)
     except KeyboardInterrupt:
         progress.say(f"stopped; what is done is kept: the same command goes on in {out}")
         raise
@@ -94,7 +120,10 @@ def run(args: argparse.Namespace) -> int:
         print_json([_values(each) for each in outcomes])
     else:
         print(_text(outcomes))
-        print(f"\n  {out / PAGE} in {clock(time.monotonic() - start)}")
+        spent = [(each.experiment.name, each.seconds) for each in outcomes if each.seconds >= 1]
+        longest = sorted(spent, key=lambda each: -each[1])[:5]
+        parts = f" ({', '.join(f'{name} {clock(seconds)}' for name, seconds in longest)})" if len(spent) > 1 else ""
+        print(f"\n  {out / PAGE}; {len(outcomes)} experiments in {clock(time.monotonic() - start)}{parts}")
     return 1 if any(each.failure for each in outcomes) else 0
 
 

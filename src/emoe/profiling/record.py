@@ -62,6 +62,14 @@ def record(
     return join([Trace.read(part.with_suffix(".npz")) for part in _parts(folder)]), answers
 
 
+def read_recorded(folder: Path, prompts: int) -> tuple[Trace, list[Answer]] | None:
+    """What `record` left in the folder, without the model; None unless it holds that many prompts."""
+    answers = _answers(folder)
+    if not answers or len(answers) < prompts:
+        return None
+    return join([Trace.read(part.with_suffix(".npz")) for part in _parts(folder)]), answers
+
+
 @contextmanager
 def recording(model: PreTrainedModel, path: Path) -> Iterator[None]:
     """Record routes inside the `with` block; nothing is written when it ends with an error."""

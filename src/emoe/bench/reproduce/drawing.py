@@ -20,6 +20,7 @@ __all__ = [
     "legend",
     "lines",
     "panels",
+    "paper_band",
     "paper_line",
     "paper_points",
     "save",

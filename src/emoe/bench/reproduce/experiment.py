@@ -47,7 +47,7 @@ class Experiment:
     """One measurement of the paper.
 
     question, method and expected (what the paper says) are printed in the report; run does it. minutes: about how long
-    it takes on emoe-nano and two cores, quick and in full.
+    it takes on emoe-nano and two cores, quick and in full. needs: each raises EmoeError where the run cannot do it.
     """
 
     name: str
@@ -58,6 +58,16 @@ class Experiment:
     kind: Kind
     minutes: tuple[float, float]
     run: Callable[[Workbench], Finding]
+    needs: tuple[Callable[[Workbench], None], ...] = ()
+
+    def check(self, bench: Workbench) -> None:
+        """Refuse what cannot be done on this model with these prompts, before any work.
+
+        Raises:
+            EmoeError: why not, and what to do.
+        """
+        for need in self.needs:
+            need(bench)
 
 
 def experiment(name: str) -> Experiment:

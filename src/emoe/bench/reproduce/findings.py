@@ -18,8 +18,15 @@ from typing import Any, Literal, get_args
 from emoe.checkpoint.whole import write_whole
 from emoe.errors import UsageError
 
-Verdict = Literal["holds", "partly", "does not hold", "not measured"]
+Verdict = Literal["holds", "partly", "does not hold", "undecided", "not measured"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+MEANINGS: dict[Verdict, str] = {
+    "holds": "the claim is true here, by the rule given with it",
+    "partly": "a part of it is true here, or less of it than in the paper",
+    "does not hold": "measured, and not true here",
+    "undecided": "measured, and the interval that other prompts would give includes no difference",
+    "not measured": "this run has no number for it",
+}
 FILE = "finding.json"
 
 

@@ -23,6 +23,7 @@ import torch
 import emoe
 from emoe.bench.reproduce.accuracy import Accuracy, Judged, Similar
 from emoe.bench.reproduce.rivals import AT_ONCE, rivals
+from emoe.bench.reproduce.room import refusal
 from emoe.bench.reproduce.workbench import Workbench
 from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.config import Mode, Prefetch
@@ -107,19 +108,34 @@ Request = tuple[Texts, Way, Memory]
 
 def judged(bench: Workbench, requests: Sequence[Request]) -> list[Judged]:
     """Every request's figures, in order; what another experiment has measured is not measured again."""
-    return [Judged(**value) for value in bench.cells("judged", [_key(*each) for each in requests], _judger(bench))]
+    fit = [each for each in requests if _too_large(bench, each) is None]
+    made = iter([Judged(**each) for each in bench.cells("judged", [_key(*each) for each in fit], _judger(bench))])
+    # What does not fit this run's memory is not kept: another run may have more.
+    return [
+        next(made) if (why := _too_large(bench, each)) is None else Judged([], [], [], [], {}, why) for each in requests
+    ]
 
 
 def similar(bench: Workbench, requests: Sequence[Request]) -> list[Similar]:
     """How alike the whole answers are, for every request; `NO_ENCODER` is the note where it cannot be measured."""
     if encoder_folder() is None:
+        if bench.frozen and (bench.work / "cells" / "similar").is_dir():
+            raise UsageError('this run measured similarity: judging it again needs pip install "emoe[similarity]".')
         return [Similar([], None) for _ in requests]
-    return [Similar(**value) for value in bench.cells("similar", [_key(*each) for each in requests], _comparer(bench))]
+    fit = [each for each in requests if _too_large(bench, each) is None]
+    made = iter([Similar(**each) for each in bench.cells("similar", [_key(*each) for each in fit], _comparer(bench))])
+    return [next(made) if _too_large(bench, each) is None else Similar([], None) for each in requests]
 
 
 def accuracies(bench: Workbench, requests: Sequence[Request]) -> list[Accuracy]:
     """Both measures for every request."""
     return [Accuracy(*each) for each in zip(judged(bench, requests), similar(bench, requests), strict=True)]
+
+
+def _too_large(bench: Workbench, request: Request) -> str | None:
+    """Why its experts do not fit; exact mode without a share runs in as much as there is, with the same answers."""
+    _, way, memory = request
+    return None if memory is None and way.mode == "exact" else refusal(bench, memory)
 
 
 def answers_of(bench: Workbench) -> Texts:
@@ -133,11 +149,9 @@ def items(bench: Workbench, texts: Texts) -> list[Item]:
     Raises:
         UsageError: no prompt has a reference, and references are asked for.
     """
-    from transformers import AutoTokenizer
-
     prompts, ids = bench.prompts["score"], bench.ids("score")
     _, answers = bench.recorded("score")
-    tokenizer = AutoTokenizer.from_pretrained(bench.folder) if texts.kind == "references" else None
+    tokenizer = bench.tokenizer if texts.kind == "references" else None
     found = []
     for index in first_of_each(prompts, texts.per_task):
         prompt, given = prompts[index], list(answers[index].ids)
@@ -187,7 +201,11 @@ def profile_for(bench: Workbench, way: Way) -> Profile:
 
 def options(bench: Workbench, way: Way, memory: Memory) -> dict[str, Any]:
     """What `emoe.load` is given."""
-    given: dict[str, Any] = {"expert_memory": memory, "mode": way.mode, "replan_prompts": way.p}
+    given: dict[str, Any] = {
+        "expert_memory": bench.budget if memory is None else memory,
+        "mode": way.mode,
+        "replan_prompts": way.p,
+    }
     if way.expert_dtype != NATIVE:
         given |= {"expert_dtype": way.expert_dtype, "expert_cache": bench.work / "experts"}
     if way.predictor is not None or way.mode == "balanced":
@@ -234,13 +252,16 @@ def _judger(bench: Workbench) -> Any:
 
 
 def _comparer(bench: Workbench) -> Any:
+    from emoe.profiling.similarity import SentenceEncoder
+
+    encoders: list[SentenceEncoder] = []  # loaded once, and not where nothing is to be compared
+
     @torch.no_grad()
     def compute(texts: dict[str, Any], way: dict[str, Any], memory: Memory) -> dict[str, Any]:
-        from emoe.profiling.similarity import SentenceEncoder
-
         chosen, how = items(bench, Texts(**texts)), Way(**way)
         given = options(bench, how, memory)
-        encoder = SentenceEncoder()
+        encoder = encoders[0] if encoders else SentenceEncoder()
+        encoders[:] = [encoder]
         values = []
         try:
             with rivals(bench.settings.seed), bench.model(**given) as (model, tokenizer):

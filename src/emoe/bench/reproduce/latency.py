@@ -8,7 +8,8 @@ from typing import Any
 
 from emoe.bench.reproduce import drawing
 from emoe.bench.reproduce.findings import Picture, Table, Verdict
-from emoe.bench.reproduce.ways import STORES, WAYS, Rounds, Store, middle
+from emoe.bench.reproduce.ways import STORES, Rounds, Store, kept, middle
+from emoe.bench.reproduce.workbench import Workbench
 
 COLUMNS = (
     "experts",
@@ -45,7 +46,7 @@ def latency(found: Rounds, way: str, store: Store) -> float:
     return middle(means(found, way, store))
 
 
-def requests_table(found: Rounds, ways: Sequence[str]) -> Table:
+def requests_table(bench: Workbench, found: Rounds, ways: Sequence[str]) -> Table:
     """A row for each way and store: of each round's mean request, the median over the rounds."""
     rows: list[tuple[Any, ...]] = []
     for store in STORES:
@@ -56,7 +57,7 @@ def requests_table(found: Rounds, ways: Sequence[str]) -> Table:
             rows.append(
                 (
                     way,
-                    WAYS[way].kept,
+                    kept(bench, way),
                     store,
                     f"{counts[0]} x {counts[1]}",
                     *(round(1e3 * s, 2) for s in (middle(each), min(each), max(each))),

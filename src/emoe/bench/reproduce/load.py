@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from emoe.bench.reproduce.ways import PAPER_P, SHARE, bandwidth_of, rotated
+from emoe.bench.reproduce.ways import PAPER_P, bandwidth_of, rotated
 from emoe.bench.reproduce.workbench import Workbench
 from emoe.bench.serve.comparing import Comparison, Outcome
 from emoe.bench.serve.local import Server
@@ -32,7 +32,7 @@ from emoe.simulation.serving_traffic import Routes, Targets, make_calls
 PLAIN = "all resident, fifo"
 """Plain continuous batching: the same engine with every expert resident."""
 SYSTEMS = {PLAIN: "fifo", "fifo": "fifo", "emoe": "emoe", "affinity": "affinity"}
-"""The scheduler of each; all but `PLAIN` keep `SHARE` of the experts and load the others on demand."""
+"""The scheduler of each; all but `PLAIN` keep the run's share of the experts and load the others on demand."""
 REROUTED = "emoe, rerouted"
 """Algorithm 1 with mode `resident`, as the paper has it: a missing expert is replaced by the best that is there. Live
 only: the simulator loads every miss."""
@@ -80,7 +80,7 @@ def simulated(bench: Workbench) -> Simulated:
     routes, profile = Routes.of_trace(trace), bench.profile
     shape = routes.shape
     needs = [LayerNeed(rank, shape.experts, shape.top_k, 1) for rank in range(shape.layers)]
-    plan = plan_slots(ExpertMemory.parse(SHARE), needs, shared_from=make_eviction("least-stale").shared_from)
+    plan = plan_slots(ExpertMemory.parse(bench.share), needs, shared_from=make_eviction("least-stale").shared_from)
     costs = engine_costs(bench)
     settings = {
         system: SimulationSettings(
@@ -103,7 +103,7 @@ def engine_costs(bench: Workbench) -> dict[str, float]:
     def measure() -> dict[str, float]:
         ids, prompts = bench.ids("score"), bench.prompts["score"]
         ended: queue.Queue[FinishedEvent] = queue.Queue()
-        options = {"expert_memory": SHARE, "profile": bench.profile}
+        options = {"expert_memory": bench.share, "profile": bench.profile}
         with bench.model(**options, max_read_bytes_per_s=bandwidth_of(bench, "slowed")) as (model, tokenizer):
             settings = EngineSettings(scheduler="fifo", max_running=RUNNING, max_waiting=count)
             engine = Engine(model, tokenizer, settings, profile=bench.profile)
@@ -181,7 +181,7 @@ def live(bench: Workbench, systems: Sequence[str]) -> Iterator[Comparison]:
     with ExitStack() as stack:
         servers = {}
         for system in systems:
-            kept = [] if system == PLAIN else ["--expert-memory", SHARE, *OPTIONS.get(system, ())]
+            kept = [] if system == PLAIN else ["--expert-memory", bench.share, *OPTIONS.get(system, ())]
             scheduler = SYSTEMS.get(system, "emoe")
             servers[system] = stack.enter_context(Server(scheduler, [*words, *slow, *kept, *model]))
         for server in servers.values():

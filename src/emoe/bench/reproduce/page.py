@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from emoe.bench.reproduce.experiment import NAMES, Experiment, experiment
-from emoe.bench.reproduce.findings import Kept, Table, read_finding
+from emoe.bench.reproduce.findings import MEANINGS, VERDICTS, Kept, Table, Verdict, read_finding
 from emoe.checkpoint.whole import write_whole
 
 PAGE = "index.html"
-_MARKS = {"holds": "&#10003;", "partly": "&#8776;", "does not hold": "&#10007;", "not measured": "&ndash;"}
+_MARKS: dict[Verdict, str] = {
+    "holds": "&#10003;",
+    "partly": "&#8776;",
+    "does not hold": "&#10007;",
+    "undecided": "?",
+    "not measured": "&ndash;",
+}
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --soft: #666; --line: #d5d5d5; --link: #0057a3; }
 @media (prefers-color-scheme: dark) {
@@ -32,6 +38,8 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.verdict { white-space: nowrap; font-weight: 600; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 dt { font-weight: 600; } dd { margin: 0 0 .4rem 0; }
+dl.legend { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; font-size: .9em; }
+dl.legend dd { margin: 0; }
 @media print { body { max-width: none; } h2 { break-before: page; } }
 """
 
@@ -60,6 +68,7 @@ def page(found: Sequence[tuple[Experiment, Kept]]) -> str:
         f"<h1>eMoE, reproduced on {escape(', '.join(models) or 'nothing yet')}</h1>",
         '<p class="soft">Every measurement of the paper (arXiv 2503.06823), done again by <code>emoe reproduce</code>. '
         "A verdict says whether the paper's claim holds here, on this model and machine; where it does not, why.</p>",
+        _legend(),
         _overview(found),
         *(_section(what, kept) for what, kept in found),
     ]
@@ -80,6 +89,12 @@ def headline(found: Sequence[tuple[Experiment, Kept]]) -> str:
             cells = (what.title.partition(":")[0], claim.text, claim.paper, claim.here, claim.verdict)
             rows.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
     return "\n".join(rows)
+
+
+def _legend() -> str:
+    """What each verdict means, with how the page marks it."""
+    rows = "".join(f"<dt>{_MARKS[each]} {each}</dt><dd>{escape(MEANINGS[each])}</dd>" for each in VERDICTS)
+    return f'<dl class="legend">{rows}</dl>'
 
 
 def _overview(found: Sequence[tuple[Experiment, Kept]]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from emoe.bench.client import WorkerClient
-from emoe.bench.reproduce.ways import ALL, OURS, SHARE, middle, sequences
+from emoe.bench.reproduce.ways import ALL, OURS, middle, sequences
 from emoe.bench.reproduce.workbench import Workbench
 from emoe.bench.settings import Contender
 from emoe.config import ExpertMemory
@@ -63,7 +63,11 @@ def largest_run(bench: Workbench, planned: int, least: int, limit: float, measur
 def _peak(bench: Workbench, way: str, batch: int, prompt: int, chunk: int | None, repeat: int) -> int:
     if way not in (ALL, OURS):
         raise ValueError(f"peaks are measured of {ALL} and {OURS}, not of {way}")
-    one = Contender("emoe", None, "exact") if way == ALL else Contender("emoe", ExpertMemory.parse(SHARE), "resident")
+    one = (
+        Contender("emoe", None, "exact")
+        if way == ALL
+        else Contender("emoe", ExpertMemory.parse(bench.share), "resident")
+    )
     ids = sequences(bench, batch, prompt + NEW, repeat)
     with WorkerClient(f"{way}, {batch} x {prompt} tokens", threads=bench.settings.threads) as client:
         options: dict[str, Any] = {"reader": "auto"}

@@ -44,22 +44,33 @@ def sources(bench: Workbench, ordered: bool = False, seed: int | None = None) ->
     return [Source(bench.name, learn, score, True, "own"), *others]
 
 
-def left_out(bench: Workbench) -> tuple[str, ...]:
-    """A note for each trace that `sources(ordered=True)` leaves out."""
+def left_out(bench: Workbench, what: str = "") -> tuple[str, ...]:
+    """A note for each trace that `sources(ordered=True)` leaves out, or of which only `what` is."""
     return tuple(
-        f"{name} is left out: its file counts tokens by prompt, and does not hold which experts a token took together."
+        f"{name} is left out{f' of {what}' if what else ''}: its file counts tokens by prompt, and "
+        "does not hold which experts a token took together."
         for name, routes in bench.traces.items()
         if isinstance(routes, PromptCounts)
     )
 
 
-def _halved(bench: Workbench, name: str, seed: int) -> Source:
+def enough(bench: Workbench, name: str) -> None:
+    """Refuse a trace with too few prompts to compare.
+
+    Raises:
+        UsageError: with what to do.
+    """
     routes = bench.traces[name]
     if routes.num_prompts < LEAST_PROMPTS:
         raise UsageError(
             f"the trace {name} holds {routes.num_prompts} prompts, and comparing needs at least {LEAST_PROMPTS}: leave "
             f"out --trace {name}=..., or record more."
         )
+
+
+def _halved(bench: Workbench, name: str, seed: int) -> Source:
+    enough(bench, name)
+    routes = bench.traces[name]
     digest = routes_digest(routes)
     learn, score = halves(routes.num_prompts, seed)
     if isinstance(routes, PromptCounts):

@@ -11,7 +11,7 @@ what it is for Mixtral 8x7B, whose 352 MB an expert take 14 ms over PCIe at 25 G
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -19,8 +19,9 @@ from typing import Any, Literal, TypeVar
 from emoe.bench import forced
 from emoe.bench.engines import COUNTED, Running, Sample
 from emoe.bench.process import memory
+from emoe.bench.reproduce.room import all_resident, refusal
 from emoe.bench.reproduce.workbench import Workbench
-from emoe.errors import UsageError
+from emoe.errors import BudgetError, UsageError
 from emoe.model import stats
 from emoe.model.bind import label_task
 from emoe.planner import facts_of
@@ -28,8 +29,6 @@ from emoe.planner import facts_of
 Store = Literal["as it is", "slowed"]
 T = TypeVar("T")
 STORES: tuple[Store, ...] = ("slowed", "as it is")
-SHARE = "60%"
-"""Of the experts, in every way that does not keep all or none: the paper's share in section 5.5."""
 LOAD_LAYERS = 7.0
 PAPER_P = 40
 """Prompts between two plans (section 2.3)."""
@@ -40,21 +39,45 @@ NEXT_GATE, MATCHING, OURS = "next-gate prefetching", "MoE-Infinity-style", "eMoE
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Options of `emoe.load`; `kept`: of the experts, for people; `learns`: a predictor, trained first."""
+    """Options of `emoe.load`; `kept`: of the experts, where it is not the run's share; `learns`: a predictor, trained
+    first."""
 
     options: Mapping[str, Any]
-    kept: str = SHARE
+    kept: str | None = None
     learns: str | None = None
 
 
 WAYS: dict[str, Way] = {
     ALL: Way({}, "100%"),
     BARE: Way({}, "one layer's k"),
-    DEMAND: Way({"expert_memory": SHARE}),
-    NEXT_GATE: Way({"expert_memory": SHARE, "prefetch": "next-gate"}),
-    MATCHING: Way({"expert_memory": SHARE, "replan_prompts": 1}, learns="moe-infinity"),
-    OURS: Way({"expert_memory": SHARE, "mode": "resident"}, learns="task-popularity"),
+    DEMAND: Way({}),
+    NEXT_GATE: Way({"prefetch": "next-gate"}),
+    MATCHING: Way({"replan_prompts": 1}, learns="moe-infinity"),
+    OURS: Way({"mode": "resident"}, learns="task-popularity"),
 }
+
+
+def kept(bench: Workbench, way: str) -> str:
+    """Of the experts, for people."""
+    return WAYS[way].kept or bench.share
+
+
+def in_words(share: str) -> str:
+    """A share as texts have it."""
+    return share.replace("%", " %")
+
+
+def fitting(bench: Workbench, ways: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The ways that fit the memory of this run, and a note for each that does not.
+
+    Raises:
+        BudgetError: none does but `BARE`.
+    """
+    why = {way: refusal(bench, None if way == ALL else bench.share) for way in ways if way != BARE}
+    left = tuple(way for way in ways if why.get(way) is None)
+    if all(why.values()):
+        raise BudgetError(" ".join(dict.fromkeys(filter(None, why.values()))))
+    return left, tuple(f"Not measured: {way}. {text}" for way, text in why.items() if text is not None)
 
 
 def bandwidth_of(bench: Workbench, store: Store) -> float | None:
@@ -77,9 +100,13 @@ def _slowed(bench: Workbench) -> dict[str, float]:
     def measure() -> dict[str, float]:
         _, facts = facts_of(bench.settings.model)
         layers = len(facts.expert_layers)
-        with opened(bench, ALL, "as it is") as running:
+        # Where not all experts fit, waiting for them is taken off: what is left is computing.
+        with bench.model(expert_memory=bench.budget) as (model, _):
+            running = Running(model, counters_of(model))
             samples = [feed(running, sequences(bench, 1, 48 + 32, turn)[:1], 48) for turn in range(4)]
-        layer_s = statistics.median(step for sample in samples[1:] for step in sample.step_s) / layers
+        waits = statistics.fmean(sample.decode["load_wait_s"] / len(sample.step_s) for sample in samples[1:])
+        step_s = statistics.median(step for sample in samples[1:] for step in sample.step_s)
+        layer_s = max(step_s - waits, 0.1 * step_s) / layers
         load_s = LOAD_LAYERS * layer_s
         nbytes = facts.expert_bytes / facts.experts
         return {"bytes_per_s": nbytes / load_s, "expert_nbytes": nbytes, "load_s": load_s, "layer_s": layer_s}
@@ -93,18 +120,27 @@ def opened(bench: Workbench, way: str, store: Store, plan_prompts: int = PAPER_P
     """The model, loaded in one of the `WAYS`; ours asks its predictor every `plan_prompts` prompts."""
     chosen = WAYS[way]
     options = dict(chosen.options)
-    if way == BARE:
+    if way == ALL:
+        all_resident(bench)
+    elif way != BARE:
+        options["expert_memory"] = bench.share
+    else:
         options["expert_memory"] = f"{facts_of(bench.settings.model)[1].top_k}/layer"
     if chosen.learns is not None:
         options |= {"predictor": chosen.learns, "profile": bench.trained(chosen.learns)}
         options.setdefault("replan_prompts", plan_prompts)
     with bench.model(**options, max_read_bytes_per_s=bandwidth_of(bench, store)) as (model, _):
+        yield Running(model, counters_of(model))
 
-        def counters() -> dict[str, float]:
-            values = stats(model)
-            return {name: values[name] for name in COUNTED}
 
-        yield Running(model, counters)
+def counters_of(model: Any) -> Callable[[], dict[str, float]]:
+    """What the engine counts, read when asked."""
+
+    def counters() -> dict[str, float]:
+        values = stats(model)
+        return {name: values[name] for name in COUNTED}
+
+    return counters
 
 
 def feed(running: Running, ids: Sequence[Sequence[int]], prompt: int, chunk: int | None = None) -> Sample:
@@ -160,7 +196,7 @@ def requests(bench: Workbench, ways: Sequence[str]) -> Rounds:
     Rounds alternate between the ways, in another order each, every one with a newly loaded model, after one request
     that is not counted. Ours makes one plan in a round.
     """
-    count, rounds = bench.pick(8, PAPER_P), 3
+    count, rounds = min(bench.pick(8, PAPER_P), len(bench.prompts["score"])), 3
     keys: list[dict[str, Any]] = [
         {"way": way, "store": store, "round": turn, "count": count}
         for turn in range(rounds)

@@ -27,15 +27,19 @@ from transformers import PreTrainedModel
 
 import emoe
 from emoe import nano
+from emoe.bench.plant.card import CARD
+from emoe.bench.plant.card import LABEL as CARD_LABEL
 from emoe.checkpoint.fingerprint import fingerprint
 from emoe.checkpoint.source import resolve
 from emoe.checkpoint.whole import write_whole
-from emoe.errors import UsageError
+from emoe.config import format_bytes
+from emoe.errors import BudgetError, UsageError
 from emoe.model import close
 from emoe.model.encoding import encode
+from emoe.planner import Plan, facts_of, plan
 from emoe.profiling.machine import cores, processor
 from emoe.profiling.prompts import Prompt, digest, first_of_each, read_prompts, tasks_of
-from emoe.profiling.record import record
+from emoe.profiling.record import read_recorded, record
 from emoe.profiling.running import Answer
 from emoe.routing.counts import PromptCounts, holds_counts, read_counts
 from emoe.routing.trace import Trace
@@ -48,7 +52,10 @@ T = TypeVar("T")
 
 WORK = "work"
 JOB = "job.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 BEGUN = "begun"
+PAPER_SHARE = "60%"
+"""Of the experts, in sections 5.5 and 5.6."""
 QUICK_PROMPTS = 4
 """Prompts of each task on each side of a quick pass."""
 
@@ -60,7 +67,8 @@ class Settings:
     model: a folder or hub id, None for emoe-nano; prompts: JSON lines as `emoe profile` reads them, None for those
     shipped with emoe-nano; learn: prompts to learn from, None for half of `prompts`; traces: other models' routes by
     name; arrivals: a file of request arrivals; prompt_tokens: longer prompts lose their middle; new_tokens: of an
-    answer; threads: of torch.
+    answer; threads: of torch; share: of the experts that the speed experiments keep; memory: bytes that the process may
+    use, None for what the machine has free.
     """
 
     out: Path
@@ -74,12 +82,14 @@ class Settings:
     prompt_tokens: int = 384
     new_tokens: int = 48
     threads: int = 1
+    share: str = PAPER_SHARE
+    memory: int | None = None
 
 
 class Workbench:
     """Opened once for a run; see the module's text. mark: a hash of what the run is of, another one for every run that
     began anew: a finding with this mark need not be made again. traces: other models' routes by name, or where the
-    file holds no more than that, tokens per expert by prompt.
+    file holds no more than that, tokens per expert by prompt. frozen: nothing is measured, only read (`--rejudge`).
 
     Raises:
         UsageError: no such model, prompts or traces, or OUT holds a run of something else.
@@ -96,7 +106,10 @@ class Workbench:
         self.tasks = tasks_of(self.prompts["score"])
         self.traces = {name: other_routes(path) for name, path in settings.traces}
         self.work = settings.out / WORK
+        self.share = settings.share
+        self.frozen = False
         self._recorded: dict[Side, tuple[Trace, list[Answer]]] = {}
+        self._ids: dict[Side, list[list[int]]] = {}
         self.mark = ""
         self._begin()
 
@@ -113,6 +126,7 @@ class Workbench:
         Raises:
             UsageError: the checkpoint has no tokenizer.
         """
+        self._not_frozen("runs of the model")
         torch.set_num_threads(self.settings.threads)
         model, tokenizer = emoe.load(self.settings.model, **options)
         try:
@@ -122,14 +136,54 @@ class Workbench:
         finally:
             close(model)
 
-    def ids(self, side: Side) -> list[list[int]]:
-        """Token ids of every prompt; one longer than `prompt_tokens` loses its middle."""
+    def planned(self, experts: str | int | None = None) -> Plan:
+        """The planner's sums for the longest prompt and answer here; experts None: as many as fit."""
+        given = self.settings.prompt_tokens
+        return plan(
+            self.folder,
+            memory=self.settings.memory,
+            expert_memory=experts,
+            context=given + self.new_tokens,
+            prompt=given,
+        )
+
+    @cached_property
+    def budget(self) -> int | None:
+        """Bytes of experts for what may load them as it goes; None where all fit.
+
+        Raises:
+            BudgetError: not even the fewest fit.
+        """
+        made = self.planned()
+        if made.fit == "none":
+            raise BudgetError(
+                f"{self.name} takes at least {format_bytes(made.rest_bytes + made.floor_bytes)}, and this run may use "
+                f"{format_bytes(made.memory_bytes or 0)} ({made.memory_source})."
+            )
+        return None if made.fit == "all" else made.budget_bytes
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's.
+
+        Raises:
+            UsageError: the checkpoint has none.
+        """
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        most = self.settings.prompt_tokens
-        found = [encode(tokenizer, prompt.messages, name=self.name) for prompt in self.prompts[side]]
-        return [ids if len(ids) <= most else ids[: most // 2] + ids[len(ids) - (most - most // 2) :] for ids in found]
+        if not any((self.folder / name).exists() for name in TOKENIZER_FILES):
+            raise UsageError(f"{self.folder} has no tokenizer: the experiments ask with text. Put its files there.")
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    def ids(self, side: Side) -> list[list[int]]:
+        """Token ids of every prompt; one longer than `prompt_tokens` loses its middle."""
+        if side not in self._ids:
+            most = self.settings.prompt_tokens
+            found = [encode(self.tokenizer, prompt.messages, name=self.name) for prompt in self.prompts[side]]
+            self._ids[side] = [
+                ids if len(ids) <= most else ids[: most // 2] + ids[len(ids) - (most - most // 2) :] for ids in found
+            ]
+        return self._ids[side]
 
     # -- what was recorded and learned ---------------------------------------------------------------------------
 
@@ -137,15 +191,18 @@ class Workbench:
         """The full model's greedy answers to the prompts of one side, and all their routes."""
         if side not in self._recorded:
             folder = self.work / "routes" / side
-            with self.model() as (model, _):
-                self._recorded[side] = record(
-                    model,
-                    self.prompts[side],
-                    self.ids(side),
-                    self.new_tokens,
-                    folder,
-                    lambda done, total: self.step(f"prompts to {side}", done, total),
-                )
+            kept = read_recorded(folder, len(self.prompts[side]))
+            if kept is None:
+                with self.model(expert_memory=self.budget) as (model, _):
+                    kept = record(
+                        model,
+                        self.prompts[side],
+                        self.ids(side),
+                        self.new_tokens,
+                        folder,
+                        lambda done, total: self.step(f"prompts to {side}", done, total),
+                    )
+            self._recorded[side] = kept
         return self._recorded[side]
 
     @property
@@ -169,7 +226,7 @@ class Workbench:
             predictors=("task-popularity", "static"),
             seed=self.settings.seed,
         )
-        with self.model() as (model, tokenizer):
+        with self.model(expert_memory=self.budget) as (model, tokenizer):
             prompts = self.prompts["learn"]
             make_profile(
                 model,
@@ -206,6 +263,7 @@ class Workbench:
             return json.loads(file.read_bytes())["value"]
         except FileNotFoundError:
             pass
+        self._not_frozen(f"{of!r} ({text})")
         value = compute()
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps({"key": dict(key), "value": value}, indent=1).encode())
@@ -213,12 +271,19 @@ class Workbench:
 
     def cells(self, of: str, keys: Sequence[Mapping[str, Any]], compute: Callable[..., Any]) -> list[Any]:
         """A cell for each key, with progress; `compute(**key)` makes one."""
-        values = []
+        values: list[Any] = []
         for number, key in enumerate(keys):
             self.step(of, number, len(keys))
             values.append(self.cell(of, key, lambda key=key: compute(**key)))  # type: ignore[misc]
         self.step(of, len(keys), len(keys))
         return values
+
+    def _not_frozen(self, what: str) -> None:
+        """Raise UsageError where nothing may be measured."""
+        if self.frozen:
+            raise UsageError(
+                f"{self.settings.out} does not hold {what}, and --rejudge measures nothing: leave it out to measure."
+            )
 
     # -- what the run is of -------------------------------------------------------------------------------------
 
@@ -233,8 +298,20 @@ class Workbench:
             "seed": self.settings.seed,
             "machine": f"{processor()}, {cores()} cores, {_memory_gib():.0f} GiB, {platform.system()}",
             "threads": self.settings.threads,
+            **({} if self.share == PAPER_SHARE else {"share of the experts": self.share}),
+            **({} if self.weights is None else {"weights": self.weights}),
             "versions": ", ".join(f"{name} {_version(name)}" for name in ("emoe", "torch", "transformers")),
         }
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Tokens that the model tells apart."""
+        return facts_of(self.folder)[1].activations.vocabulary
+
+    @cached_property
+    def weights(self) -> str | None:
+        """What a planted checkpoint says of itself; None for a trained one."""
+        return CARD_LABEL if (self.folder / CARD).is_file() else None
 
     def _begin(self) -> None:
         """Note what the run is of; one that goes on must be of the same."""
@@ -244,6 +321,7 @@ class Workbench:
             "model": self.fingerprint,
             "prompts": {side: digest(prompts) for side, prompts in self.prompts.items()},
             **kept,
+            **({} if self.share == PAPER_SHARE else {"share": self.share}),
         }
         file = self.work / JOB
         if file.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from emoe.bench.reproduce import drawing
@@ -9,12 +10,16 @@ from emoe.bench.reproduce.accuracy import Judged, because, notes, rounded
 from emoe.bench.reproduce.experiment import Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
 from emoe.bench.reproduce.judging import FULL, Order, Texts, Way, judged
+from emoe.bench.reproduce.needs import references
+from emoe.bench.reproduce.room import sixty_resident
 from emoe.bench.reproduce.workbench import Workbench
 
 PAPER_P = (0, 20, 40, 60, 80)
 COARSE_P = (0, 4, 8, 16)
 """Where there are too few prompts for the paper's: the largest p should be reached twice."""
 MEMORY = "60%"
+UNKNOWN = 0.25
+"""Perplexity of a model that knows nothing of the texts, over the size of its vocabulary."""
 FLAT = 1.05
 """A perplexity within 5 % of that at p = 0 is called flat."""
 WHY = (
@@ -73,6 +78,13 @@ def run(bench: Workbench) -> Finding:
         "rising from p = 60."
     )
     claims = tuple(_claim(by, order, title, points, because(bench, WHY)) for order, title in ORDERS)
+    vocabulary = bench.vocabulary
+    if base > UNKNOWN * vocabulary:
+        why = (
+            f"with every expert resident the references have a perplexity of {base:,.0f}, of {vocabulary:,} tokens in "
+            f"all: the model does not know these texts, and no choice of experts can lose what is not there."
+        )
+        claims = tuple(replace(claim, verdict="not measured", why=why) for claim in claims)
     return Finding(claims, (table,), (Picture("perplexity", caption, draw),), notes(bench, found)[1:])
 
 
@@ -105,4 +117,8 @@ EXPERIMENT = Experiment(
     kind="quality",
     minutes=(1.5, 12),
     run=run,
+    needs=(
+        references,
+        sixty_resident,
+    ),
 )

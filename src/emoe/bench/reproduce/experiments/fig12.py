@@ -22,7 +22,8 @@ from emoe.bench.reproduce.load import (
     simulated,
     usual_rate,
 )
-from emoe.bench.reproduce.ways import about_stores, middle
+from emoe.bench.reproduce.room import all_resident, share_resident
+from emoe.bench.reproduce.ways import about_stores, in_words, middle
 from emoe.bench.reproduce.workbench import Workbench
 from emoe.scheduling.arrivals import poisson_arrivals, read_arrivals
 
@@ -73,7 +74,9 @@ def run(bench: Workbench) -> Finding:
     if not bench.settings.quick:
         sweeps.append(_live(bench, rate, 2))
     judged = next((sweep for sweep in sweeps if sweep.kind == "live"), sweeps[0])
-    claims = [_claim(judged, sweeps, system, base, text) for system, base, text in _compared(judged)]
+    claims = [
+        _claim(judged, sweeps, system, base, text) for system, base, text in _compared(judged, in_words(bench.share))
+    ]
     rows = tuple(
         (
             sweep.kind,
@@ -170,10 +173,10 @@ def _sweep(kind: str, loads: tuple[float, ...], keys: Sequence[Mapping[str, Any]
     return Sweep(kind, loads, by)
 
 
-def _compared(sweep: Sweep) -> list[tuple[str, str, str]]:
+def _compared(sweep: Sweep, share: str) -> list[tuple[str, str, str]]:
     ours = REROUTED if REROUTED in sweep.systems else "emoe"
     return [
-        (ours, PLAIN, "eMoE with 60 % of the experts has a lower latency than plain batching with all of them"),
+        (ours, PLAIN, f"eMoE with {share} of the experts has a lower latency than plain batching with all of them"),
         ("emoe", "fifo", "Algorithm 1 lowers latency on the same engine and memory"),
         ("affinity", "fifo", "our affinity scheduler lowers latency on the same engine and memory"),
     ]
@@ -250,4 +253,8 @@ EXPERIMENT = Experiment(
     kind="speed",
     minutes=(1, 18),
     run=run,
+    needs=(
+        share_resident,
+        all_resident,
+    ),
 )

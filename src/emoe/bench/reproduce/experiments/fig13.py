@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from emoe.bench.reproduce import drawing
-from emoe.bench.reproduce.accuracy import COLUMNS, FEW, Gap, because, gap, graded, measure_name, notes
+from emoe.bench.reproduce.accuracy import COLUMNS, FEW, Gap, because, by_prompt, gap, graded, measure_name, notes
 from emoe.bench.reproduce.experiment import Experiment
-from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
+from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table, Verdict
 from emoe.bench.reproduce.judging import AGNOSTIC, OURS, accuracies, answers_of
 from emoe.bench.reproduce.workbench import Workbench
 
@@ -32,9 +33,10 @@ def run(bench: Workbench) -> Finding:
     )
     table = Table("accuracy", "Accuracy by task", ("experts resident", "loading", "task", *COLUMNS), rows)
 
-    def gain(task: str | None, share: str) -> float | None:
-        aware, agnostic = (by[share, name].value(task) for name in WAYS)
-        return None if aware is None or agnostic is None else aware - agnostic
+    def gains(tasks: tuple[str, ...], share: str = "60%") -> dict[str, Gap]:
+        aware, agnostic = (by[share, name] for name in WAYS)
+        pairs = {task: gap(aware, agnostic, task) for task in tasks}
+        return {task: each for task, each in pairs.items() if each is not None}
 
     def draw() -> Any:
         figure, axes = drawing.panels(1, rows=len(shares), width=7.2, height=2.6)
@@ -46,38 +48,50 @@ def run(bench: Workbench) -> Finding:
         return figure
 
     caption = "Accuracy of whole answers by task: loading that knows the prompt's task, and loading that does not."
-    pairs = {share: gap(*(by[share, name] for name in WAYS)) for share in shares}
+    pairs = {share: gap(by[share, "task-aware"], by[share, "task-agnostic"]) for share in shares}
     gaps = {share: each for share, each in pairs.items() if each is not None}
-    claims = (_same(bench, gain), _better(bench, gain), _mean(gaps))
+    claims = (_same(gains(SAME)), _better(gains(BETTER), because(bench)), _mean(gaps))
     said = notes(bench, [each.judged for each in found])
-    return Finding(claims, (table,), (Picture("accuracy", caption, draw),), said)
+    prompts = by_prompt({f"{share}, {name}": each for (share, name), each in by.items()})
+    return Finding(claims, (table, prompts), (Picture("accuracy", caption, draw),), said)
 
 
-def _same(bench: Workbench, gain: Any) -> Claim:
+def _same(gains: dict[str, Gap]) -> Claim:
+    """Equal: the whole interval within `EQUAL`; different: the interval without zero, and further apart."""
     text, paper = f"on {' and '.join(SAME)} both kinds of loading are equally accurate", "equal"
-    gains = {task: value for task in SAME if task in bench.tasks and (value := gain(task, "60%")) is not None}
     if len(gains) < len(SAME):
         return Claim(text, paper, "", "not measured", f"the prompts have no tasks of the names {', '.join(SAME)}.")
-    equal = [abs(value) <= EQUAL for value in gains.values()]
-    why = (
-        "these tasks' answers are a word or two, and here they do depend on the experts that are there: knowing the "
-        "task helps more than it did in the paper."
-        if min(gains.values()) >= -EQUAL
-        else f"equal means within {EQUAL:g} points."
-    )
-    verdict = graded(equal)
+    equal = [task for task, each in gains.items() if each.within(EQUAL)]
+    apart = [task for task, each in gains.items() if (each.better or each.worse) and abs(each.points) > EQUAL]
+    why = f"Equal means an interval within {EQUAL:g} points. "
+    if not apart and len(equal) < len(gains):
+        why += f"The prompts do not decide it for {_and(task for task in gains if task not in equal)}."
+        return Claim(text, paper, _signed(gains), "undecided", why)
+    why += f"Knowing the task makes a difference on {_and(apart)}: that task's answers depend on experts of its own."
+    verdict: Verdict = "holds" if not apart else "partly" if equal else "does not hold"
     return Claim(text, paper, _signed(gains), verdict, "" if verdict == "holds" else why)
 
 
-def _better(bench: Workbench, gain: Any) -> Claim:
+def _better(gains: dict[str, Gap], why: str) -> Claim:
     text, paper = f"on {', '.join(BETTER)} knowing the task is more accurate", "task-aware better"
-    gains = {task: value for task in BETTER if task in bench.tasks and (value := gain(task, "60%")) is not None}
     if len(gains) < len(BETTER):
         return Claim(text, paper, "", "not measured", f"the prompts have no tasks of the names {', '.join(BETTER)}.")
-    better = [value > 0 for value in gains.values()]
-    verdict = graded(better)
-    why = "" if verdict == "holds" else f"not on every one of them: {because(bench)}"
-    return Claim(text, paper, _signed(gains), verdict, why)
+    better = [task for task, each in gains.items() if each.better]
+    worse = [task for task, each in gains.items() if each.worse]
+    open_ = [task for task in gains if task not in better and task not in worse]
+    here = _signed(gains)
+    if len(better) == len(gains):
+        return Claim(text, paper, here, "holds")
+    if not better and not worse:
+        return Claim(text, paper, here, "undecided", FEW)
+    said = f"It is on {_and(better)}. " if better else ""
+    said += f"The prompts do not decide it for {_and(open_)}. " if open_ else ""
+    said += f"On {_and(worse)} it is less accurate: {why}" if worse else ""
+    return Claim(text, paper, here, "partly" if better else "does not hold", said.strip())
+
+
+def _and(names: Iterable[str]) -> str:
+    return " and ".join(names)
 
 
 def _mean(gaps: dict[str, Gap]) -> Claim:
@@ -86,14 +100,14 @@ def _mean(gaps: dict[str, Gap]) -> Claim:
     if not gaps:
         return Claim(text, "yes", "", "not measured", "no share can run on this model.")
     if not any(each.tells for each in gaps.values()):
-        return Claim(text, "yes", here, "not measured", FEW)
-    verdict = graded([each.points > 0 for each in gaps.values()])
-    why = "" if verdict == "holds" else "what is popular with one task alone leaves out what its prompts need besides."
+        return Claim(text, "yes", here, "undecided", FEW)
+    verdict = graded([each.better for each in gaps.values()])
+    why = "" if verdict == "holds" else "not at every share do the prompts show it."
     return Claim(text, "yes", here, verdict, why)
 
 
-def _signed(gains: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:+.1f}" for name, value in gains.items()) + " points"
+def _signed(gains: dict[str, Gap]) -> str:
+    return ", ".join(f"{name} {each.short}" for name, each in gains.items()) + " points"
 
 
 EXPERIMENT = Experiment(

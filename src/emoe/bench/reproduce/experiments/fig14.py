@@ -6,9 +6,9 @@ from itertools import pairwise
 from typing import Any
 
 from emoe.bench.reproduce import drawing
-from emoe.bench.reproduce.accuracy import COLUMNS, Accuracy, because, graded, measure_name, notes, percent, rounded
+from emoe.bench.reproduce.accuracy import COLUMNS, Accuracy, because, measure_name, notes, percent, rounded
 from emoe.bench.reproduce.experiment import Experiment
-from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
+from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table, Verdict
 from emoe.bench.reproduce.judging import OURS, Way, accuracies, answers_of, judged
 from emoe.bench.reproduce.workbench import Workbench
 from emoe.errors import BudgetError
@@ -144,7 +144,7 @@ def _accuracy(found: dict[tuple[str, int], Accuracy], share: int, why: str) -> C
     ordered = [curve[each] for each in sorted(curve)]
     rises = all(a <= b for a, b in pairwise(ordered))
     why = f"accuracy rises with the share of experts, as in the paper, but is lower: {why}" if rises else why
-    return Claim(text, paper, said, "partly" if rises else "does not hold", why)
+    return Claim(text, paper, said, "partly" if here >= PAPER_LOWEST else "does not hold", why)
 
 
 def _saved(plans: dict[int, Plan], found: dict[tuple[str, int], Accuracy], why: str) -> Claim:
@@ -155,12 +155,12 @@ def _saved(plans: dict[int, Plan], found: dict[tuple[str, int], Accuracy], why: 
         return Claim(text, paper, "", "not measured", "no smaller share can run on this model.")
     saved = {share: 100 * (1 - _weights(plans[share]) / _weights(plans[100])) for share in kept}
     here = ", ".join(f"{share} % of the experts: {saved[share]:.0f} % less at {kept[share]:.1f} %" for share in saved)
-    flags = [max(saved.values()) >= 20, any(saved[s] >= 20 and kept[s] >= PAPER_LOWEST for s in saved)]
-    verdict = graded(flags)
+    most = max((saved[s] for s in saved if kept[s] >= PAPER_LOWEST), default=0.0)
+    verdict: Verdict = "holds" if most >= 20 else "partly" if most >= 5 else "does not hold"
     why = (
         f"the memory is saved, the accuracy is not kept in mode resident: {why}"
-        if verdict == "partly"
-        else "little of it is experts."
+        if max(saved.values()) >= 20
+        else "less is saved, since less of the model's memory is experts."
     )
     return Claim(text, paper, here, verdict, "" if verdict == "holds" else why)
 

@@ -12,6 +12,7 @@ from emoe.bench.reproduce.accuracy import (
     Accuracy,
     Gap,
     because,
+    by_prompt,
     gap,
     graded,
     measure_name,
@@ -22,6 +23,7 @@ from emoe.bench.reproduce.accuracy import (
 from emoe.bench.reproduce.experiment import Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
 from emoe.bench.reproduce.judging import OURS, OURS_40, Way, accuracies, answers_of
+from emoe.bench.reproduce.needs import networks
 from emoe.bench.reproduce.rivals import AT_ONCE
 from emoe.bench.reproduce.workbench import Workbench
 
@@ -106,7 +108,8 @@ def run(bench: Workbench) -> Finding:
         "running one's predicts the next; its caching of single experts is another question (Figure 16). "
         "Networks are waited for, so that what they choose does not depend on how busy the machine is.",
     )
-    return Finding(claims, (table,), (Picture("rivals", "Accuracy against the share of experts.", draw),), said)
+    prompts = by_prompt({f"{share} %, {name}": each for (share, name), each in found.items()})
+    return Finding(claims, (table, prompts), (Picture("rivals", "Accuracy against the share of experts.", draw),), said)
 
 
 def _costs(each: Accuracy) -> tuple[Any, ...]:
@@ -129,7 +132,7 @@ def _claim(text: str, paper: str, gaps: dict[int, Gap], flags: Callable[[float],
     if not gaps:
         return Claim(text, paper, "", "not measured", "no share can run on this model.")
     if not any(each.tells for each in gaps.values()):
-        return Claim(text, paper, here, "not measured", FEW)
+        return Claim(text, paper, here, "undecided", FEW)
     worst, best = (pick(each.points for each in gaps.values()) for pick in (min, max))
     verdict = graded([flags(worst)[0], *flags(best)[1:]])
     return Claim(text, paper, here, verdict, "" if verdict == "holds" else why)
@@ -188,4 +191,5 @@ EXPERIMENT = Experiment(
     kind="quality",
     minutes=(1, 18),
     run=run,
+    needs=(networks,),
 )

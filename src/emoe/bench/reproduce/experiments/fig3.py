@@ -9,6 +9,7 @@ import numpy as np
 from emoe.bench.reproduce import drawing, transitions
 from emoe.bench.reproduce.experiment import Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table, Verdict
+from emoe.bench.reproduce.needs import pairs
 from emoe.bench.reproduce.sources import Source, left_out, sources
 from emoe.bench.reproduce.workbench import Workbench
 
@@ -155,4 +156,5 @@ EXPERIMENT = Experiment(
     kind="routing",
     minutes=(0.3, 1),
     run=run,
+    needs=(pairs,),
 )

@@ -10,6 +10,7 @@ from emoe.bench.reproduce import correlation as of
 from emoe.bench.reproduce import drawing, transitions
 from emoe.bench.reproduce.experiment import Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table, Verdict
+from emoe.bench.reproduce.needs import pairs
 from emoe.bench.reproduce.sources import Source, left_out, sources
 from emoe.bench.reproduce.workbench import Workbench
 
@@ -52,7 +53,9 @@ def run(bench: Workbench) -> Finding:
         "nothing from layer to layer, so r between the numbers as they are is around 0."
     )
     claims = tuple(_claim(name, curves) for name, curves in found.items())
-    return Finding(claims, (table,), (Picture("layers", caption, draw),), (note, *left_out(bench)))
+    return Finding(
+        claims, (table,), (Picture("layers", caption, draw),), (note, *left_out(bench, "what is said of single tokens"))
+    )
 
 
 def _curves(source: Source, most: int, seed: int) -> dict[str, list[float]]:
@@ -111,4 +114,5 @@ EXPERIMENT = Experiment(
     kind="routing",
     minutes=(0.3, 1),
     run=run,
+    needs=(pairs,),
 )

@@ -10,6 +10,7 @@ from emoe.bench.reproduce import correlation as of
 from emoe.bench.reproduce import drawing
 from emoe.bench.reproduce.experiment import Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
+from emoe.bench.reproduce.needs import pairs
 from emoe.bench.reproduce.sources import Source, by_task, mixed, sources
 from emoe.bench.reproduce.workbench import Workbench
 
@@ -110,4 +111,5 @@ EXPERIMENT = Experiment(
     kind="routing",
     minutes=(0.2, 0.5),
     run=run,
+    needs=(pairs,),
 )

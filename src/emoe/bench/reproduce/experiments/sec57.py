@@ -9,10 +9,12 @@ from emoe.bench.reproduce.accuracy import Judged, graded, notes, rounded
 from emoe.bench.reproduce.experiment import Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
 from emoe.bench.reproduce.judging import Way, answers_of, judged
+from emoe.bench.reproduce.needs import networks
+from emoe.bench.reproduce.room import share_resident
+from emoe.bench.reproduce.ways import in_words
 from emoe.bench.reproduce.workbench import Workbench
 from emoe.planner import plan
 
-MEMORY = "60%"
 PAPER_SHARE = 3.11
 """Percent of request time at p = 40, the higher end."""
 PAPER_MEMORY = 1.3
@@ -29,7 +31,7 @@ def run(bench: Workbench) -> Finding:
     grid = [(name, p) for name in NAMES for p in PERIODS]
     none, *rest = judged(
         bench,
-        [(texts, Way(p=40), MEMORY), *((texts, Way(name, p), MEMORY) for name, p in grid)],
+        [(texts, Way(p=40), bench.share), *((texts, Way(name, p), bench.share) for name, p in grid)],
     )
     found = dict(zip(grid, rest, strict=True))
     made = plan(bench.folder)
@@ -46,7 +48,7 @@ def run(bench: Workbench) -> Finding:
         "predictor's process (MB)",
         "of the model's weights (%)",
     )
-    table = Table("overheads", f"Predicting, {MEMORY} of the experts resident", columns, rows)
+    table = Table("overheads", f"Predicting, {in_words(bench.share)} of the experts resident", columns, rows)
     share = {(row[0], row[1]): row[4] for row in rows}
 
     def draw() -> Any:
@@ -71,7 +73,10 @@ def run(bench: Workbench) -> Finding:
         "own, beside the engine; a prediction that comes too late is not waited for, and one that a newer question "
         "overtakes is dropped, so that there are fewer plans than prompts.",
     )
-    caption = f"Time spent predicting, as a share of request time and for each call; {MEMORY} of the experts resident."
+    caption = (
+        "Time spent predicting, as a share of request time and for each call; "
+        f"{in_words(bench.share)} of the experts resident."
+    )
     return Finding(claims, (table,), (Picture("overheads", caption, draw),), said)
 
 
@@ -142,11 +147,15 @@ EXPERIMENT = Experiment(
     name="sec57",
     title="Section 5.7: overheads",
     question="What do predictions cost in time and memory?",
-    method=f"Mode resident with {MEMORY} of the experts; every predictor's own clock, the time the engine spent on its "
+    method="Mode resident with 60 % of the experts; every predictor's own clock, the time the engine spent on its "
     "predictions, the run beside one without a predictor, and the memory of the process a network runs in.",
     expected="0.24 to 3.11 % of request time at p = 40 (a call takes 0.33 to 0.38 s for eMoE-A, 1.4 to 4.2 s for "
     "eMoE-L); 0.24 to 1.3 % of the model's memory; eMoE-E gains 0.1 to 0.4 % accuracy for 9 to 34 % more time.",
     kind="speed",
     minutes=(0.5, 4),
     run=run,
+    needs=(
+        networks,
+        share_resident,
+    ),
 )

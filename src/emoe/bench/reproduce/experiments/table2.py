@@ -9,10 +9,9 @@ import torch
 from emoe.bench.reproduce import drawing
 from emoe.bench.reproduce.experiment import Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table, Verdict
+from emoe.bench.reproduce.needs import networks, pairs
 from emoe.bench.reproduce.sources import Source, sources
 from emoe.bench.reproduce.workbench import Workbench
-from emoe.errors import UsageError
-from emoe.prediction.fitting import LEAST_PROMPTS
 from emoe.prediction.scoring import BOUND, SIMPLE, Row, measure, network_name, summed_up
 from emoe.routing.trace import Trace
 
@@ -53,12 +52,6 @@ def run(bench: Workbench) -> Finding:
     found: dict[str, dict[str, Row]] = {}
     # Halves, order and training are drawn anew for each seed.
     drawn = [sources(bench, seed=bench.settings.seed + seed) for seed in seeds]
-    for source in drawn[0]:
-        if source.learn.num_prompts < LEAST_PROMPTS:
-            raise UsageError(
-                f"{source.name} has {source.learn.num_prompts} prompts to learn from, and networks need at least "
-                f"{LEAST_PROMPTS}: give more --prompts, or a --learn file."
-            )
     torch.set_num_threads(bench.settings.threads)
     for same in zip(*drawn, strict=True):
         source = same[0]
@@ -180,4 +173,8 @@ EXPERIMENT = Experiment(
     kind="routing",
     minutes=(1.5, 15),
     run=run,
+    needs=(
+        pairs,
+        networks,
+    ),
 )

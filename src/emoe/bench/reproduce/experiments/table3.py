@@ -5,10 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from emoe.bench.reproduce import drawing
-from emoe.bench.reproduce.accuracy import COLUMNS, Accuracy, graded, measure_name, notes, percent, rounded
+from emoe.bench.reproduce.accuracy import (
+    COLUMNS,
+    FEW,
+    Accuracy,
+    by_prompt,
+    gap,
+    graded,
+    measure_name,
+    notes,
+    percent,
+    rounded,
+)
 from emoe.bench.reproduce.experiment import Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
 from emoe.bench.reproduce.judging import FULL, OURS, Texts, Way, accuracies, answers_of, judged
+from emoe.bench.reproduce.needs import references
 from emoe.bench.reproduce.workbench import Workbench
 from emoe.checkpoint.codecs.formats import EXPERT_DTYPES, NATIVE
 
@@ -38,11 +50,11 @@ def run(bench: Workbench) -> Finding:
     rows = tuple(
         (
             name,
-            rounded(each.judged.stats.get("peak_resident_bytes", 0) / MIB) if each.judged.refused is None else None,
+            rounded(_held(each, memory) / MIB) if each.judged.refused is None else None,
             *each.both(),
             rounded(text.perplexity(), 3),
         )
-        for (name, _, _, _), each, text in zip(asked, found, likely, strict=True)
+        for (name, _, _, memory), each, text in zip(asked, found, likely, strict=True)
     )
     columns = ("experts", "experts' bytes, measured (MiB)", *COLUMNS, "perplexity of the references")
     table = Table("memory", "Accuracy at equal memory", columns, rows)
@@ -52,7 +64,7 @@ def run(bench: Workbench) -> Finding:
         figure, axes = drawing.panels(1, width=7.6, height=3.8)
         ax = axes[0][0]
         shown = [name for name, each in by.items() if each.value() is not None]
-        sizes = [by[name].judged.stats["peak_resident_bytes"] / MIB for name in shown]
+        sizes = [_held(by[name], memory) / MIB for name, _, _, memory in asked if name in shown]
         names = [f"{name.replace(', ', chr(10))}\n{size:.1f} MiB" for name, size in zip(shown, sizes, strict=True)]
         drawing.bars(ax, names, {"here": [by[name].value() for name in shown]}, f"{measure_name()} (%)")
         at = {"int8, all resident": PAPER["int8"], "int4, all resident": PAPER["int4"], SIXTY: PAPER["ours"]}
@@ -71,7 +83,12 @@ def run(bench: Workbench) -> Finding:
         "Ours here is mode resident: nothing waits for an expert. In the same memory mode exact gives the full model's "
         "answers bit for bit, and loads for them; and the two can be combined (a share of quantised experts resident).",
     )
-    return Finding(claims, (table,), (Picture("memory", caption, draw),), said)
+    return Finding(claims, (table, by_prompt(by)), (Picture("memory", caption, draw),), said)
+
+
+def _held(each: Accuracy, memory: Any) -> float:
+    """Bytes of experts; where all are meant they are, although a run with little memory holds them in turn."""
+    return float(each.judged.stats["total_expert_bytes" if memory is None else "peak_resident_bytes"])
 
 
 def _claim(by: dict[str, Accuracy], form: str) -> Claim:
@@ -86,6 +103,9 @@ def _claim(by: dict[str, Accuracy], form: str) -> Claim:
     wider = by[SIXTY].value()
     if wider is not None:
         here += f" (ours with 60 % of the experts: {percent(wider)})"
+    apart = gap(by[f"ours, {form}'s bytes"], by[f"{form}, all resident"])
+    if apart is not None and not apart.tells:
+        return Claim(text, paper, f"{here}: {apart} points", "undecided", FEW)
     verdict = graded([kept >= small])
     why = (
         "rounding each weight changes every expert a little, and answers hardly at all; leaving experts out to fit in "
@@ -104,4 +124,5 @@ EXPERIMENT = Experiment(
     kind="quality",
     minutes=(1, 5),
     run=run,
+    needs=(references,),
 )

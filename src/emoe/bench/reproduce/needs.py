@@ -1,0 +1,47 @@
+"""What an experiment needs of the run's prompts and traces: checked before anything long begins, for all of them."""
+
+from __future__ import annotations
+
+from emoe.bench.reproduce.sources import enough
+from emoe.bench.reproduce.workbench import Workbench
+from emoe.errors import UsageError
+from emoe.prediction.fitting import LEAST_PROMPTS
+
+
+def references(bench: Workbench) -> None:
+    """For one that reads reference answers.
+
+    Raises:
+        UsageError: no prompt to score has one.
+    """
+    if not any(prompt.reference for prompt in bench.prompts["score"]):
+        raise UsageError('no prompt to score has a reference: give --prompts with "reference" in its lines.')
+
+
+def networks(bench: Workbench) -> None:
+    """For one that trains networks.
+
+    Raises:
+        UsageError: too few prompts to learn from, here or in a trace.
+    """
+    learn = {bench.name: len(bench.prompts["learn"])}
+    learn |= {name: routes.num_prompts // 2 for name, routes in bench.traces.items()}
+    for name, count in learn.items():
+        if count < LEAST_PROMPTS:
+            raise UsageError(
+                f"{name} has {count} prompts to learn from, and networks need at least {LEAST_PROMPTS}: give more "
+                f"--prompts, or a --learn file."
+            )
+
+
+def pairs(bench: Workbench) -> None:
+    """For one that compares routes of prompts.
+
+    Raises:
+        UsageError: too few prompts to compare, here or in a trace.
+    """
+    for name in bench.traces:
+        enough(bench, name)
+    for side, prompts in bench.prompts.items():
+        if len(prompts) < 2:
+            raise UsageError(f"comparing prompts needs at least two to {side}: give more --prompts.")
