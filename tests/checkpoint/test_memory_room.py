@@ -99,6 +99,19 @@ def test_where_nothing_can_be_read_nothing_is_free(tmp_path: Path) -> None:
     assert "meminfo cannot be read" in room.bound
 
 
+@pytest.mark.parametrize("content", ["MemTotal: 5 kB\n", "", "MemFree: 7 kB\n"])
+def test_a_kernel_that_does_not_say_leaves_nothing(tmp_path: Path, content: str) -> None:
+    proc, cgroups = machine(tmp_path, GIB)
+    (proc / "meminfo").write_text(content)
+    assert memory_room(proc, cgroups) == MemoryRoom(0, f"{proc / 'meminfo'} has no MemAvailable")
+
+
+def test_a_kernel_without_cgroups(tmp_path: Path) -> None:
+    proc, cgroups = machine(tmp_path, GIB)
+    (proc / "self" / "cgroup").unlink()
+    assert memory_room(proc, cgroups) == MemoryRoom(GIB, "MemAvailable")
+
+
 def test_this_machine_has_room() -> None:
     assert memory_room().available_bytes > 0
 
@@ -118,6 +131,17 @@ def test_the_page_cache_is_bypassed_where_it_does_not() -> None:
     assert kind == "direct"
     assert "O_DIRECT" in reason
     assert "do not fit into the 6.00 GiB free (the limit of cgroup x)" in reason
+
+
+def test_the_page_cache_is_taken_only_with_a_margin() -> None:
+    """A tenth of what streams, and 128 MiB for whatever else passes through it."""
+    needed = 6 * GIB + round(0.6 * GIB) + (128 << 20)
+    for free, expected in ((needed, "cached"), (needed - 1, "direct")):
+        assert choose_reader(index_of(10 * GIB), 4 * GIB, room=MemoryRoom(free, "x"))[0] == expected
+
+
+def test_no_experts_need_no_cache() -> None:
+    assert choose_reader(index_of(0), 0, room=MemoryRoom(0, "x"))[0] == "cached"
 
 
 def test_memory_that_will_be_taken_is_not_free() -> None:

@@ -36,6 +36,13 @@ def test_times_and_lengths_are_scaled(file: Path) -> None:
 
 def test_some_of_the_rows(file: Path) -> None:
     assert read_arrivals(file, start=1, limit=1) == [Arrival(0.0, 396, 109)]
+    assert read_arrivals(file, limit=2) == read_arrivals(file)[:2]
+    assert read_arrivals(file, start=2) == [Arrival(0.0, 879, 1)]
+
+
+def test_requests_may_come_at_once(file: Path) -> None:
+    file.write_text(HEAD + ROWS[0] + ROWS[0])
+    assert [each.at_s for each in read_arrivals(file)] == [0.0, 0.0]
 
 
 def test_columns_are_found_by_name_and_empty_lines_skipped(tmp_path: Path) -> None:
@@ -78,8 +85,16 @@ def test_impossible_numbers(file: Path) -> None:
         read_arrivals(file, length_scale=float("nan"))
     with pytest.raises(UsageError, match="not start 0, limit 0"):
         read_arrivals(file, limit=0)
+    with pytest.raises(UsageError, match="not start -1, limit None"):
+        read_arrivals(file, start=-1)
+    with pytest.raises(UsageError, match="time scale must be above 0, not inf"):
+        read_arrivals(file, time_scale=float("inf"))
+    with pytest.raises(UsageError, match="no arrivals from row 3 on"):
+        read_arrivals(file, start=3)
     with pytest.raises(UsageError, match="rate must be above 0"):
         poisson_arrivals(0, 5)
+    with pytest.raises(UsageError, match="rate must be above 0"):
+        poisson_arrivals(float("inf"), 5)
     with pytest.raises(UsageError, match="at least 1 request, not 0"):
         poisson_arrivals(1, 0)
 
@@ -92,5 +107,6 @@ def test_poisson_arrivals_have_the_rate_and_the_spread_of_a_poisson_process() ->
     # Exponential: mean and standard deviation both 1/rate; 5 standard errors of 20,000 draws.
     assert abs(gaps.mean() - 0.25) < 5 * 0.25 / 20_000**0.5
     assert abs(gaps.std() - 0.25) < 0.02
+    assert [len(poisson_arrivals(4.0, count)) for count in (1, 2, 7)] == [1, 2, 7]
     assert poisson_arrivals(4.0, 50, seed=1) == poisson_arrivals(4.0, 50, seed=1)
     assert poisson_arrivals(4.0, 50, seed=1) != poisson_arrivals(4.0, 50, seed=2)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from emoe.scheduling.fit import MOST, OUTLIER, PRIOR_WEIGHT, Fit
 
@@ -28,7 +29,9 @@ def test_it_starts_at_the_prior() -> None:
 def test_it_is_ridge_regression_on_steps_of_equal_weight(seed: int, count: int) -> None:
     """Without outliers: rows over their size in units, older ones fading, a ridge towards the prior."""
     forget, fit = 0.9, Fit(PRIOR, UNITS, 0.9)
-    rows, targets, weights = [], [], []
+    rows: list[NDArray[np.float64]] = []
+    targets: list[float] = []
+    weights: list[float] = []
     for amounts, seconds in observations(seed, count, true=(0.02, 0.5)):  # as expected, so nothing is an outlier
         fit.observe(amounts, seconds)
         row = np.array(amounts) * UNITS
