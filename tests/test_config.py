@@ -132,6 +132,7 @@ def test_expert_memory_text_reads_back(memory: ExpertMemory) -> None:
         (ExpertMemory("bytes", 8 * 2**30), "8GiB"),
         (ExpertMemory("bytes", 1536 * 2**20), "1536MiB"),
         (ExpertMemory("bytes", 2**50), "1PiB"),
+        (ExpertMemory("bytes", 3 * 2**10), "3KiB"),
         (ExpertMemory("bytes", 1023), "1023B"),
         (ExpertMemory("share", 0.125), "12.5%"),
         (ExpertMemory("per_layer", 12), "12/layer"),

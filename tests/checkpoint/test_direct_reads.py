@@ -78,12 +78,20 @@ def test_any_range_comes_to_any_place(content: Content, wanted: list[tuple[int, 
         start = at if adjoin and ranges else offset
         at = min(start + length, SIZE)
         ranges.append((start, at - start))
-    ranges = list(dict.fromkeys(each for each in ranges if each[1]))
+    ranges = [each for each in ranges if each[1]]
     parts = {f"{i}": memory(length, wanted[i][2]) for i, (_, length) in enumerate(ranges)}
     with Reader("direct", content.files) as reader:
         assert reader.read_into(content.pieces(*ranges), parts) == sum(length for _, length in ranges)
     for i, (start, length) in enumerate(ranges):
         assert parts[f"{i}"].numpy().tobytes() == content.content[start : start + length]
+
+
+def test_the_same_bytes_come_to_two_places(content: Content) -> None:
+    parts = {"0": memory(5000, 0), "1": memory(5000, 8)}
+    with Reader("direct", content.files) as reader:
+        assert reader.read_into(content.pieces((700, 5000), (700, 5000)), parts) == 10_000
+    for part in parts.values():
+        assert part.numpy().tobytes() == content.content[700:5700]
 
 
 @pytest.mark.usefixtures("small_chunks")

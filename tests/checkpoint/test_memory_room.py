@@ -188,4 +188,5 @@ def test_a_plan_of_the_whole_process_counts_what_it_holds_already(tmp_path: Path
         status = f"Name:\tpython\nVmRSS:\t{3 << 20} kB\nRssAnon:\t{1 << 20} kB\nRssFile:\t{2 << 20} kB\n"
         (proc / "self" / "status").write_text(status)
         assert memory_room(proc, cgroups, with_own=True).available_bytes == available
+        assert memory_room(proc, cgroups).available_bytes == (GIB if bound else 10 * GIB)
     assert memory_room(*machine(tmp_path, GIB), with_own=True).available_bytes == GIB  # a kernel that does not say

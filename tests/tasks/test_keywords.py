@@ -93,6 +93,56 @@ def test_what_marks_one_task_becomes_its_keyword_and_common_words_none() -> None
     assert all(len(words) <= 4 for words in keywords.weights.values())
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from(["maths", "chat", OTHER]), TEXTS), min_size=1, max_size=12),
+    st.floats(0.5, 20),
+    st.sampled_from([0.0, 0.4, 2.0]),
+    st.sampled_from([0.0, 0.7, 1.1]),
+    st.integers(1, 9),
+)
+def test_weights_are_the_smoothed_log_odds(
+    prompts: list[tuple[str, str]], prior: float, least_z: float, least_odds: float, most: int
+) -> None:
+    """As written in `learn`: a prior of so many prompts with each word as often as overall, the best by z."""
+    learned = Keywords.learn(prompts, most=most, prior_prompts=prior, least_z=least_z, least_odds=least_odds)
+    bags = [(task, terms(text, 160)) for task, text in prompts]
+    expected: dict[str, dict[str, float]] = {}
+    for task in sorted({task for task, _ in bags} - {OTHER}):
+        mine, others = [bag for t, bag in bags if t == task], [bag for t, bag in bags if t != task]
+        found = []
+        for word in sorted(set().union(*mine)):
+            share = sum(word in bag for _, bag in bags) / len(bags)
+            with_, without = sum(word in bag for bag in mine) + prior * share, prior * share
+            without += sum(word in bag for bag in others)
+            odds = math.log(with_ / (len(mine) + prior - with_ + 0.5)) - math.log(
+                without / (len(others) + prior - without + 0.5)
+            )
+            z = odds / math.sqrt(1 / with_ + 1 / without)
+            if abs(z - least_z) < 1e-9 or abs(odds - max(0.0, least_odds)) < 1e-9:
+                return  # either answer is right
+            if z > least_z and odds > max(0.0, least_odds):
+                found.append((z, word, odds))
+        found.sort(key=lambda each: (-each[0], each[1]))
+        if len(found) > most and found[most - 1][0] - found[most][0] < 1e-9:
+            return
+        expected[task] = {word: odds for _, word, odds in found[:most]}
+    assert {task: set(words) for task, words in learned.weights.items()} == {t: set(w) for t, w in expected.items()}
+    for task, words in expected.items():
+        assert learned.weights[task] == pytest.approx(words, abs=1e-4)
+
+
+def test_how_much_is_looked_at_is_learned_and_kept() -> None:
+    long = "start " + "middle " * 20 + "end"
+    learned = Keywords.learn([("a", long), (OTHER, "none")] * 30, edge_chars=8)
+    assert learned.edge_chars == 8
+    assert {"start", "end"} <= set(learned.weights["a"])
+    assert "middle middle" not in learned.weights["a"]
+    with pytest.raises(UsageError, match="edge_chars is 0, but at least 1 character"):
+        Keywords({}, edge_chars=0)
+    assert terms("ab", 1) == {"ab"}  # both ends meet: nothing is cut
+    assert terms("a b", 1) == {"a", "b"}
+
+
 def test_learning_is_the_same_for_any_order_of_prompts() -> None:
     pairs = [(task, text.replace("{text}", "some words")) for task in TASKS for text in TRAIN[task]] * 3
     shuffled = random.Random(1).sample(pairs, len(pairs))
@@ -119,6 +169,9 @@ def test_phrasings_never_seen_are_mostly_recognised() -> None:
         ({"maths": {"sum": 0.0}}, "not a number above 0"),
         ({"maths": {"sum": float("nan")}}, "not a number above 0"),
         ({"maths": {"sum": "1"}}, "not a number above 0"),
+        ({"maths": {"sum": True}}, "not a number above 0"),
+        ({"maths": {"sum": math.inf}}, "not a number above 0"),
+        ({"maths": {"tell  me": 1.0}}, "can never match"),
     ],
 )
 def test_edits_that_could_never_work_are_refused(weights: dict[str, dict[str, float]], message: str) -> None:
@@ -136,3 +189,5 @@ def test_a_conversation_is_about_its_last_question() -> None:
     ]
     assert instruction_of(talk) == "Add 2 and 2."
     assert instruction_of(talk[:1]) == "Be brief."
+    assert instruction_of(talk[:3]) == "Hello."
+    assert instruction_of([]) == ""

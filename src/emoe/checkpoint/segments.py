@@ -36,8 +36,9 @@ class Segment:
 
 
 def segments_of(pieces: Sequence[Piece], parts: Mapping[str, torch.Tensor]) -> list[Segment]:
-    """What to read, by file and offset. Pieces that share a range share a segment."""
-    segments: dict[tuple[Path, int, int], Segment] = {}
+    """What to read, by file and offset. Pieces that share a range share a segment, unless they are `direct`."""
+    straight: list[Segment] = []
+    shared: dict[tuple[Path, int, int], Segment] = {}
     for piece in pieces:
         part = parts.get(piece.part)
         if part is None or part.device.type != "cpu" or not part.is_contiguous():
@@ -49,12 +50,12 @@ def segments_of(pieces: Sequence[Piece], parts: Mapping[str, torch.Tensor]) -> l
         segment = Segment(piece.entry_name, piece.file, piece.offset, piece.nbytes, None, [piece])
         if piece.direct:
             segment.memory, segment.pieces = _region_bytes(piece, part), []
-            segments[piece.file, piece.offset, -piece.nbytes] = segment  # never shared
+            straight.append(segment)
         else:
-            known = segments.setdefault((piece.file, piece.offset, piece.nbytes), segment)
+            known = shared.setdefault((piece.file, piece.offset, piece.nbytes), segment)
             if known is not segment:
                 known.pieces.append(piece)
-    return sorted(segments.values(), key=lambda segment: (segment.file, segment.offset))
+    return sorted([*straight, *shared.values()], key=lambda segment: (segment.file, segment.offset))
 
 
 def _region_bytes(piece: Piece, part: torch.Tensor) -> Bytes:
