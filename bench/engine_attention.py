@@ -1,7 +1,7 @@
 """Attention of the engine, request by request, against transformers' one masked product over the whole step.
 
     python -m bench.engine_attention [--dtype bfloat16] [--steps 12] [--kinds alone,packed] [--layers] [--sinks]
-                                     [--decode DIR]
+                                     [--decode DIR] [--long DIR [--prompt N] [--budget SIZE]]
 
 Prints, for emoe-nano with all experts resident, prompt tokens/s and answer tokens/s by requests and KV length, and the
 largest mask that transformers holds for it. With --layers, instead: one layer's attention of one query row and of four
@@ -9,6 +9,8 @@ by transformers' sdpa and by emoe's C, in microseconds, taking turns (`strided`:
 With --sinks, instead: a prompt through one layer of gpt-oss' attention (64 heads over 8, sinks) by transformers' eager
 attention and by emoe's, in milliseconds, MiB held at once beside the result, and the error against float64.
 With --decode DIR: a token of that checkpoint with either, resident, after 64, 512 and 2048 tokens, in milliseconds.
+With --long DIR: one prompt of that checkpoint through the engine, experts within a budget, by each of --kinds in a
+process of its own: seconds, what resident memory grows by at most meanwhile, and the masks that transformers holds.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -26,7 +30,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 import emoe
 from emoe.engine import batching
-from emoe.engine.attention import IMPLEMENTATION
+from emoe.engine.attention import ATTENDS
 from emoe.kernels.attention import few_rows
 from emoe.kernels.choice import native_calls
 from emoe.kernels.sinks import with_sinks
@@ -76,6 +80,44 @@ def measure(model: object, requests: int, length: int, steps: int, batch_tokens:
     decode_s = time.perf_counter() - start
     batcher.close()
     return requests * length / read_s, tokens / decode_s, mib
+
+
+def use(kind: str) -> None:
+    """Let engines made from now on attend request by request ("alone"), or as transformers does ("packed")."""
+    batching.ATTENDS = ATTENDS if kind == "alone" else {}
+
+
+def one_long_prompt(folder: str, kind: str, prompt: int, budget: str, batch_tokens: int) -> str:
+    """Read it in chunks, twice; of the second time, what `--long` prints."""
+    torch.set_num_threads(1)
+    model, _ = emoe.load(folder, expert_memory=budget)
+    use(kind)
+    runtime = binding_of(model).runtime
+    runtime.dense_only = True
+    batcher = batching.Batcher(
+        model, greedy, page_tokens=32, kv_tokens=prompt + 64, max_batch_tokens=batch_tokens, max_running=8
+    )
+    runtime.dense_only = False
+    masks = batcher._processor.inputs_and_outputs.attention_mask or {}
+    mib = sum(each.nbytes for each in masks.values()) / 2**20
+    tokens = torch.randint(5, 1000, (prompt,), generator=torch.Generator().manual_seed(1)).tolist()
+    for name in ("first", "second"):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = resident("VmRSS")
+        start = time.perf_counter()
+        batcher.add(name, tokens, 1, ())
+        while not batcher.empty:
+            batcher.prepare()
+            batcher.run()
+            batcher.finish()
+        seconds = time.perf_counter() - start
+    return f"{kind:10} {prompt:8} {seconds:9.2f} {resident('VmHWM') - before:12.1f} {mib:9.1f}"
+
+
+def resident(name: str) -> float:
+    """MiB of this process, now (VmRSS) or at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def layers(dtype: torch.dtype, rounds: int) -> None:
@@ -172,6 +214,9 @@ def main() -> None:
     parser.add_argument("--layers", action="store_true", help="one layer by itself, without a model")
     parser.add_argument("--sinks", action="store_true", help="a prompt through one layer with sinks")
     parser.add_argument("--decode", metavar="DIR", help="a token of this checkpoint")
+    parser.add_argument("--long", metavar="DIR", help="one long prompt of this checkpoint")
+    parser.add_argument("--prompt", type=int, default=2048, help="its tokens")
+    parser.add_argument("--budget", default="20%", help="of its experts")
     parser.add_argument("--rounds", type=int, default=20, help="of --layers and --decode")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -184,12 +229,19 @@ def main() -> None:
     if arguments.decode:
         decode(arguments.decode, arguments.dtype, arguments.rounds)
         return
+    if arguments.long:
+        print(f"{'attention':10} {'tokens':>8} {'seconds':>9} {'MiB at most':>12} {'mask MiB':>9}")
+        for kind in arguments.kinds.split(","):
+            asked = (arguments.long, kind, arguments.prompt, arguments.budget, arguments.batch_tokens)
+            with get_context("spawn").Pool(1) as pool:
+                print(pool.apply(one_long_prompt, asked), flush=True)
+        return
     model, _ = emoe.load(dtype=arguments.dtype)
     print(f"{'attention':10} {'requests':>8} {'KV':>5} {'prompt tokens/s':>16} {'answer tokens/s':>16} {'mask MiB':>9}")
     for requests in (1, 8, 32):
         for length in (64, 256, 960):
             for kind in arguments.kinds.split(","):
-                batching.IMPLEMENTATION = IMPLEMENTATION if kind == "alone" else "sdpa"
+                use(kind)
                 measure(model, min(requests, 2), 64, 2, arguments.batch_tokens)
                 read, answer, mib = measure(model, requests, length, arguments.steps, arguments.batch_tokens)
                 print(f"{kind:10} {requests:8} {length:5} {read:16.0f} {answer:16.0f} {mib:9.1f}", flush=True)

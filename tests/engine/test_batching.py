@@ -216,7 +216,7 @@ def test_memory_is_what_was_asked_for_whatever_transformers_thinks_is_free(
 def test_closing_gives_the_model_back(model: PreTrainedModel) -> None:
     expected = alone(model, prompt(1, 6), 5)
     batcher = make(model)
-    assert model.config._attn_implementation == "emoe_paged_sdpa"
+    assert model.config._attn_implementation == "emoe_paged"
     batcher.add("a", prompt(1, 6), 5, ())
     step(batcher)
     batcher.close()

@@ -28,7 +28,7 @@ from tests.engine.running import ENDLESS, GREEDY, SMALL, Answer, alone, engine_o
 
 TIE = 2**-5
 """Of the larger of the two logits: four units in the last place of bfloat16."""
-FAMILIES = ["mixtral", "qwen3_moe", "gpt_oss", "gemma4_text"]
+FAMILIES = ["mixtral", "qwen3_moe", "gpt_oss", "gemma4_text", "afmoe"]
 """Plain, shared queries per key head, sinks and windows without sdpa, windows with it."""
 
 

@@ -146,14 +146,6 @@ def test_few_rows_with_sinks_are_the_kernels(checkpoints: Checkpoints, rows: lis
     emoe.close(model)
 
 
-def test_the_engine_goes_on_with_eager(checkpoints: Checkpoints) -> None:
-    model, _ = emoe.load(checkpoints("gpt_oss"))
-    with engine_of(model, SMALL) as engine:
-        assert send(engine, prompt(1, 30), 4)[1].end.reason in ("stop", "length")
-    assert implementation(model) == SINKS
-    emoe.close(model)
-
-
 def test_sinks_that_are_not_known_stay(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.gpt_oss import modeling_gpt_oss
 

@@ -16,11 +16,36 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-IMPLEMENTATION = "emoe_paged_sdpa"
+from emoe.model.attention import FEW_ROWS_SDPA, SINKS, attention, sinks_attention
+
+IMPLEMENTATION = "emoe_paged"
 """The name under which transformers finds `packed_attention`."""
 
-Rows = Callable[[int], tuple[torch.Tensor, torch.Tensor, int]]
-"""A layer's keys and values in the cache, [rows, key heads, size] each, and the number of the layer's group."""
+ATTENDS: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {
+    "sdpa": sdpa_attention_forward,
+    FEW_ROWS_SDPA: attention,
+    SINKS: sinks_attention,
+}
+"""The attention function of one request, by the implementation that the model was loaded with: `generate()`'s own."""
+
+_THEIRS = ("s_aux", "softcap", "position_bias")
+"""Arguments of an attention function that say what it computes: handed on where a layer gives them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a layer's keys and values lie in the cache.
+
+    Attributes:
+        keys, values: [rows, key heads, size] each.
+        group: the number of the layer's group, which have indices of their own.
+        window: tokens that a token of the layer sees, itself included; None: all.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    group: int
+    window: int | None
 
 
 @dataclass(slots=True)
@@ -28,16 +53,16 @@ class Packed:
     """What `packed_attention` has to know of the step under way; lies on the cache as `emoe`.
 
     Attributes:
-        rows: where a layer's keys and values lie, see `Rows`.
-        attend: the attention function of one request, the one that `generate()` uses.
-        queries, keys: how many each request has in this step, in the order of the packed sequence. Keys are those of
-            before and the step's own.
+        place: where a layer's keys and values lie.
+        attend: the attention function of one request, one of `ATTENDS`.
+        queries, past: how many tokens each request has in this step, and before it, in the order of the packed
+            sequence.
     """
 
-    rows: Rows
+    place: Callable[[int], Place]
     attend: Callable[..., tuple[torch.Tensor, None]] = sdpa_attention_forward
     queries: list[int] = field(default_factory=list)
-    keys: list[int] = field(default_factory=list)
+    past: list[int] = field(default_factory=list)
 
 
 def packed_attention(
@@ -56,48 +81,62 @@ def packed_attention(
         module: the attention layer.
         query: [1, heads, tokens, size].
         key, value: [1, key heads, tokens, size].
-        attention_mask: none: every request attends causally to its own past.
+        attention_mask: none: every request attends causally to its own past, or to the window of it that the layer has.
         dropout, scaling, kwargs: as transformers passes them; `cache` is the paged cache.
 
     Returns:
         [1, tokens, heads, size], None.
     """
     packed: Packed = kwargs["cache"].emoe
-    keys, values, group = packed.rows(int(module.layer_idx))  # type: ignore[arg-type]
-    write, read = kwargs["write_index"][group], kwargs["read_index"][group]
-    keys.index_copy_(0, write, key[0].transpose(0, 1))
-    values.index_copy_(0, write, value[0].transpose(0, 1))
+    place = packed.place(int(module.layer_idx))  # type: ignore[arg-type]
+    write, read = kwargs["write_index"][place.group], kwargs["read_index"][place.group]
+    held = [past if place.window is None else min(past, place.window - 1) for past in packed.past]
+    counts = [before + own for before, own in zip(held, packed.queries, strict=True)]
+    theirs = {name: kwargs[name] for name in _THEIRS if kwargs.get(name) is not None}
     outputs = []
-    for query_, key_, value_, own in zip(
+    # A window's pages are a ring: what a step writes there may lie where it still has to read. Hence one request after
+    # the other, first read, then written. What is attended to then also lies in the processor's cache.
+    for query_, key_, value_, to, own, before in zip(
         torch.split(query, packed.queries, dim=2),
         torch.split(key, packed.queries, dim=2),
         torch.split(value, packed.queries, dim=2),
-        torch.split(read, packed.keys) if read.numel() else [None] * len(packed.keys),
+        torch.split(write, packed.queries),
+        torch.split(read, counts) if read.numel() else [read] * len(counts),
+        held,
         strict=True,
     ):
-        # Without anything to read the step is made of whole prompts, and their own keys and values are all there are.
-        # Read for one request after the other, what is attended to lies in the processor's cache.
-        k = key_ if own is None else keys.index_select(0, own).transpose(0, 1)[None]
-        v = value_ if own is None else values.index_select(0, own).transpose(0, 1)[None]
-        outputs.append(_alone(packed, module, query_, k, v, dropout, scaling))
+        k, v = key_, value_
+        if before:
+            k, v = _joined(place.keys, own[:before], key_), _joined(place.values, own[:before], value_)
+        place.keys.index_copy_(0, to, key_[0].transpose(0, 1))
+        place.values.index_copy_(0, to, value_[0].transpose(0, 1))
+        mask = _mask(query_.shape[2], k.shape[2], place.window, query.device)
+        outputs.append(packed.attend(module, query_, k, v, mask, dropout, scaling, is_causal=True, **theirs)[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
-def _alone(
-    packed: Packed,
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    dropout: float,
-    scaling: Any,
-) -> torch.Tensor:
-    """One request: a whole prompt or one token needs no mask, a later chunk of a prompt does."""
-    queries, keys = query.shape[2], key.shape[2]
-    mask = None
-    if 1 < queries < keys:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril_(keys - queries)[None, None]
-    return packed.attend(module, query, key, value, mask, dropout, scaling, is_causal=True)[0]
+def _joined(paged: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """What lies in these rows, and after it `new` [1, key heads, tokens, size]: the same of all tokens."""
+    before, tokens = len(rows), new.shape[2]
+    out = paged.new_empty(before + tokens, *paged.shape[1:])
+    torch.index_select(paged, 0, rows, out=out[:before])
+    out[before:] = new[0].transpose(0, 1)
+    return out.transpose(0, 1)[None]
+
+
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """bool [1, 1, queries, keys], of the last `queries` of so many tokens.
+
+    None where `generate()` has none: for one token and for a whole prompt, while a layer's window is longer.
+    """
+    before = keys - queries
+    narrow = window is not None and keys >= window
+    if not (narrow or (queries > 1 and before)):
+        return None
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(before)
+    if window is not None and narrow:
+        mask.triu_(before - window + 1)
+    return mask[None, None]
 
 
 def slides(model: PreTrainedModel) -> bool:
@@ -109,19 +148,20 @@ def slides(model: PreTrainedModel) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
-def rows_of(cache: Any) -> Rows:
+def places_of(cache: Any) -> Callable[[int], Place]:
     """Where the paged cache keeps a layer's keys and values."""
 
-    def rows(layer: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def place(layer: int) -> Place:
         allocator = cache.layer_to_allocator[layer]
         keys, values = allocator._kv_token_views[layer]
-        return keys, values, int(allocator.index)
+        return Place(keys, values, int(allocator.index), getattr(allocator, "sliding_window", None))
 
-    def rows_by_group(layer: int) -> tuple[torch.Tensor, torch.Tensor, int]:  # transformers 5.17
+    def by_group(layer: int) -> Place:  # transformers 5.17
         group, number = cache.layer_index_to_group_indices[layer]
-        return cache.key_cache[number], cache.value_cache[number], int(group)
+        window = cache.sliding_windows[layer]  # 1: none
+        return Place(cache.key_cache[number], cache.value_cache[number], int(group), None if window == 1 else window)
 
-    return rows if hasattr(cache, "layer_to_allocator") else rows_by_group
+    return place if hasattr(cache, "layer_to_allocator") else by_group
 
 
 AttentionInterface.register(IMPLEMENTATION, packed_attention)

@@ -18,13 +18,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import scheduler as tf_scheduler
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from emoe.engine.attention import IMPLEMENTATION, Packed, rows_of, slides
+from emoe.engine.attention import ATTENDS, IMPLEMENTATION, Packed, places_of, slides
 from emoe.engine.moved import KNOWS_FLASH, PAGE_SIZE, check
 from emoe.errors import UnsupportedModelError
-from emoe.model.attention import FEW_ROWS_SDPA, INSTEAD_OF
-from emoe.model.attention import attention as few_rows_attention
+from emoe.model.attention import INSTEAD_OF
 
 SCHEDULER = "emoe"
 ALL_MEMORY = 1e6
@@ -151,7 +149,7 @@ class Batcher:
             scheduler_type=SCHEDULER,
             safety_margin=0.0,
         )
-        few = self._attention == FEW_ROWS_SDPA
+        attend = ATTENDS.get(self._attention)
         try:
             if self._attention in INSTEAD_OF:  # a name that continuous batching does not know
                 model.set_attn_implementation(INSTEAD_OF[self._attention])
@@ -162,7 +160,7 @@ class Batcher:
                 continuous_batching_config=config,
             )
             self.sliding = slides(model)
-            if not self.sliding and model.config._attn_implementation in ("sdpa", "paged|sdpa"):
+            if attend is not None:
                 model.set_attn_implementation(IMPLEMENTATION)
             self._manager: Any = manager
             self._processor: Any = manager._create_batch_processor()
@@ -175,7 +173,8 @@ class Batcher:
             ) from error
         self._cache: Any = self._processor.cache
         self._scheduler: ScheduledOnly = self._processor.scheduler
-        self._cache.emoe = Packed(rows_of(self._cache), few_rows_attention if few else sdpa_attention_forward)
+        self._packed = None if attend is None else Packed(places_of(self._cache), attend)
+        self._cache.emoe = self._packed
         self._processor.model_runner._sample = self._choose
         self.kv_tokens = self._capacity()
         self._scheduler.page_tokens = 0 if self.sliding else page_tokens
@@ -272,8 +271,9 @@ class Batcher:
             Slice(str(f.state.request_id), f.state.position_offset - f.query_length, f.query_length, f.has_new_token)
             for f in self._processor.inputs_and_outputs.requests_in_batch
         ]
-        self._cache.emoe.queries = [part.queries for part in parts]
-        self._cache.emoe.keys = [part.past + part.queries for part in parts]
+        if self._packed is not None:
+            self._packed.queries = [part.queries for part in parts]
+            self._packed.past = [part.past for part in parts]
         return parts
 
     def input_ids(self, tokens: int) -> torch.Tensor:

@@ -142,8 +142,9 @@ def plan_serving(
     layers = tuple(
         replace(layer, window=None, state_nbytes=layer.state_nbytes * max_running) for layer in facts.cache_layers
     )
-    logits = _logits_bytes(facts, max_running, max_batch_tokens)
-    room = None if memory_bytes is None else memory_bytes - logits
+    longest = min(context, kv_tokens)
+    beside = _logits_bytes(facts, max_running, max_batch_tokens) + _gathered_bytes(facts, longest)
+    room = None if memory_bytes is None else memory_bytes - beside
     made = make_plan(
         replace(facts, cache_layers=layers, max_context=None),
         model=model,
@@ -157,9 +158,10 @@ def plan_serving(
         embeddings=embeddings,
         context=kv_tokens + PADDING_PAGES * page_tokens,
         batch=1,
-        prompt=min(max_batch_tokens, kv_tokens),
+        prompt=longest,
+        chunk=max_batch_tokens,
     )
-    made = replace(made, activation_bytes=made.activation_bytes + logits, memory_bytes=memory_bytes)
+    made = replace(made, activation_bytes=made.activation_bytes + beside, memory_bytes=memory_bytes)
     return ServingPlan(made, context, kv_tokens, token_bytes, max_running, max_batch_tokens)
 
 
@@ -167,3 +169,8 @@ def _logits_bytes(facts: Facts, max_running: int, max_batch_tokens: int) -> int:
     """A step has logits for each of its tokens, and chooses in float32, twice over, for each request."""
     vocabulary = facts.activations.vocabulary
     return vocabulary * (max_batch_tokens * dtype_bytes(facts.dtype) + max_running * 2 * 4)
+
+
+def _gathered_bytes(facts: Facts, tokens: int) -> int:
+    """The keys and values that a request attends to, out of their pages: one layer's at a time."""
+    return tokens * max((layer.token_nbytes for layer in facts.cache_layers), default=0)
