@@ -13,24 +13,7 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
 )
 
-from emoe.errors import UsageError
-
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (None, 1),
-    "guidance_scale": (None, 1, 1.0),
-    "penalty_alpha": (None, 0, 0.0),
-    "sequence_bias": (None,),
-    "bad_words_ids": (None,),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "exponential_decay_length_penalty": (None,),
-    "begin_suppress_tokens": (None,),
-    "watermarking_config": (None,),
-    "stop_strings": (None,),
-}
-"""Settings that would change the text and that the engine does not know, with the values at which they do not."""
+from emoe.engine.refusals import refuse_generation
 
 
 class Rules:
@@ -42,14 +25,7 @@ class Rules:
         Raises:
             UsageError: it asks for something that would change the text and that the engine does not do.
         """
-        for name, neutral in _REFUSED.items():
-            value = getattr(config, name, None)
-            if value not in neutral:
-                raise UsageError(
-                    f"the model's generation configuration sets {name}={value!r}, which continuous batching does not "
-                    f"do, so the text would differ from generate()'s. Set model.generation_config.{name} = None, or "
-                    "take it out of generation_config.json, to serve the model without."
-                )
+        refuse_generation(lambda name: getattr(config, name, None))
         rules: list[Any] = []
         if getattr(config, "repetition_penalty", None) not in (None, 1, 1.0):
             rules.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))

@@ -31,9 +31,11 @@ from emoe.planner.facts import (
     ExpertLayer,
     Facts,
     by_size,
+    dtype_bytes,
     max_context,
 )
 from emoe.planner.live_bytes import LiveBytes
+from emoe.planner.paged import why_not_paged
 
 # Long enough that convolution states are full, short enough for layers that loop over tokens in Python.
 _LENGTHS = (64, 128)  # the second twice the first
@@ -75,6 +77,7 @@ def facts_by_dry_run(path: Path, dtype: str | None = None, reason: str = "", cod
         expert_dtype=NATIVE if codec is None else codec.name,
         native_expert_bytes=index.total_expert_nbytes,
         lookup_bytes=0 if index.lookup is None else index.lookup.nbytes,
+        not_paged=why_not_paged(text.to_dict(), cache, dtype_bytes(run_dtype)),
     )
 
 

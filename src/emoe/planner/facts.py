@@ -87,7 +87,7 @@ class Facts:
 
     `lookup_bytes` are those of the dense weights of which a token reads a row only: an embedding that is not the output
     projection too. `expert_layers` have their bytes as `expert_dtype` stores experts; natively, in the run dtype, all
-    of them are `native_expert_bytes`.
+    of them are `native_expert_bytes`. `not_paged` says why the engine cannot serve it (`emoe.planner.paged`).
     """
 
     path: Path
@@ -105,6 +105,7 @@ class Facts:
     lookup_bytes: int = 0
     expert_dtype: str = NATIVE
     native_expert_bytes: int = 0
+    not_paged: str = ""
 
     @property
     def expert_bytes(self) -> int:

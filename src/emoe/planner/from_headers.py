@@ -33,6 +33,7 @@ from emoe.planner.facts import (
     dtype_bytes,
     max_context,
 )
+from emoe.planner.paged import why_not_paged
 
 _STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
@@ -59,9 +60,9 @@ class _Layer:
         return found[0] if len(found) == 1 else None
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json as a dict. Raises CheckpointError when it is missing or not JSON."""
-    file = path / "config.json"
+def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
+    """config.json, or another file of settings, as a dict. Raises CheckpointError when it is missing or not JSON."""
+    file = path / name
     try:
         config = json.loads(file.read_text())
     except FileNotFoundError:
@@ -127,6 +128,7 @@ def facts_from_headers(
         lookup_bytes=_lookup_bytes(config, [entry for name, entry in dense.items() if name != tied], itemsize),
         expert_dtype=NATIVE if codec is None else codec.name,
         native_expert_bytes=sum(layer.experts * layer.expert_nbytes for layer in native),
+        not_paged=why_not_paged(config, cache, itemsize),
     )
 
 

@@ -19,6 +19,24 @@ def is_hub_id(text: str) -> bool:
     return not Path(text).expanduser().exists() and _HUB_ID.fullmatch(text) is not None
 
 
+def remote_settings(model_id: str, name: str, revision: str | None = None) -> dict[str, Any]:
+    """A small JSON file of a hub model; empty where it has none.
+
+    Raises:
+        CheckpointError: the hub was not reached, or the file is not JSON.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        found = json.loads(Path(hf_hub_download(model_id, name, revision=revision)).read_text())
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return {}
+        raise CheckpointError(f"asking the hub for {name} of {model_id!r} failed: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
 def remote_checkpoint(
     model_id: str, revision: str | None = None, token: str | bool | None = None
 ) -> tuple[Path | None, dict[str, Any], dict[str, TensorEntry]]:
