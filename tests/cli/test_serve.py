@@ -255,6 +255,6 @@ def test_what_requests_leave_out_comes_from_the_model(stated: dict[str, Any], wa
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
     args = parser.parse_args(["serve", "--request-timeout", "0", "--cors-origin", "a"])
-    made = server_settings(args.layers.resolve(args, {}), GenerationConfig(**stated), "qa", ("qa",))
+    made = server_settings(args.layers.resolve(args, {}), GenerationConfig(**stated), "qa")
     assert (made.temperature, made.top_p, made.top_k, made.max_tokens) == wanted
     assert (made.request_timeout_s, made.cors_origins, made.default_task) == (None, ("a",), "qa")

@@ -25,6 +25,8 @@ from emoe.engine.interface import (
     TooLongError,
 )
 from emoe.errors import UnsupportedModelError, UsageError
+from emoe.tasks.keywords import OTHER
+from emoe.tasks.labels import TASKS_AT_MOST
 from tests.conftest import Checkpoints
 from tests.engine.running import (
     ENDLESS,
@@ -220,6 +222,23 @@ def test_models_that_the_paged_cache_cannot_hold_are_refused_at_start(checkpoint
         assert made.config._attn_implementation == attention
         assert alone(made, prompt(1, 8), 6) == expected
         emoe.close(made)
+
+
+def test_labels_without_end_cost_no_memory(model: PreTrainedModel) -> None:
+    """What is counted by task stays bounded for a program that gives every request a label of its own."""
+    settings = dataclasses.replace(SMALL, targets={"late": TaskTargets(ttft_slo_s=9.0)})
+    with engine_of(model, settings) as engine:
+        for at in range(0, TASKS_AT_MOST + 16, 8):
+            answers = [send(engine, prompt(1, 4), 1, task=f"task {at + i}")[1] for i in range(8)]
+            reports = [answer.end.report for answer in answers]
+        assert {report.task for report in reports} == {OTHER}
+        assert {report.task_source for report in reports} == {"label"}
+        late = send(engine, prompt(1, 4), 1, task="late")[1].end.report
+        assert (late.task, late.ttft_slo_s) == ("late", 9.0)
+        stats = engine.stats()
+    assert len(stats.routed_tokens) <= TASKS_AT_MOST and OTHER in stats.routed_tokens
+    assert {task for task, _ in stats.hits} == set(stats.routed_tokens)
+    assert len(engine._knowledge._answers) <= TASKS_AT_MOST + 1
 
 
 def test_time_in_the_queue_is_told(model: PreTrainedModel) -> None:

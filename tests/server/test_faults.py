@@ -14,6 +14,7 @@ from emoe.engine.interface import Submission, TokenEvent
 from emoe.errors import EmoeError, ReadError, UsageError
 from emoe.server.app import create_app
 from emoe.server.settings import ServerSettings
+from emoe.tasks.labels import TaskLabels
 from tests.server.conftest import Running, Serve, raw_post, until
 from tests.server.stand_ins import Script, ScriptedEngine, finished, tokens
 from tests.server.test_chat import events
@@ -220,7 +221,8 @@ def test_priority_and_sampling_reach_the_engine(serve: Serve) -> None:
 
 def test_clients_cannot_make_tasks_without_end(serve: Serve) -> None:
     engine = ScriptedEngine([*tokens(WORLD), finished()])
-    server = serve(engine, tasks=("late",))
+    engine.labels = TaskLabels(["late"])
+    server = serve(engine)
     for name in [*(f"task {i}" for i in range(70)), "late"]:
         assert server.chat(emoe={"task": name}).status_code == 200
     labels = [submission.task for submission in engine.submitted]

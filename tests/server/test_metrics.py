@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from emoe.engine.interface import TokenEvent
 from emoe.server.log import Reading, status_line
-from emoe.server.metrics import OTHER, TASKS_AT_MOST, Metrics, TaskLabels, layer_group
+from emoe.server.metrics import Metrics, layer_group
 from tests.server.conftest import Running, Serve, until
 from tests.server.stand_ins import REPORT, STATS, ScriptedEngine
 
@@ -93,15 +93,6 @@ def test_what_is_observed_as_requests_run() -> None:
     assert not any(name[0] == "emoe:slo_total" and "target=tpot" in name for name in found)
     assert (metrics.slo_met, metrics.slo_asked) == (1, 2)
     assert found[("emoe:requests_refused_total", "code=queue_full")] == 1
-
-
-def test_clients_cannot_make_series_without_end() -> None:
-    labels = TaskLabels()
-    assert labels(None) == OTHER
-    made = {labels(f"task {i}") for i in range(1000)}
-    assert len(made) == TASKS_AT_MOST and OTHER in made
-    assert TaskLabels(["qa"])("qa") == "qa"
-    assert labels("task 3") == "task 3" and labels("task 999") == OTHER
 
 
 @pytest.mark.parametrize(

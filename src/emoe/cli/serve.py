@@ -21,6 +21,7 @@ from emoe.cli.plan import dense_text, stored_as
 from emoe.cli.serve_options import add_options, in_seconds
 from emoe.config import format_bytes
 from emoe.engine.interface import EngineSettings, TaskTargets
+from emoe.engine.refusals import generation_settings, refuse_attention, refuse_generation
 from emoe.errors import UsageError
 from emoe.planner import facts_of
 from emoe.planner.limits import find_limits
@@ -82,6 +83,8 @@ def _default_profile(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> ServingPlan:
     dtype = None if args.dtype == "auto" else args.dtype
     name, facts = facts_of(args.model, dtype=dtype, expert_dtype=args.expert_dtype, revision=args.revision)
+    refuse_attention(name, facts)
+    refuse_generation(generation_settings(args.model, facts, args.revision).get)
     limits = find_limits(args.device, args.memory, args.process_memory)
     return plan_serving(
         facts,
@@ -183,10 +186,11 @@ def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
     with listen(args.host, args.port) as bound:
         from emoe.cli.session import open_session, warn_if_lossy
         from emoe.engine.engine import Engine
-        from emoe.model.bind import binding_of
+        from emoe.engine.moved import check
         from emoe.server.app import create_app
         from emoe.server.running import serve
 
+        check()
         task = args.task  # of requests that name none; loading has nothing to label with it
         args.task = None
         options = {
@@ -195,10 +199,10 @@ def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
             "max_read_bytes_per_s": args.max_read_bytes_per_s,
         }
         with _log_as_notes(), open_session(args, **options) as session:
-            profile = binding_of(session.model).ahead.profile
-            tasks = () if profile is None else profile.tasks
-            settings = server_settings(args, session.model.generation_config, task, tasks)
+            settings = server_settings(args, session.model.generation_config, task)
             engine = Engine(session.model, session.tokenizer, engine_settings(args, planned))
+            if task is not None:
+                engine.labels(task)  # before clients choose theirs
             app = create_app(engine, settings, session.tokenizer, _name(args))
             engine.start()
             try:
@@ -218,7 +222,7 @@ def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
     note("stopped")
 
 
-def server_settings(args: argparse.Namespace, generation: Any, task: str | None, tasks: tuple[str, ...]) -> Any:
+def server_settings(args: argparse.Namespace, generation: Any, task: str | None) -> Any:
     """The HTTP side of the options. What requests leave out comes from the model's generation configuration."""
     from emoe.server.settings import ServerSettings
 
@@ -233,7 +237,6 @@ def server_settings(args: argparse.Namespace, generation: Any, task: str | None,
         shutdown_timeout_s=args.shutdown_timeout,
         status_interval_s=args.status_interval,
         default_task=task,
-        tasks=tasks,
         temperature=0.0 if greedy else _or(generation.temperature, 1.0),
         top_p=1.0 if greedy else _or(generation.top_p, 1.0),
         top_k=None if greedy else generation.top_k or None,

@@ -32,6 +32,7 @@ from emoe.model.bind import binding_of
 from emoe.scheduling.costs import CostModel
 from emoe.scheduling.protocol import Request
 from emoe.scheduling.registry import make_scheduler
+from emoe.tasks.labels import TaskLabels
 from emoe.tasks.profile import Profile
 
 
@@ -75,6 +76,9 @@ class Engine:
         if profile is None:
             profile = self._binding.ahead.profile or _shipped_profile(self._binding.index.path)
         self._knowledge = Knowledge(self._binding, tokenizer, profile)
+        known = () if profile is None else profile.tasks
+        self.labels = TaskLabels([*known, *(task for task in settings.targets if task)])
+        """What requests' labels become: what is kept by task stays bounded, however many labels there are."""
         self.costs: CostModel = self._knowledge.costs
         self._measures = Measures(self._binding)
         self._desk = Desk(settings.max_waiting)
@@ -149,6 +153,7 @@ class Engine:
         if self._thread is None:
             raise EngineStoppedError("the engine has not been started.")
         task, source = self._knowledge.task_of(submission)
+        task = None if task is None else self.labels(task)
         request = Request(
             id=uuid.uuid4().hex,
             arrived_s=time.perf_counter(),

@@ -59,7 +59,8 @@ class Submission:
         prompt_ids: the prompt's tokens.
         max_tokens: the longest answer, in tokens.
         sampling: how tokens are chosen.
-        task: its label, None: extract it from the prompt's keywords where there is a profile.
+        task: its label, None: extract it from the prompt's keywords where there is a profile. The engine tells so many
+            labels apart (`emoe.tasks.labels`), and takes further ones as "other".
         priority: lower goes first.
         ttft_slo_s, tpot_slo_s: targets; None: the engine's default for the task, if there is one.
         deadline_s: seconds after submission when it ends with reason "timeout", None: never.

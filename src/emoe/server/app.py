@@ -61,8 +61,7 @@ def create_app(engine: EngineLike, settings: ServerSettings, tokenizer: Any, mod
         UsageError: there is no tokenizer.
     """
     tokens = Tokens(tokenizer, model_name)
-    known = {*settings.tasks, *(task for task in engine.settings.targets if task)}
-    service = Service(engine, settings, tokens, model_name, Metrics(model_name, engine, known))
+    service = Service(engine, settings, tokens, model_name, Metrics(model_name, engine))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:

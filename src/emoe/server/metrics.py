@@ -15,12 +15,7 @@ from prometheus_client.registry import Collector
 import emoe
 from emoe.config import Mode
 from emoe.engine.interface import EngineStats, Report, TokenEvent
-
-TASKS_AT_MOST = 64
-"""Labels are the clients' to choose, and each makes time series and counters: further ones are taken as "other"."""
-
-OTHER = "other"
-"""Also of requests without a task, as profiles have it."""
+from emoe.tasks.keywords import OTHER
 
 LAYER_GROUPS = ("early", "middle", "late")
 
@@ -52,29 +47,13 @@ def layer_group(layer: int, layers: int) -> str:
     return LAYER_GROUPS[min(layer * len(LAYER_GROUPS) // max(layers, 1), len(LAYER_GROUPS) - 1)]
 
 
-class TaskLabels:
-    """Keeps the number of different task labels bounded; `known` ones always are their own."""
-
-    def __init__(self, known: Iterable[str] = ()) -> None:
-        self._known = {OTHER, *known}
-
-    def __call__(self, task: str | None) -> str:
-        """The label to count under."""
-        name = task or OTHER
-        if name not in self._known and len(self._known) >= TASKS_AT_MOST:
-            return OTHER
-        self._known.add(name)
-        return name
-
-
 class Metrics:
-    """All metrics of one server, in a registry of their own."""
+    """All metrics of one server, in a registry of their own. The engine bounds the number of different tasks."""
 
-    def __init__(self, model_name: str, engine: Watched, tasks: Iterable[str] = ()) -> None:
+    def __init__(self, model_name: str, engine: Watched) -> None:
         # A series per series, which nobody draws.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self.tasks = TaskLabels(tasks)
         self._model = model_name
         self.slo_met = 0
         self.slo_asked = 0
@@ -93,7 +72,7 @@ class Metrics:
         self._success = counter("request_success", "Requests that ended, by reason.", "finished_reason")
         self._refused = counter("requests_refused", "Requests that were not taken, by the error's code.", "code")
         self._slo = counter("slo", "Requests with a target, by task, target and whether it was met.", *_SLO_LABELS)
-        self.registry.register(EngineCollector(model_name, engine, self.tasks))
+        self.registry.register(EngineCollector(model_name, engine))
 
     def text(self) -> bytes:
         """Prometheus' text format."""
@@ -119,7 +98,7 @@ class Metrics:
             self._count_slo(report)
 
     def _count_slo(self, report: Report) -> None:
-        task = self.tasks(report.task)
+        task = report.task or OTHER
         for target, met in (("ttft", report.ttft_met), ("tpot", report.tpot_met), ("all", report.slo_met)):
             if met is not None:
                 self._slo.labels(self._model, task, target, str(met).lower()).inc()
@@ -134,10 +113,9 @@ _SLO_LABELS = ("task", "target", "met")
 class EngineCollector(Collector):
     """Reads the engine's counters whenever the registry is asked."""
 
-    def __init__(self, model_name: str, engine: Watched, tasks: TaskLabels) -> None:
+    def __init__(self, model_name: str, engine: Watched) -> None:
         self._model = model_name
         self._engine = engine
-        self._tasks = tasks
 
     def collect(self) -> Iterable[Metric]:
         """All that comes from `engine.stats()`."""
@@ -212,13 +190,9 @@ class EngineCollector(Collector):
     def _by_group(self, counts: Mapping[tuple[str, int], int]) -> list[Value]:
         sums: dict[tuple[str, str], int] = {}
         for (task, layer), count in counts.items():
-            key = layer_group(layer, self._engine.layers), self._tasks(task)
+            key = layer_group(layer, self._engine.layers), task
             sums[key] = sums.get(key, 0) + count
         return sorted(sums.items())
 
     def _by_task(self, counts: Mapping[str, int]) -> list[Value]:
-        sums: dict[tuple[str], int] = {}
-        for task, count in counts.items():
-            key = (self._tasks(task),)
-            sums[key] = sums.get(key, 0) + count
-        return sorted(sums.items())
+        return sorted(((task,), float(count)) for task, count in counts.items())

@@ -24,7 +24,6 @@ class ServerSettings:
         shutdown_timeout_s: seconds that running requests get to finish once the server is told to stop.
         status_interval_s: seconds between two status lines in the log; 0: none.
         default_task: the task of requests that name none; None: the engine looks for keywords.
-        tasks: labels that are known from the start, as the profile's are.
         temperature, top_p, top_k: of requests that do not say, as the model's generation configuration has them.
         max_tokens: the longest chat answer of requests that do not say, also from there; None: what the context leaves.
     """
@@ -38,7 +37,6 @@ class ServerSettings:
     shutdown_timeout_s: float = 30.0
     status_interval_s: float = 10.0
     default_task: str | None = None
-    tasks: tuple[str, ...] = ()
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
