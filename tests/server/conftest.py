@@ -12,12 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from emoe import nano
 from emoe.server.app import create_app
 from emoe.server.bridge import EngineLike
-from emoe.server.running import GracefulServer, address_of, listen
+from emoe.server.running import GracefulServer, address_of, config_of, listen
 from emoe.server.service import Service
 from emoe.server.settings import ServerSettings
 
@@ -45,8 +44,7 @@ class Running:
 def running(engine: EngineLike, settings: ServerSettings, tokenizer: Any, name: str = "emoe-nano") -> Iterator[Running]:
     app = create_app(engine, settings, tokenizer, name)
     bound = listen("127.0.0.1", 0)
-    config = uvicorn.Config(app, http="h11", loop="asyncio", ws="none", log_config=None, timeout_graceful_shutdown=2)
-    server = GracefulServer(config, app.state.service)
+    server = GracefulServer(config_of(app, flush_s=2), app.state.service)
     thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()
     while not server.started:

@@ -13,7 +13,11 @@ from emoe.server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/health"})
 READ_TIMEOUT_S = 30.0
-"""Seconds that a part of a body may take. A client that has less to say holds a connection for nothing."""
+"""Seconds that a part of a body may take, and a body beyond what `READ_BYTES_PER_S` gives it. A client that has less to
+say holds a connection for nothing."""
+
+READ_BYTES_PER_S = 16 << 10
+"""A body that comes more slowly than this, but for `READ_TIMEOUT_S`, is given up."""
 
 _READ_OUT = 8
 """A refused body of up to this many times the limit is read to its end: who still sends does not read the answer."""
@@ -78,12 +82,18 @@ class BodyLimit:
 
     async def _read(self, receive: Receive) -> bytes | None:
         parts, size = [], 0
+        now = asyncio.get_running_loop().time
+        started = now()
         while True:
+            latest = started + self._timeout_s + size / READ_BYTES_PER_S
             try:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout_at(min(now() + self._timeout_s, latest)):
                     message = await receive()
             except TimeoutError:
-                text = f"no more of the body came for {self._timeout_s:g} s; send it at once"
+                text = (
+                    f"{size} bytes of the body came in {now() - started:.1f} s; it may take {self._timeout_s:g} s, and "
+                    f"one more for each {format_bytes(READ_BYTES_PER_S)}: send it at once"
+                )
                 raise ApiError(408, text, code="body_timeout", headers={"Connection": "close"}) from None
             if message["type"] == "http.disconnect":
                 return None

@@ -11,8 +11,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from emoe.errors import UsageError
+from emoe.server.connections import TimedProtocol
 from emoe.server.log import LOGGER
 from emoe.server.service import Service
+
+KEEP_ALIVE_S = 30
+"""Seconds after which a connection on which nothing has been asked any more is closed."""
 
 FLUSH_S = 5
 """Seconds that connections get for their last bytes once every request has ended."""
@@ -49,18 +53,22 @@ def address_of(bound: socket.socket) -> str:
 
 def serve(app: FastAPI, bound: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM. The engine is drained and stopped then."""
-    config = uvicorn.Config(
+    GracefulServer(config_of(app), app.state.service).run([bound])
+
+
+def config_of(app: FastAPI, flush_s: int = FLUSH_S) -> uvicorn.Config:
+    """How uvicorn runs the application."""
+    return uvicorn.Config(
         app,
-        http="h11",
+        http=TimedProtocol,
         loop="asyncio",
         ws="none",
         log_config=None,
         access_log=False,
         lifespan="on",
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=FLUSH_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=flush_s,
     )
-    GracefulServer(config, app.state.service).run([bound])
 
 
 class GracefulServer(uvicorn.Server):
