@@ -23,7 +23,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from emoe.kernels.choice import Kernel, kernel_of
-from emoe.kernels.experts import ExpertMath, Grouping, Weights, many_tokens, one_token, rounds_rows
+from emoe.kernels.chunks import many_tokens
+from emoe.kernels.experts import ExpertMath, Weights, one_token
+from emoe.kernels.grouping import Grouping, rounds_rows
 from emoe.kernels.pages import prefer_huge_pages
 from emoe.kernels.quantised import GROUP, QuantisedMatrix
 

@@ -20,7 +20,9 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import emoe
-from emoe.kernels.experts import Grouping, Weights, many_tokens, one_token, rounds_rows
+from emoe.kernels.chunks import many_tokens
+from emoe.kernels.experts import Weights, one_token
+from emoe.kernels.grouping import Grouping, rounds_rows
 from emoe.model import close
 from emoe.model.bind import binding_of
 from emoe.model.runtime import IMPLEMENTATION, LayerRuntime

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emoe.kernels.attention import FEW_ROWS, few_rows, suits
+from emoe.kernels.attention import FEW_ROWS, MANY_KEYS, MANY_SIZE, few_rows, many_rows, suits, suits_many
 from emoe.kernels.choice import native_calls
 from emoe.kernels.native.calls import Calls
 
@@ -172,3 +174,104 @@ def test_transformers_eager_attention_gives_the_same(calls: Calls, rows: int) ->
     mask = torch.where(torch.rand(2, 1, rows, 300) < 0.5, 0.0, -torch.inf).bfloat16()
     theirs, _ = eager_attention_forward(module, query, key, value, mask, scaling=0.125)
     torch.testing.assert_close(few_rows(calls, query, key, value, mask, 0.125), theirs, rtol=2**-7, atol=2**-8)
+
+
+@pytest.fixture(scope="module")
+def knowing(calls: Calls) -> Calls:
+    if not calls.knows_many:
+        pytest.skip("this processor does not multiply bfloat16 in pairs, or has AMX")
+    return calls
+
+
+@given(
+    batch=st.integers(1, 2),
+    key_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    rows=st.integers(1, 40),
+    before=st.integers(0, 70),
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 140)),
+    masked=st.sampled_from(["causal", "", "window", "some", "each head", "added"]),
+    sunk=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_many_rows_are_right_and_each_has_its_own_bits(
+    knowing: Calls,
+    batch: int,
+    key_heads: int,
+    group: int,
+    rows: int,
+    before: int,
+    sizes: tuple[int, int],
+    masked: str,
+    sunk: bool,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    heads, size, value_size = key_heads * group, 2 * sizes[0], sizes[1]
+    rows, keys = rows + FEW_ROWS, rows + FEW_ROWS + (0 if masked == "causal" else before)
+    query = torch.randn(batch, rows, heads, size).bfloat16().transpose(1, 2)
+    key, value = (torch.randn(batch, keys, key_heads, n).bfloat16().transpose(1, 2) for n in (size, value_size))
+    tril = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)[None, None]
+    shown = {
+        "causal": tril,
+        "": torch.ones_like(tril),
+        "window": tril & ~tril.tril(keys - rows - 7),
+        "each head": torch.rand(batch, heads, rows, keys) < 0.5,
+    }.get(masked, torch.rand(batch, 1, rows, keys) < 0.3)
+    shown = shown | torch.eye(rows, keys, dtype=torch.bool)
+    mask = torch.where(shown, torch.randn(shown.shape), -torch.inf).bfloat16() if masked == "added" else shown
+    sinks = torch.randn(heads) * 3 if sunk else None
+    causal = masked == "causal"
+    given_mask = None if masked in ("", "causal") else mask
+    assert suits_many(knowing, query, key, value, given_mask, causal)
+    out = many_rows(knowing, query, key, value, given_mask, None, sinks, causal=causal)
+    expected = defined(query, key, value, mask, size**-0.5, sinks)
+    # Weights are rounded to bfloat16 too: an error of 2^-9 of each value's share.
+    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=2**-8 * float(value.abs().max()))
+    before_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(out, many_rows(knowing, query, key, value, given_mask, None, sinks, causal=causal))
+    finally:
+        torch.set_num_threads(before_threads)
+    # The same from a mask, and of some of the rows.
+    assert torch.equal(out, many_rows(knowing, query, key, value, mask, None, sinks))
+    last = mask[:, :, -FEW_ROWS - 1 :]
+    assert torch.equal(
+        out[:, -FEW_ROWS - 1 :], many_rows(knowing, query[:, :, -FEW_ROWS - 1 :], key, value, last, None, sinks)
+    )
+
+
+def test_of_many_rows_too_one_that_sees_nothing_gets_a_mean(knowing: Calls) -> None:
+    query, key = torch.randn(1, 2, 20, 8).bfloat16(), torch.randn(1, 2, 50, 8).bfloat16()
+    mean = key.double().mean(dim=2)
+    for hidden in (torch.tensor(False), torch.tensor(-torch.inf), torch.tensor(torch.finfo(torch.bfloat16).min)):
+        mask = (
+            torch.zeros(1, 1, 20, 50, dtype=hidden.dtype)
+            if hidden.is_floating_point()
+            else torch.ones(1, 1, 20, 50) > 0
+        )
+        mask = mask.bfloat16() if hidden.is_floating_point() else mask
+        mask[:, :, 3], mask[:, :, :, 40:] = hidden, hidden
+        out = many_rows(knowing, query, key, key, mask)
+        assert not out.isnan().any()
+        torch.testing.assert_close(out[:, 3].double(), mean, rtol=2**-7, atol=2**-8)
+        assert not many_rows(knowing, query, key, key, mask, sinks=torch.zeros(2))[:, 3].any()
+
+
+def test_what_suits_many(knowing: Calls) -> None:
+    def shaped(
+        rows: int = 20, keys: int = 20, size: int = 64, values: int = 64, causal: bool = True, **kind: Any
+    ) -> bool:
+        query = torch.empty(1, 8, rows, size, **{"dtype": torch.bfloat16, **kind})
+        key, value = (torch.empty(1, 4, keys, n, **{"dtype": torch.bfloat16, **kind}) for n in (size, values))
+        return suits_many(knowing, query, key, value, None, causal)
+
+    assert shaped() and shaped(keys=30, causal=False) and shaped(values=MANY_SIZE)
+    assert not shaped(rows=FEW_ROWS, keys=FEW_ROWS)
+    assert not shaped(keys=30)
+    assert not shaped(size=63)
+    assert not shaped(values=MANY_SIZE + 1)
+    assert not shaped(keys=MANY_KEYS + 1, causal=False)
+    assert not shaped(dtype=torch.float32)
+    assert not shaped(device="meta")

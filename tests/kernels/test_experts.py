@@ -9,17 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from emoe.kernels.experts import (
-    COMBINE_TOKENS,
-    ExpertMath,
-    Grouping,
-    Weights,
-    combine,
-    many_tokens,
-    one_token,
-    one_token_arriving,
-    round_rows,
-)
+from emoe.kernels.chunks import many_tokens
+from emoe.kernels.combining import COMBINE_TOKENS, combine
+from emoe.kernels.experts import ExpertMath, Weights, one_token, one_token_arriving
+from emoe.kernels.grouping import Grouping, round_rows
 
 
 class Experts(nn.Module):

@@ -15,7 +15,6 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm, Qwen3NextRMSNormGated
 
-from emoe.kernels import norms
 from emoe.kernels.choice import Kernel, kernel_of
 from emoe.kernels.dense import DenseKernels
 from emoe.kernels.norms import OFFSET, ROUNDED, WHOLE, norm_of
@@ -105,16 +104,13 @@ def test_what_is_no_such_norm_stays(kernel: Kernel) -> None:
     assert DenseKernels(OlmoeRMSNorm(32), Kernel("torch", "")).norms == 0
 
 
-def test_what_is_no_plain_inference_stays_transformers(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_plain_inference_stays_transformers(kernel: Kernel) -> None:
     module = norm(ROUNDED, 32, 1e-5, torch.bfloat16)
     twin = OlmoeRMSNorm(32, eps=1e-5).bfloat16().requires_grad_(False)
     twin.weight.copy_(weighted(module))
     DenseKernels(module, kernel)
     for x in (torch.randn(2, 32), torch.randn(2, 32).bfloat16().requires_grad_(), torch.empty(0, 32).bfloat16()):
         assert torch.equal(module(x), twin(x))
-    monkeypatch.setattr(norms, "MOST", 63)
-    x = torch.randn(2, 32).bfloat16()
-    assert torch.equal(module(x), twin(x))
     module.double()
     assert torch.equal(module(x.double()), twin.double()(x.double()))
 

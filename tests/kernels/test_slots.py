@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from emoe.checkpoint.index import PartSpec
-from emoe.kernels.experts import ExpertMath, Grouping, Workspace, many_tokens, one_token
+from emoe.kernels.chunks import many_tokens
+from emoe.kernels.combining import Workspace
+from emoe.kernels.experts import ExpertMath, one_token
+from emoe.kernels.grouping import Grouping
 from emoe.kernels.slots import SlotKernels, available
 from emoe.residency.bank import Bank
 from emoe.residency.devices import CpuDevice, device_at

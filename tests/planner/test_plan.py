@@ -129,13 +129,12 @@ def test_a_context_beyond_the_models_is_told() -> None:
 
 def test_numbers_repeated_here_are_those_of_the_code_that_uses_them() -> None:
     from emoe.checkpoint.readers import DIRECT_DEPTH, STAGING_BYTES
-    from emoe.kernels import experts as kernels
-    from emoe.kernels import quantised
+    from emoe.kernels import combining, quantised
     from emoe.model.bind import LOADER_THREADS
 
     assert (LOADER_THREADS["direct"] + DIRECT_DEPTH - 1) * STAGING_BYTES == READ_BUFFER_BYTES
-    assert kernels.COMBINE_TOKENS == COMBINE_TOKENS
-    assert kernels.WORKSPACE_KEPT_BYTES == WORKSPACE_KEPT_BYTES
+    assert combining.COMBINE_TOKENS == COMBINE_TOKENS
+    assert combining.WORKSPACE_KEPT_BYTES == WORKSPACE_KEPT_BYTES
     assert quantised.UNPACKED == UNPACKED
 
 

@@ -1,7 +1,8 @@
-"""Attention of few query rows on a CPU by the C kernels, over keys and values as they lie in the cache.
+"""Attention on a CPU by the C kernels: of few query rows over keys and values as they lie in the cache, and of many.
 
-torch's `scaled_dot_product_attention` takes several times as long there as reading the keys and values does, because it
-prepares blocks for queries that are not there; its bfloat16 products take three times as long (docs/log.md).
+torch's `scaled_dot_product_attention` takes several times as long for few rows as reading the keys and values does,
+because it prepares blocks for queries that are not there; for many rows of bfloat16 its products reach a tenth of what
+the processor can do (docs/log.md).
 """
 
 from __future__ import annotations
@@ -11,18 +12,48 @@ import torch
 from emoe.kernels.native.calls import MASKS, TYPES, Calls
 
 FEW_ROWS = 8
-"""Query rows up to which it is faster than torch's."""
+"""Query rows up to which `few_rows` takes them."""
+
+MANY_KEYS = 8192
+"""Keys up to which `many_rows` takes them: it holds a key head's keys and values packed, and 12 rows of scores."""
+
+MANY_SIZE = 256
+"""The largest value that `many_rows` takes."""
 
 
 def suits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether `few_rows` takes these; decided by shapes, dtypes and devices alone."""
+    return 0 < query.shape[2] <= FEW_ROWS and _known(query, key, value, mask)
+
+
+def suits_many(
+    calls: Calls,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+) -> bool:
+    """Whether `many_rows` takes these on this processor; decided by shapes, dtypes and devices alone."""
+    return (
+        calls.knows_many
+        and query.dtype is torch.bfloat16
+        and query.shape[2] > FEW_ROWS
+        and query.shape[3] % 2 == 0
+        and key.shape[2] <= MANY_KEYS
+        and value.shape[3] <= MANY_SIZE
+        and (mask is not None or not causal or query.shape[2] == key.shape[2])
+        and _known(query, key, value, mask)
+    )
+
+
+def _known(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
     batch, heads, rows, _ = query.shape
     return (
         query.dtype in TYPES
         and key.dtype is query.dtype
         and value.dtype is query.dtype
         and query.device.type == "cpu"
-        and 0 < rows <= FEW_ROWS
         and key.shape[2] > 0
         and batch == key.shape[0]
         and heads % key.shape[1] == 0
@@ -66,6 +97,40 @@ def few_rows(
     Returns:
         [batch, rows, heads, value size]. A row that sees no key gets the mean of all values (0 with sinks), never NaN.
     """
+    return _attend(calls, query, key, value, mask, scaling, sinks)
+
+
+def many_rows(
+    calls: Calls,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sinks: torch.Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> torch.Tensor:
+    """The same for many rows of bfloat16, as `suits_many` says; the weights of the softmax are rounded to bfloat16.
+
+    A query's bits do not depend on the other rows, nor on keys that are hidden from it, nor on the number of threads;
+    they are not those of `few_rows`. `causal`: without a mask, row i sees keys up to i, of which there are as many.
+    """
+    return _attend(calls, query, key, value, mask, scaling, sinks, many=True, causal=causal)
+
+
+def _attend(
+    calls: Calls,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    sinks: torch.Tensor | None,
+    *,
+    many: bool = False,
+    causal: bool = False,
+) -> torch.Tensor:
     batch, heads, rows, size = query.shape
     query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
     if mask is not None and mask.stride(3) != 1:
@@ -73,5 +138,6 @@ def few_rows(
     out = query.new_empty(batch, rows, heads, value.shape[3])
     if sinks is not None:
         sinks = sinks.float().contiguous()
-    calls.attention(query, key, value, mask, sinks, size**-0.5 if scaling is None else scaling, out)
+    scaling = size**-0.5 if scaling is None else scaling
+    calls.attention(query, key, value, mask, sinks, scaling, out, many=many, causal=causal and mask is None)
     return out

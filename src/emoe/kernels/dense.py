@@ -17,7 +17,10 @@ from emoe.kernels.native.calls import ROWS, TYPES, Calls, Matrix, Shape
 from emoe.kernels.norms import norm_forward, norm_of
 
 DENSE_ROWS = 8
-"""Rows up to which the C kernels are faster; beyond, torch computes."""
+"""Rows up to which the C kernels read a matrix faster than torch."""
+
+MANY_ROWS = 128
+"""Rows of bfloat16 up to which their products are faster, where there are such; beyond, torch computes."""
 
 
 class DenseKernels:
@@ -67,7 +70,8 @@ def _forward(linear: nn.Linear, calls: Calls) -> Callable[[torch.Tensor], torch.
     """A forward for `linear`, which does not hold it: a model must go when its last user lets go."""
     parameters, dtype = linear._parameters, linear.weight.dtype
     columns, rows = linear.in_features, linear.out_features
-    most = DENSE_ROWS * columns
+    few = DENSE_ROWS * columns
+    most = MANY_ROWS * columns if calls.knows_many and dtype is torch.bfloat16 else few
     held = [None if parameters[name] is None else _address(parameters[name]) for name in ("weight", "bias")]
     matrix, shape = Matrix(held[0], None, held[1]), Shape(columns, rows, ROWS, TYPES[dtype])
     matrices = (ctypes.addressof(matrix),)
@@ -87,7 +91,10 @@ def _forward(linear: nn.Linear, calls: Calls) -> Callable[[torch.Tensor], torch.
         ):
             return nn.functional.linear(input, weight, bias)  # type: ignore[arg-type]
         out = input.new_empty(*input.shape[:-1], rows)
-        calls.products(shape, matrices, input.contiguous(), out, shared=True)
+        if input.numel() <= few:
+            calls.products(shape, matrices, input.contiguous(), out, shared=True)
+        else:
+            calls.many_products(shape, matrices[0], input.contiguous(), out)
         return out
 
     return forward

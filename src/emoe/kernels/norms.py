@@ -1,4 +1,4 @@
-"""Root mean square norms of few rows by the C kernels: one call in place of six of torch's operations.
+"""Root mean square norms by the C kernels: one call in place of six of torch's operations.
 
 Families write them in three ways, which differ in what is rounded. Which one a module is, is found by trying it.
 """
@@ -17,9 +17,6 @@ from emoe.kernels.native.calls import TYPES, Calls
 
 FORMS = ROUNDED, WHOLE, OFFSET = range(3)
 """round(normalised) * weight; round(normalised * weight); round(normalised * (1 + weight)). As in native/norm.h."""
-
-MOST = 1 << 16
-"""Values up to which they are computed here; more are torch's, on its threads."""
 
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 """Names under which families keep what they add to the mean of squares."""
@@ -89,7 +86,7 @@ def norm_forward(module: nn.Module, norm: Norm, calls: Calls) -> Callable[[torch
         if (
             type(hidden_states) is not torch.Tensor
             or hidden_states.dtype is not dtype
-            or not 0 < hidden_states.numel() <= MOST
+            or not hidden_states.numel()
             or hidden_states.shape[-1] != size
             or hidden_states.device.type != "cpu"
             or weight.data_ptr() != address

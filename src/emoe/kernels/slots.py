@@ -14,7 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from emoe.kernels.experts import ExpertMath, Grouping, Workspace, finish_chunk, finish_token
+from emoe.kernels.chunks import finish_chunk
+from emoe.kernels.combining import Workspace
+from emoe.kernels.experts import ExpertMath, finish_token
+from emoe.kernels.grouping import Grouping
 from emoe.kernels.quantised import SCALE
 
 _log = logging.getLogger(__name__)

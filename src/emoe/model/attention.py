@@ -18,8 +18,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from emoe.errors import UsageError
-from emoe.kernels.attention import few_rows, suits
+from emoe.kernels.attention import few_rows, many_rows, suits, suits_many
 from emoe.kernels.choice import VARIABLE, Kernel, native_calls
+from emoe.kernels.native.calls import Calls
 from emoe.kernels.sinks import changes_mask, same_as_eager, sunk, with_sinks
 
 FEW_ROWS_SDPA = "emoe_sdpa"
@@ -57,22 +58,46 @@ def attention(
     Returns:
         [batch, rows, heads, size], None.
     """
-    # Without a mask several rows may be causal, aligned as sdpa does it; one row sees everything.
     calls = native_calls()
     if (
         calls is not None
-        and (attention_mask is not None or query.shape[2] == 1)
         and dropout == 0
-        and suits(query, key, value, attention_mask)
         and all(kwargs.get(name) is None for name in _THEIRS)
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
     ):
-        return few_rows(calls, query, key, value, attention_mask, scaling), None
+        causal = _causal(module, query, attention_mask, kwargs.get("is_causal"))
+        found = _natively(calls, query, key, value, attention_mask, scaling, None, causal)
+        if found is not None:
+            return found, None
     output: torch.Tensor = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, **kwargs
     )[0]
     return output, None
+
+
+def _causal(module: nn.Module, query: torch.Tensor, mask: torch.Tensor | None, stated: bool | None) -> bool:
+    """Whether row i sees keys up to i, as sdpa aligns it: several rows without a mask; one row sees everything."""
+    stated = getattr(module, "is_causal", True) if stated is None else stated
+    return bool(stated) and query.shape[2] > 1 and mask is None
+
+
+def _natively(
+    calls: Calls,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    sinks: torch.Tensor | None,
+    causal: bool,
+) -> torch.Tensor | None:
+    """By the C kernels, where they know such shapes."""
+    if not causal and suits(query, key, value, mask):
+        return few_rows(calls, query, key, value, mask, scaling, sinks)
+    if suits_many(calls, query, key, value, mask, causal):
+        return many_rows(calls, query, key, value, mask, scaling, sinks, causal=causal)
+    return None
 
 
 def sinks_attention(
@@ -100,11 +125,11 @@ def sinks_attention(
             "with attn_implementation='eager'."
         )
     calls = native_calls() if os.environ.get(VARIABLE) != "torch" else None
-    alone = attention_mask is not None or query.shape[2] == 1
-    if calls is not None and alone and suits(query, key, value, attention_mask):
-        return few_rows(calls, query, key, value, attention_mask, scaling, s_aux), None
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = causal and query.shape[2] > 1
+    causal = _causal(module, query, attention_mask, is_causal)
+    if calls is not None:
+        found = _natively(calls, query, key, value, attention_mask, scaling, s_aux, causal)
+        if found is not None:
+            return found, None
     return with_sinks(query, key, value, attention_mask, scaling, s_aux, causal), None
 
 

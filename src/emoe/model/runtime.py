@@ -16,16 +16,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from emoe.config import Mode
 from emoe.errors import UsageError
-from emoe.kernels.experts import (
-    ExpertMath,
-    Grouping,
-    Weights,
-    Workspace,
-    many_tokens,
-    one_token,
-    one_token_arriving,
-    rounds_rows,
-)
+from emoe.kernels.chunks import many_tokens
+from emoe.kernels.combining import Workspace
+from emoe.kernels.experts import ExpertMath, Weights, one_token, one_token_arriving
+from emoe.kernels.grouping import Grouping, rounds_rows
 from emoe.kernels.slots import SlotKernels, sent
 from emoe.model.hybrid import Hybrid
 from emoe.model.passes import Pass

@@ -18,16 +18,10 @@ import torch
 
 from emoe.checkpoint.index import ExpertIndex
 from emoe.errors import UsageError
-from emoe.kernels.experts import (
-    ExpertMath,
-    Grouping,
-    Weights,
-    Workspace,
-    finish_chunk,
-    finish_token,
-    rows_of_chunk,
-    rows_of_token,
-)
+from emoe.kernels.chunks import finish_chunk, rows_of_chunk
+from emoe.kernels.combining import Workspace
+from emoe.kernels.experts import ExpertMath, Weights, finish_token, rows_of_token
+from emoe.kernels.grouping import Grouping
 from emoe.kernels.slots import SlotKernels, sent
 from emoe.residency.devices import Device
 from emoe.residency.pool import ExpertPool
@@ -127,7 +121,7 @@ class Spread:
     def chunk(
         self, hidden: torch.Tensor, grouping: Grouping, gates: torch.Tensor, prefill: bool, count: bool
     ) -> torch.Tensor:
-        """Run a chunk; the arguments are those of `emoe.kernels.experts.many_tokens` and of `ExpertPool.stream`."""
+        """Run a chunk; the arguments are those of `emoe.kernels.chunks.many_tokens` and of `ExpertPool.stream`."""
         if not grouping.counts:
             return torch.zeros_like(hidden)
         home = self.shards[0].device

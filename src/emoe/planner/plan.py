@@ -27,10 +27,10 @@ READ_BUFFER_BYTES = (4 + 7) * ((1 << 20) + 8192)
 that help them (readers.DIRECT_DEPTH)."""
 
 COMBINE_TOKENS = 128
-"""Tokens whose expert outputs are added at once (emoe.kernels.experts.COMBINE_TOKENS)."""
+"""Tokens whose expert outputs are added at once (emoe.kernels.combining.COMBINE_TOKENS)."""
 
 WORKSPACE_KEPT_BYTES = 32 << 20
-"""The largest workspace that stays between two layers (emoe.kernels.experts.WORKSPACE_KEPT_BYTES)."""
+"""The largest workspace that stays between two layers (emoe.kernels.combining.WORKSPACE_KEPT_BYTES)."""
 
 CACHE_STEP = 64
 """Tokens by which the cache of keys and values grows (emoe.model.cache.STEP)."""
@@ -335,7 +335,7 @@ def activation_bytes(facts: Facts, prompt: int, batch: int, before: int = 0, *, 
 
 
 def workspace_bytes(facts: Facts, tokens: int) -> int:
-    """What one layer's experts compute a chunk in (emoe.kernels.experts.Workspace), at worst.
+    """What one layer's experts compute a chunk in (emoe.kernels.combining.Workspace), at worst.
 
     A row of hidden for each token and choice on the way in and on the way out, in blocks rounded up by a quarter at
     worst, and the rows of one block of tokens that are being added, once more in float32.
@@ -351,7 +351,7 @@ def _rows_at_once(facts: Facts, tokens: int) -> int:
 
 
 def _route_bytes(facts: Facts, tokens: int, rows: int) -> int:
-    """What one layer's experts hold for a chunk beside their workspace (emoe.kernels.experts.many_tokens).
+    """What one layer's experts hold for a chunk beside their workspace (emoe.kernels.chunks.many_tokens).
 
     The route (probabilities of all experts in float32, the chosen ones as 64-bit numbers, sorted and placed), and the
     intermediate of `rows` (of one expert, at worst all tokens), or the result and the sum of one block of it.

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from emoe.kernels.choice import kernel_of
+from emoe.kernels.chunks import many_tokens
 from emoe.kernels.dense import DenseKernels
-from emoe.kernels.experts import ExpertMath, Grouping, many_tokens, one_token, rounds_rows
+from emoe.kernels.experts import ExpertMath, one_token
+from emoe.kernels.grouping import Grouping, rounds_rows
 from emoe.profiling.machine import PROMPT_TOKENS, EngineRates
 from emoe.profiling.rates import seconds_of, using_threads
 

@@ -19,7 +19,9 @@ from emoe.checkpoint.index import build_index
 from emoe.checkpoint.readers import Reader, ReaderKind
 from emoe.checkpoint.skeleton import skeleton
 from emoe.kernels.choice import kernel_of
-from emoe.kernels.experts import ExpertMath, Grouping, many_tokens, rounds_rows
+from emoe.kernels.chunks import many_tokens
+from emoe.kernels.experts import ExpertMath
+from emoe.kernels.grouping import Grouping, rounds_rows
 from emoe.model.bind import LOADER_THREADS
 from emoe.profiling.machine import PROMPT_TOKENS, ModelRates
 from emoe.profiling.rates import seconds_of, using_threads

@@ -10,6 +10,7 @@ typedef struct {
     int64_t m_batch, m_head, m_row;
     int32_t type, mask_type;
     float scaling;
+    int32_t causal; /* many rows without a mask: row i sees keys up to i */
 } attention;
 
 typedef struct {
@@ -115,7 +116,9 @@ INLINE float soften(const attention *a, float *s, const char *mask, const float 
         const long n = keys - j < LANES ? keys - j : LANES;
         if (a->mask_type != NO_MASK) {
             for (long i = 0; i < LANES; i++) add[i] = 0;
-            if (a->mask_type == MASK_BOOL) {
+            if (a->mask_type == MASK_BOOL && n == LANES) {
+                *(vf_any *)add = (vf)((widen_unsigned(mask + j) == 0) & (vi)splat(-INFINITY));
+            } else if (a->mask_type == MASK_BOOL) {
                 for (long i = 0; i < n; i++) add[i] = mask[j + i] ? 0.0f : -INFINITY;
             } else {
                 const int type = a->mask_type == MASK_F32 ? F32 : BF16;

@@ -20,8 +20,8 @@ from pathlib import Path
 from emoe.config import user_cache
 
 SOURCES = (
-    *("emoe.c", "vectors.h", "pool.h", "products.h", "pairs.h", "integers.h", "gates.h", "unpacking.h", "threads.h"),
-    *("attention.h", "norm.h"),
+    *("emoe.c", "vectors.h", "pool.h", "products.h", "pairs.h", "integers.h", "many.h", "gates.h", "unpacking.h"),
+    *("threads.h", "attention.h", "many_attention.h", "norm.h"),
 )
 """`emoe.c` includes the others."""
 

@@ -67,6 +67,7 @@ class Attention(ctypes.Structure):
         ("type", ctypes.c_int32),
         ("mask_type", ctypes.c_int32),
         ("scaling", ctypes.c_float),
+        ("causal", ctypes.c_int32),
     )
 
 
@@ -74,6 +75,10 @@ class Calls:
     """The functions of one compiled library.
 
     Tensors must be contiguous, on the CPU, and of one type: nothing is checked here.
+
+    Attributes:
+        knows_many: whether many rows of bfloat16 have kernels: where the processor multiplies it in pairs, and has no
+            tiles (AMX), with which oneDNN is faster.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,17 +93,23 @@ class Calls:
             self._products, self._counts = library.emoe_products, library.emoe_thread_counts
             self._unpack, self._attention, self._norm = library.emoe_unpack, library.emoe_attention, library.emoe_norm
             self._rows, self._combine = library.emoe_rows, library.emoe_combine
+            self._many_attention = library.emoe_many_attention
+            self._many, self._many_products = library.emoe_many, library.emoe_many_products
+            self.knows_many = bool(library.emoe_knows_many())
         except (OSError, AttributeError) as error:
             raise BuildError(f"{path} cannot be loaded: {error}") from error
         pointer, number = ctypes.c_void_p, ctypes.c_int
         self._one_token.argtypes = [pointer, number, pointer, pointer, pointer, number, pointer, number]
         self._rows.argtypes = [pointer, number, pointer, pointer, pointer, number]
-        self._combine.argtypes, self._combine.restype = [pointer, number, pointer, pointer, number, pointer], None
+        self._combine.argtypes = [number, *[ctypes.c_long] * 2, number, *[pointer] * 3, number, pointer, number]
+        self._combine.restype = None
         self._experts.argtypes = [pointer, number, pointer, pointer, pointer, pointer, number]
         self._products.argtypes = [pointer, number, pointer, number, number, pointer, pointer, number]
-        self._norm.argtypes = [number, number, ctypes.c_long, ctypes.c_long, ctypes.c_float, pointer, pointer, pointer]
+        self._norm.argtypes = [number, number, *[ctypes.c_long] * 2, ctypes.c_float, *[pointer] * 3, number]
         self._norm.restype = None
-        self._attention.argtypes = [pointer] * 7 + [number]
+        self._attention.argtypes = self._many_attention.argtypes = [pointer] * 7 + [number]
+        self._many.argtypes = [pointer, pointer, ctypes.c_long, pointer, pointer, pointer, number]
+        self._many_products.argtypes = [pointer, pointer, ctypes.c_long, pointer, pointer, number]
         self._unpack.argtypes = [pointer, pointer, ctypes.c_long, ctypes.c_long, pointer, number]
         self._unpack.restype = None
 
@@ -127,11 +138,17 @@ class Calls:
         threads = torch.get_num_threads()
         _done(self._rows(ctypes.addressof(layer), k, pointers, hidden.data_ptr(), out.data_ptr(), threads))
 
-    def combine(self, layer: Layer, rows: torch.Tensor, gates: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the weighted sum of one token's rows [k, hidden] to `out` [1, hidden]."""
-        kind = TYPES[gates.dtype]
-        address = ctypes.addressof(layer)
-        self._combine(address, rows.shape[0], rows.data_ptr(), gates.data_ptr(), kind, out.data_ptr())
+    def combine(
+        self, rows: torch.Tensor, gates: torch.Tensor, out: torch.Tensor, place: torch.Tensor | None = None
+    ) -> None:
+        """Write the weighted sum of each token's rows to `out` [tokens, hidden]; `gates` [tokens, k].
+
+        `place` int64 [tokens * k] says which rows they are; None: one token's after another.
+        """
+        (tokens, k), hidden = gates.shape, rows.shape[1]
+        at = None if place is None else place.data_ptr()
+        sizes, threads = (TYPES[rows.dtype], hidden, tokens, k), torch.get_num_threads()
+        self._combine(*sizes, rows.data_ptr(), at, gates.data_ptr(), TYPES[gates.dtype], out.data_ptr(), threads)
 
     def experts(
         self, layer: Layer, experts: Sequence[int], counts: Sequence[int], x: torch.Tensor, out: torch.Tensor
@@ -152,6 +169,19 @@ class Calls:
         threads = torch.get_num_threads()
         _done(self._products(ctypes.addressof(shape), n, pointers, rows, shared, x.data_ptr(), out.data_ptr(), threads))
 
+    def many(self, layer: Layer, expert: int, x: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
+        """Run an expert (the address of an `Expert`) of plain bfloat16 over the rows `index` (int64) of `x`, many of
+        them, where `knows_many`."""
+        address, threads = ctypes.addressof(layer), torch.get_num_threads()
+        addresses = (x.data_ptr(), index.data_ptr(), out.data_ptr())
+        _done(self._many(address, expert, index.numel(), *addresses, threads))
+
+    def many_products(self, shape: Shape, matrix: int, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Multiply many rows of bfloat16 `x` with a matrix (its address), where `knows_many`."""
+        rows, threads = x.numel() // shape.columns, torch.get_num_threads()
+        address = ctypes.addressof(shape)
+        _done(self._many_products(address, matrix, rows, x.data_ptr(), out.data_ptr(), threads))
+
     def attention(
         self,
         query: torch.Tensor,
@@ -161,11 +191,14 @@ class Calls:
         sinks: torch.Tensor | None,
         scaling: float,
         out: torch.Tensor,
+        *,
+        many: bool = False,
+        causal: bool = False,
     ) -> None:
         """Write the attention of `query` [batch, heads, rows, size] to `out` [batch, rows, heads, value size].
 
         Any strides but the last, which is 1. `mask` has four dimensions, each as long as it is or 1; `sinks` are
-        float32, one for each head.
+        float32, one for each head. `many` rows need `knows_many`; only they can be `causal`, without a mask.
         """
         batch, heads, rows, size = query.shape
         key_heads, keys = key.shape[1], key.shape[2]
@@ -175,10 +208,10 @@ class Calls:
         shape = Attention(
             *(batch, key_heads, heads // key_heads, rows, keys, size, value.shape[3]),
             *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *m),
-            *(TYPES[query.dtype], 0 if mask is None else MASKS[mask.dtype], scaling),
+            *(TYPES[query.dtype], 0 if mask is None else MASKS[mask.dtype], scaling, causal),
         )
         _done(
-            self._attention(
+            (self._many_attention if many else self._attention)(
                 ctypes.addressof(shape),
                 *(query.data_ptr(), key.data_ptr(), value.data_ptr()),
                 *(None if mask is None else mask.data_ptr(), None if sinks is None else sinks.data_ptr()),
@@ -190,7 +223,9 @@ class Calls:
         """Write the norm of each row of `x` [..., size], times `weight`, to `out`; `form` as in native/norm.h."""
         size = weight.numel()
         rows = x.numel() // size
-        self._norm(TYPES[x.dtype], form, rows, size, epsilon, x.data_ptr(), weight.data_ptr(), out.data_ptr())
+        threads = torch.get_num_threads()
+        addresses = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
+        self._norm(TYPES[x.dtype], form, rows, size, epsilon, *addresses, threads)
 
     def unpack(self, shape: Shape, matrix: int, out: torch.Tensor, first: int = 0) -> None:
         """Write rows of a quantised matrix (the address of a `Matrix`), from `first`, as plain ones to `out`."""

@@ -5,6 +5,7 @@
 #include "vectors.h"
 #include "pool.h"
 #include "products.h"
+#include "many.h"
 #include "gates.h"
 #include "unpacking.h"
 #include "threads.h"
@@ -40,6 +41,7 @@ static char *scratch(long bytes)
 INLINE long room(long bytes) { return align_up(bytes, 64); }
 
 #include "attention.h"
+#include "many_attention.h"
 #include "norm.h"
 
 typedef struct {
@@ -87,6 +89,44 @@ static int run_experts(const layer *l, int experts, const expert *const *weights
     return 0;
 }
 
+typedef struct {
+    const layer *of;
+    const char *from;
+    char *to;
+    long stride;
+} many_gating;
+
+static void many_gate_unit(void *context, long row)
+{
+    const many_gating *g = context;
+    const layer *l = g->of;
+    char *to = g->to + row * g->stride;
+    gate_row(BF16, l->gate, l->alpha, l->limit, l->down.in, g->from + row * l->first.out * 2, to);
+    memset(to + l->down.in * 2, 0, (size_t)(g->stride - l->down.in * 2));
+}
+
+/* Of n rows as many as one pass over a matrix takes: equal parts of at most MANY_ROWS. */
+INLINE long even_part(long n)
+{
+    const long parts = (n + MANY_ROWS - 1) / MANY_ROWS;
+    return (n + parts - 1) / parts;
+}
+
+/* Bytes of a row of x as `many_products` wants it. */
+INLINE long many_stride(const shape *s) { return s->format == COLUMNS ? align_up(s->in, 2) * 2 : s->in * 2; }
+
+/* Rows of x, those of `index` or (none) the n first: as they lie if that will do, else copied. */
+static const char *many_rows(const shape *s, const char *x, const int64_t *index, long n, char *into)
+{
+    const long bytes = s->in * 2, stride = many_stride(s);
+    if (stride == bytes && !index) return x;
+    for (long r = 0; r < n; r++) {
+        memcpy(into + r * stride, x + (index ? index[r] : r) * bytes, (size_t)bytes);
+        memset(into + r * stride + bytes, 0, (size_t)(stride - bytes));
+    }
+    return into;
+}
+
 /* The bytes that all products of a list read. */
 INLINE double bytes_of(const shape *s, int jobs)
 {
@@ -110,7 +150,8 @@ EXPORT int emoe_one_token(const layer *l, int k, const expert *const *weights, c
     for (int j = 0; j < k; j++) counts[j] = 1;
     timing t = begin_timing(bytes_of(&l->first, k) + bytes_of(&l->down, k), threads);
     int failed = run_experts(l, k, weights, counts, 1, x, outer, t.threads);
-    if (!failed) combine_row(l->down.type, gates_type, l->down.out, k, outer, gates, out);
+    combining all = {l->down.type, gates_type, k, l->down.out, outer, gates, 0, out};
+    if (!failed) combine_unit(&all, 0);
     end_timing(&t);
     return failed;
 }
@@ -126,10 +167,13 @@ EXPORT int emoe_rows(const layer *l, int k, const expert *const *weights, const 
     return failed;
 }
 
-/* out [hidden] = the weighted sum of such rows, as emoe_one_token adds them. */
-EXPORT void emoe_combine(const layer *l, int k, const char *outer, const char *gates, int gates_type, char *out)
+/* out [tokens, hidden] = the weighted sums of k such rows each, as emoe_one_token adds them; `place` [tokens * k] says where
+ * in `outer` they are, none: one after another. */
+EXPORT void emoe_combine(int type, long hidden, long tokens, int k, const char *outer, const int64_t *place,
+                         const char *gates, int gates_type, char *out, int threads)
 {
-    combine_row(l->down.type, gates_type, l->down.out, k, outer, gates, out);
+    combining all = {type, gates_type, k, hidden, outer, gates, place, out};
+    spread(tokens * k * hidden < 65536 ? 1 : threads, tokens, combine_unit, &all);
 }
 
 /* outer [rows, hidden]: experts with counts[e] rows of x each, one expert's after another. */
@@ -160,6 +204,43 @@ EXPORT int emoe_products(const shape *s, int count, const matrix *const *weights
     return 0;
 }
 
+/* Whether emoe_many and emoe_many_products can be called: bfloat16 x and weights, formats ROWS and COLUMNS. */
+EXPORT int emoe_knows_many(void) { return MANY; }
+
+/* outer [n, hidden] = one expert's result for the rows `index` [n] of x [any, hidden]. */
+EXPORT int emoe_many(const layer *l, const expert *weights, long n, const char *x, const int64_t *index, char *outer, int threads)
+{
+    const long most = n < MANY_ROWS ? n : MANY_ROWS, in = room(most * many_stride(&l->first));
+    const long inner_bytes = room(most * l->first.out * 2), stride = many_stride(&l->down);
+    char *memory = scratch(in + inner_bytes + room(most * stride));
+    if (!memory) return -1;
+    char *inner = memory + in, *gated = inner + inner_bytes;
+    int failed = 0;
+    for (long r = 0, rows; r < n && !failed; r += rows) {
+        rows = even_part(n - r);
+        const char *some = many_rows(&l->first, x, index + r, rows, memory);
+        failed |= many_products(&l->first, &weights->first, some, inner, rows, threads);
+        many_gating gate = {l, inner, gated, stride};
+        spread(rows * l->down.in < 16384 ? 1 : threads, rows, many_gate_unit, &gate);
+        failed |= many_products(&l->down, &weights->down, gated, outer + r * l->down.out * 2, rows, threads);
+    }
+    return failed;
+}
+
+/* out [n, out] = x [n, in] W + bias. */
+EXPORT int emoe_many_products(const shape *s, const matrix *weight, long n, const char *x, char *out, int threads)
+{
+    char *memory = scratch(room((n < MANY_ROWS ? n : MANY_ROWS) * many_stride(s)));
+    if (!memory) return -1;
+    int failed = 0;
+    for (long r = 0, rows; r < n && !failed; r += rows) {
+        rows = even_part(n - r);
+        const char *some = many_rows(s, x + r * s->in * 2, 0, rows, memory);
+        failed |= many_products(s, weight, some, out + r * s->out * 2, rows, threads);
+    }
+    return failed;
+}
+
 /* to [rows, in] of the shape's type = integers * scales: rows of a quantised matrix as plain ones, for many rows of x. */
 EXPORT void emoe_unpack(const shape *s, const matrix *from, long first, long rows, char *to, int threads)
 {
@@ -179,12 +260,35 @@ EXPORT int emoe_attention(const attention *a, const char *q, const char *k, cons
     return all.failed ? -1 : 0;
 }
 
-/* out [rows, size] = the norm of each row of x, times weight [size]. */
-EXPORT void emoe_norm(int type, int form, long rows, long size, float epsilon, const char *x, const char *weight, char *out)
+/* The same for many rows of bfloat16, whose size is even, and values of at most 256. */
+EXPORT int emoe_many_attention(const attention *a, const char *q, const char *k, const char *v, const char *mask,
+                               const float *sinks, char *out, int threads)
 {
-    const long bytes = size * type_bytes(type);
-    for (long r = 0; r < rows; r++) {
-        if (type == BF16) norm_row(BF16, form, size, epsilon, x + r * bytes, weight, out + r * bytes);
-        else norm_row(F32, form, size, epsilon, x + r * bytes, weight, out + r * bytes);
-    }
+    attending all = {a, q, k, v, mask, sinks, out, 0};
+    spread(threads, a->batch * a->key_heads, attend_many_unit, &all);
+    return all.failed ? -1 : 0;
+}
+
+typedef struct {
+    int type, form;
+    long size;
+    float epsilon;
+    const char *x, *weight;
+    char *out;
+} norming;
+
+static void norm_unit(void *context, long row)
+{
+    const norming *n = context;
+    const long at = row * n->size * type_bytes(n->type);
+    if (n->type == BF16) norm_row(BF16, n->form, n->size, n->epsilon, n->x + at, n->weight, n->out + at);
+    else norm_row(F32, n->form, n->size, n->epsilon, n->x + at, n->weight, n->out + at);
+}
+
+/* out [rows, size] = the norm of each row of x, times weight [size]. */
+EXPORT void emoe_norm(int type, int form, long rows, long size, float epsilon, const char *x, const char *weight, char *out,
+                      int threads)
+{
+    norming all = {type, form, size, epsilon, x, weight, out};
+    spread(rows * size < 65536 ? 1 : threads, rows, norm_unit, &all);
 }

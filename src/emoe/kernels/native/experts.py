@@ -11,6 +11,9 @@ from emoe.kernels.gates import Gate
 from emoe.kernels.native.calls import COLUMNS, INT4, INT8, ROWS, TYPES, Calls, Expert, Layer, Matrix, Shape
 from emoe.kernels.quantised import QuantisedMatrix
 
+PLAIN = (ROWS, COLUMNS)
+"""Formats of matrices that are not quantised."""
+
 
 class Bound:
     """One expert's matrices as the C kernels want them: pointers into a slot, which never moves.
@@ -87,17 +90,40 @@ class NativeExperts:
         )
         return out
 
-    def combine(self, rows: torch.Tensor, bound: Bound, gates: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sum [1, hidden] of one token's `rows` (`bound`: any of their experts) as `one_token`."""
+    def combine(self, rows: torch.Tensor, gates: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the weighted sums [tokens, hidden] of tokens' rows, as `one_token` adds them; `gates` [tokens, k].
+
+        `place` int64 [tokens * k] says which rows they are; None: one token's after another.
+        """
         if gates.dtype not in TYPES:
             gates = gates.float()
-        out = rows.new_empty(1, rows.shape[1])
-        self._calls.combine(self._layer(bound, rows.dtype), rows, gates.contiguous(), out)
+        out = rows.new_empty(gates.shape[0], rows.shape[1])
+        self._calls.combine(rows.contiguous(), gates.contiguous(), out, None if place is None else place.contiguous())
         return out
 
     def run(self, bound: Bound, x: torch.Tensor, out: torch.Tensor) -> None:
         """Run one expert over rows `x` into the rows `out`, both contiguous."""
         self._calls.experts(self._layer(bound, x.dtype), (bound.expert,), (x.shape[0],), x, out)
+
+    def runs_many(self, bound: Bound, dtype: torch.dtype) -> bool:
+        """Whether `many` takes an expert over rows of `dtype`."""
+        plain = bound.first[2] in PLAIN and bound.down[2] in PLAIN
+        return self.whole and self.multiplies_many(dtype) and plain and bound.dtype is dtype
+
+    def multiplies_many(self, dtype: torch.dtype) -> bool:
+        """Whether `multiply` takes rows of `dtype`."""
+        return self._calls.knows_many and dtype is torch.bfloat16
+
+    def many(self, bound: Bound, x: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
+        """Run one expert over the rows `index` (int64) of `x` into the rows `out`, all contiguous."""
+        self._calls.many(self._layer(bound, x.dtype), bound.expert, x, index, out)
+
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """Write many rows `x` times a plain matrix [in, out], plus `bias`, to the rows `out`."""
+        matrix = _matrix(weight, bias)
+        self._calls.many_products(
+            Shape(*_layout(weight), TYPES[x.dtype]), ctypes.addressof(matrix), x.contiguous(), out
+        )
 
     def first(self, x: torch.Tensor, experts: Sequence[Bound]) -> torch.Tensor:
         """Return the first projections of all rows by each of `experts`: [experts * rows, out]."""

@@ -27,6 +27,10 @@ static void gate_row(int type, int kind, float alpha, float limit, long width, c
         if (kind == SILU && n == LANES) {
             *(vf_any *)gates = load16(type, from + c * size);
             *(vf_any *)ups = load16(type, from + (width + c) * size);
+        } else if (kind == CLAMPED && type == BF16 && n == LANES) {
+            const vu both = *(const vu_any *)(from + 2 * c * size);
+            *(vf_any *)gates = (vf)(both << 16);
+            *(vf_any *)ups = (vf)(both & 0xffff0000u);
         } else {
             for (long i = 0; i < n; i++) {
                 gates[i] = load1(type, from + (kind == SILU ? c + i : 2 * (c + i)) * size);
@@ -43,8 +47,8 @@ static void gate_row(int type, int kind, float alpha, float limit, long width, c
     }
 }
 
-/* to [hidden] = sum over j of outer[j] * gates[j], products rounded to bfloat16 if both are, in the order of j */
-static void combine_row(int type, int gates_type, long hidden, int k, const char *outer, const char *gates, char *to)
+/* to [hidden] = sum over j of rows[j] * gates[j], products rounded to bfloat16 if both are, in the order of j */
+INLINE void combine_row(int type, int gates_type, long hidden, int k, const char *const *rows, const char *gates, char *to)
 {
     const long size = type_bytes(type), weight_size = type_bytes(gates_type);
     const int between = type == BF16 && gates_type == BF16 ? BF16 : F32;
@@ -52,16 +56,39 @@ static void combine_row(int type, int gates_type, long hidden, int k, const char
     for (; c + LANES <= hidden; c += LANES) {
         vf sum = {0};
         for (int j = 0; j < k; j++)
-            sum += rounded(between, load16(type, outer + (j * hidden + c) * size) * load1(gates_type, gates + j * weight_size));
+            sum += rounded(between, load16(type, rows[j] + c * size) * load1(gates_type, gates + j * weight_size));
         store16(type, to + c * size, rounded(type, sum));
     }
     for (; c < hidden; c++) {
         float sum = 0;
         for (int j = 0; j < k; j++) {
             char product[4];
-            store1(between, product, load1(type, outer + (j * hidden + c) * size) * load1(gates_type, gates + j * weight_size));
+            store1(between, product, load1(type, rows[j] + c * size) * load1(gates_type, gates + j * weight_size));
             sum += load1(between, product);
         }
         store1(type, to + c * size, sum);
     }
+}
+
+/* Tokens whose rows lie anywhere in one array. */
+typedef struct {
+    int type, gates_type, k;
+    long hidden;
+    const char *outer, *gates;
+    const int64_t *place; /* [tokens * k]: the row of each pair; none: in that order */
+    char *to;
+} combining;
+
+static void combine_unit(void *context, long token)
+{
+    const combining *c = context;
+    const long bytes = c->hidden * type_bytes(c->type);
+    const char *rows[c->k];
+    for (long j = 0; j < c->k; j++) rows[j] = c->outer + (c->place ? c->place[token * c->k + j] : token * c->k + j) * bytes;
+    const char *gates = c->gates + token * c->k * type_bytes(c->gates_type);
+    char *to = c->to + token * bytes;
+    /* constant types, so that the loops hold no choice */
+    if (c->type == BF16 && c->gates_type == BF16) combine_row(BF16, BF16, c->hidden, c->k, rows, gates, to);
+    else if (c->type == BF16) combine_row(BF16, F32, c->hidden, c->k, rows, gates, to);
+    else combine_row(c->type, c->gates_type, c->hidden, c->k, rows, gates, to);
 }
