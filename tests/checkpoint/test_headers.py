@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,59 @@ def test_entries_say_where_the_numbers_are(tmp_path: Path) -> None:
         stored = torch.frombuffer(bytearray(raw[found.offset :][: found.nbytes]), dtype=tensor.dtype)
         assert torch.equal(stored.reshape(found.shape), tensor)
     assert entries["b"].dtype == "BF16"
+
+
+@pytest.mark.parametrize(("dtype", "shape", "nbytes"), [("F4", [2, 3], 3), ("F6_E2M3", [4], 3), ("F8_E8M0", [5], 5)])
+def test_numbers_smaller_than_a_byte_are_counted_in_bits(
+    tmp_path: Path, dtype: str, shape: list[int], nbytes: int
+) -> None:
+    file = write(tmp_path / "f.safetensors", {"t": entry(0, nbytes, shape, dtype)}, bytes(nbytes))
+    assert read_file_header(file)["t"].nbytes == nbytes
+    write(file, {"t": entry(0, nbytes, [*shape, 2], dtype)}, bytes(nbytes))
+    with pytest.raises(CheckpointError, match=f"gives tensor 't' {nbytes} bytes, but .* needs {2 * nbytes}"):
+        read_file_header(file)
+
+
+@pytest.mark.parametrize("dtype", sorted(headers.DTYPE_BITS))
+def test_a_dtypes_name_says_its_bits(dtype: str) -> None:
+    found = re.search(r"\d+", dtype)
+    assert headers.DTYPE_BITS[dtype] == (8 if found is None else int(found[0]))  # BOOL takes a byte
+
+
+def test_tensors_without_numbers_take_no_place(tmp_path: Path) -> None:
+    header = {"a": entry(0, 2), "none": entry(2, 2, [0, 7]), "b": entry(2, 5)}
+    file = write(tmp_path / "f.safetensors", header, b"12345")
+    assert [read_file_header(file)[name].nbytes for name in ("a", "none", "b")] == [2, 0, 3]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_collecting_garbage_goes_on_as_before(enabled: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(KeyError), headers.collector_paused():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+def test_a_file_that_goes_after_its_header_was_read_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "model.safetensors", {"t": entry(0, 1)}, b"1")
+    entries = read_headers(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has gone since its header was read"):
+        stamp_files(entries)
+
+
+def test_only_the_first_of_many_names_are_listed(tmp_path: Path) -> None:
+    for count, said in ((3, "t0, t1, t2 in a.safetensors"), (5, "t0, t1, t2 and 2 more in a.safetensors")):
+        write(tmp_path / "a.safetensors", {"u": entry(0, 1)}, b"1")
+        weight_map = {f"t{number}": "a.safetensors" for number in range(count)}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=said):
+            read_headers(tmp_path)
 
 
 def test_shards_are_read_through_the_index(mixtral: Path) -> None:
@@ -97,6 +152,8 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path, monkeypatch:
     write(tmp_path / "model.safetensors", {"t": entry(0, 1)}, b"1")
     with pytest.raises(CheckpointError, match="more than the 10 the format allows"):
         read_headers(tmp_path)
+    write(tmp_path / "model.safetensors", b"{}        ")  # the most that is allowed
+    assert read_headers(tmp_path) == {}
 
 
 @given(st.binary(max_size=60), st.booleans())

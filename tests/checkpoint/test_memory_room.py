@@ -114,6 +114,7 @@ def test_a_kernel_without_cgroups(tmp_path: Path) -> None:
 
 def test_this_machine_has_room() -> None:
     assert memory_room().available_bytes > 0
+    assert choose_reader(index_of(1), 0, reserved_bytes=1 << 60)[0] == "direct"
 
 
 def index_of(total: int, stored: int | None = None) -> Any:

@@ -101,6 +101,23 @@ def test_who_was_preempted_goes_on_first_and_keeps_its_room(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_who_has_waited_too_long_goes_first_and_keeps_its_room(name: str) -> None:
+    now_s = PATIENCE_S + 50
+    old, young = request(1, 50.0, 90), request(2, now_s - 1, 5, ttft_slo_s=1.5, tpot_slo_s=50.0)
+    running = request(9, admitted_s=now_s)
+    assert admit(make_scheduler(name), situation([old, young], [running], now_s=now_s, free_kv_tokens=90)) == []
+    taken = admit(make_scheduler(name), situation([old, young], [running], now_s=now_s, free_kv_tokens=1000))
+    assert taken[:1] == [old]
+
+
+def test_those_who_have_not_waited_too_long_are_the_schedulers_to_choose() -> None:
+    now_s = PATIENCE_S + 50
+    old, young, last = request(1, 50.0), request(2, 51.0, ttft_slo_s=1e6), request(3, now_s, ttft_slo_s=1.0)
+    waiting = [old, young, last]
+    assert admit(make_scheduler("edf"), situation(waiting, now_s=now_s)) == [old, last, young]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_above_the_limit_runs_alone(name: str) -> None:
     large = request(1, tokens=500)
     assert admit(make_scheduler(name), situation([large], max_input_tokens=100)) == [large]

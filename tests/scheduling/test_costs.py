@@ -128,6 +128,10 @@ def test_admissions_are_averaged() -> None:
     for load_s in (1.0, 3.0) * 400:
         costs.observe_admission(load_s)
     assert costs.admission_load_s == pytest.approx(2.0, rel=0.05)
+    none = model()
+    none.observe_admission(-1.0)  # fewer loads than expected without it
+    none.observe_admission(0.0)
+    assert none.admission_load_s == 0.0
 
 
 def test_without_a_shape_loads_are_expected_to_stay_what_they_were() -> None:
@@ -155,7 +159,10 @@ def test_a_tokens_share_of_a_step_is_that_of_the_usual_batch() -> None:
     for _ in range(1500):
         costs.observe(Step(4, 0, 0, 0, 0.048))
     assert costs.as_dict()["mean_batch"] == pytest.approx(4, rel=0.01)
+    for _ in range(9):
+        costs.observe(Step(0, 64, 0, 0, 0.05))  # nobody decodes: that says nothing of the batch
     found = costs.as_dict()
+    assert found["mean_batch"] == pytest.approx(4, rel=0.01)
     assert costs.token_s == pytest.approx(found["token_s"] + found["step_s"] / 4, rel=0.01)
     assert costs.token_s == pytest.approx(0.012, rel=0.05)
 
@@ -163,6 +170,7 @@ def test_a_tokens_share_of_a_step_is_that_of_the_usual_batch() -> None:
 def test_input_tokens_cost_what_they_are_said_to() -> None:
     assert model().prefill_s(50) == pytest.approx(0.02)
     assert model().compute_s(0, 50) == pytest.approx(0.02)
+    assert model().compute_s(0) == 0.0
 
 
 @pytest.mark.parametrize("step", [Step(0, 0, 9, 3, 1.0), Step(1, 0, 0, 0, 0.0), Step(1, 0, 0, 0, float("nan"))])
