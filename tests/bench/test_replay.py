@@ -26,7 +26,8 @@ from emoe.bench.results import DecodeReport
 from emoe.bench.settings import DecodeSettings, parse_budget
 from emoe.checkpoint.memory_room import memory_room
 from emoe.errors import UsageError
-from emoe.profiling.machine import Machine, fingerprint, keep
+from emoe.profiling.kept import fingerprint, keep
+from emoe.profiling.machine import Machine
 from tests.bench.plant.made_up import made_up_trace
 
 TOKENS = 60

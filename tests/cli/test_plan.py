@@ -12,7 +12,8 @@ import pytest
 from emoe.cli import main
 from emoe.planner import facts_of
 from emoe.prediction.protocol import RoutingShape
-from emoe.profiling.machine import EngineRates, Machine, fingerprint, keep
+from emoe.profiling.kept import fingerprint, keep
+from emoe.profiling.machine import EngineRates, Machine
 from emoe.simulation.generate import random_trace
 from tests.checkpoint.sparse import write_sparse_qwen3_moe
 from tests.conftest import Checkpoints

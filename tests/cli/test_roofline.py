@@ -12,7 +12,8 @@ from emoe.cli import main, roofline
 from emoe.planner import facts_of
 from emoe.prediction.protocol import RoutingShape
 from emoe.profiling import engine_rates, model_rates
-from emoe.profiling.machine import EngineRates, Machine, ModelRates, fingerprint
+from emoe.profiling.kept import fingerprint
+from emoe.profiling.machine import EngineRates, Machine, ModelRates
 from emoe.simulation.generate import random_trace
 from tests.conftest import Checkpoints
 

@@ -10,7 +10,9 @@ import pytest
 
 from emoe.errors import UsageError
 from emoe.planner import facts_of
-from emoe.profiling.machine import EngineRates, Machine, ModelRates, layout_of, with_engine, with_model
+from emoe.profiling.kept import layout_of
+from emoe.profiling.machine import EngineRates, Machine, ModelRates
+from emoe.profiling.measuring import with_engine, with_model
 from emoe.profiling.roofline import ModelWork
 from emoe.profiling.speed import PROMPT_OVERLAP, expected
 from tests.conftest import Checkpoints

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from emoe.bench.settings import DecodeSettings
 from emoe.planner.facts import Facts
-from emoe.profiling.machine import Link, Machine, keep, known, measure
+from emoe.profiling.kept import keep, known
+from emoe.profiling.machine import Link, Machine
+from emoe.profiling.measuring import measure
 from emoe.profiling.roofline import Floor, ModelWork, Work, floor
 
 if TYPE_CHECKING:

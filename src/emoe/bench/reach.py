@@ -1,7 +1,7 @@
 """How far fewer experts reach in the memory that the fully resident model needs (section 5.5 of the paper).
 
 Arithmetic on the planner's facts: the longest prompt, and the largest batch, whose plan is no larger than that of the
-model with every expert resident at a base length or batch. `emoe bench replay` measures what comes out.
+model with every expert resident at a base length or batch. `emoe.bench.reach_run` runs what comes out.
 """
 
 from __future__ import annotations
@@ -76,22 +76,24 @@ def longest_prompt(facts: Facts, memory: ExpertMemory, prompt: int, new: int, ch
     )
 
 
-def largest_batch(facts: Facts, memory: ExpertMemory, prompt: int, new: int, batch: int) -> Reach:
-    """The most sequences of `prompt` and `new` tokens with experts in `memory`, where everything resident takes
-    `batch` of them. Prompts in one pass.
+def largest_batch(
+    facts: Facts, memory: ExpertMemory, prompt: int, new: int, batch: int, chunk: int | None = None
+) -> Reach:
+    """The most sequences of `prompt` and `new` tokens with experts in `memory`, their prompts read in passes of `chunk`
+    tokens of each (None: in one), where everything resident takes `batch` of them and reads their prompts in one.
 
     Raises:
         UsageError: a number that cannot be meant.
         BudgetError: `memory` is below the floor.
     """
     base = _bytes(facts, None, prompt, new, batch, None)
-    found = _most(lambda count: _bytes(facts, memory, prompt, new, count, None), base, MOST)
-    taken, before = _bytes(facts, memory, prompt, new, found, None), _bytes(facts, memory, prompt, new, batch, None)
+    found = _most(lambda count: _bytes(facts, memory, prompt, new, count, chunk), base, MOST)
+    taken, before = (_bytes(facts, memory, prompt, new, count, chunk) for count in (found, batch))
     return Reach(
         what="batch",
         base=batch,
         found=found,
-        chunk=None,
+        chunk=chunk,
         memory_bytes=base,
         freed_bytes=base - before,
         each_bytes=(taken - before) / max(1, found - batch),

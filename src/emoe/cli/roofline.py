@@ -14,7 +14,9 @@ from emoe.cli.routes import TRACE_TOKENS, trace_of
 from emoe.config import format_bytes
 from emoe.errors import UsageError
 from emoe.planner import facts_of
-from emoe.profiling.machine import Machine, cores, keep, known, layout_of, measure, with_engine, with_model
+from emoe.profiling.kept import cores, keep, known, layout_of
+from emoe.profiling.machine import Machine
+from emoe.profiling.measuring import measure, with_engine, with_model
 
 if TYPE_CHECKING:
     from emoe.profiling.roofline import Floor
@@ -145,7 +147,8 @@ def _with_engine(machine: Machine, threads: int, folder: Path) -> Machine:
     if machine.device == "cpu":
         if threads not in found.engine:
             found = with_engine(found, [threads], lambda text: note(f"  {text}"))
-        if folder.is_dir() and threads not in found.models.get(layout_of(folder), {}):
+        own = found.models.get(layout_of(folder), {}).get(threads) if folder.is_dir() else None
+        if folder.is_dir() and (own is None or own.token is None):
             found = with_model(found, folder, threads, lambda text: note(f"  {text}"))
     if found is not machine:
         keep(found)

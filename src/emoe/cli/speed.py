@@ -6,7 +6,7 @@ from typing import Any
 
 from emoe.cli.routes import TRACE_TOKENS, trace_of
 from emoe.planner import Facts, Plan
-from emoe.profiling.machine import known, layout_of
+from emoe.profiling.kept import known, layout_of
 from emoe.profiling.speed import expected
 
 CONTEXT = 512

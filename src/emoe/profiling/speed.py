@@ -1,8 +1,9 @@
 """How fast a model will run here: its bytes over the rates that emoe's kernels reach, its misses over the link. Pure.
 
 Unlike the limit (`emoe.profiling.roofline`) the parts add up, but for what overlaps: a layer's experts are computed
-while those that are missing are read, all but the last to come. A prompt streams its experts, so there reading and
-computing overlap in part.
+while those that are missing are read, all but the last to come. Where the checkpoint's own layers were timed with and
+without misses (`TokenTimes`), a token is made of those. A prompt streams its experts, so there reading and computing
+overlap in part.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.planner.facts import Facts, dtype_bytes
-from emoe.profiling.machine import EngineRates, Link, Machine, ModelRates
+from emoe.profiling.machine import PROMPT_TOKENS, EngineRates, Link, Machine, ModelRates
 from emoe.profiling.roofline import ModelWork
 
 PROMPT_OVERLAP = 0.4
@@ -22,7 +24,10 @@ beside, and slots that experts pass through are few."""
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What is expected: seconds of a token and of a prompt, and what they are made of."""
+    """What is expected: seconds of a token and of a prompt, and what they are made of.
+
+    overlap_s: of a token's `load_s`, the part that it is not longer for; below 0 where misses cost more than reading.
+    """
 
     token_s: float
     first_token_s: float
@@ -67,17 +72,30 @@ def expected(
     work = ModelWork(facts)
     token = work.token(miss_rate, context)
     layers = max(len(facts.cache_layers), len(facts.expert_layers))
-    memory_s = token.dense_bytes / engine.dense_bytes_per_s + token.expert_bytes / engine.expert_bytes_per_s
     one, stream, expert_rate = None, None, engine.expert_flops
     if model is not None:
         expert_rate = model.expert_flops
         if link == "direct":
             one, stream = model.one_bytes_per_s, model.stream_bytes_per_s
     load_s = token.missed_bytes / (one or machine.link_rate(link)) if token.missed_bytes else 0.0
-    top_k = facts.top_k
+    top_k, routed = facts.top_k, len(facts.expert_layers)
     waits = 1 - (1 - miss_rate) ** top_k if waiting is None else waiting
-    overlap_s = min(load_s, waits * (top_k - 1) / top_k * token.expert_bytes / engine.expert_bytes_per_s)
     overhead_s = layers * engine.layer_s + engine.token_s
+    experts_s = token.expert_bytes / engine.expert_bytes_per_s
+    dense_s = token.dense_bytes / engine.dense_bytes_per_s
+    own = model.token if model is not None and facts.expert_dtype == NATIVE else None
+    if own is not None and own.dtype != facts.dtype:
+        own = None
+    if own is not None:
+        overhead_s, experts_s = engine.token_s, routed * own.experts_s
+        beyond = facts.cache_bytes(context, 1) - facts.cache_bytes(PROMPT_TOKENS, 1)
+        dense_s = max(0.0, own.dense_s + beyond / engine.dense_bytes_per_s)
+    if own is not None and one is not None and load_s:
+        more = miss_rate * work.routed_experts - waits * routed
+        overlap_s = load_s - waits * routed * own.first_miss_s - more * own.more_miss_s
+    else:
+        overlap_s = min(load_s, waits * (top_k - 1) / top_k * experts_s)
+    memory_s = dense_s + experts_s
     everything = work.prompt(prompt_tokens, [0.0] * len(facts.expert_layers), 0.0)
     expert_flops = 2 * prompt_tokens * work.routed_elements
     itemsize = dtype_bytes(facts.dtype) / 2  # rates are bfloat16's: a wider dtype takes as much longer

@@ -103,25 +103,39 @@ WINDOWS = 3
 """Prompts that are counted, after one that is not: it finds empty slots."""
 
 
-def after_prompt(trace: Trace, share: float, prompt: int, new: int, policy: str = "least-stale") -> AfterPrompt:
+def after_prompt(
+    trace: Trace,
+    share: float,
+    prompt: int,
+    new: int,
+    policy: str = "least-stale",
+    *,
+    windows: int = WINDOWS,
+    before: int = 1,
+) -> AfterPrompt:
     """What the engine's own slots miss when `prompt` tokens are read in one pass and `new` ones follow one by one.
 
     The trace's tokens are taken in order, beginning anew after the last, as `emoe bench replay` feeds them. What a
-    prompt leaves in the slots is not what a long answer leaves: the first tokens after it miss more.
+    prompt leaves in the slots is not what a long answer leaves: the first tokens after it miss more. So many `windows`
+    (a prompt and what follows) are counted, after those `before` them.
 
     Raises:
         UsageError: no such policy, or numbers of tokens that are not positive.
         BudgetError: the share is below one token's experts of one layer.
     """
-    if prompt < 1 or new < 1:
-        raise UsageError(f"a prompt and what follows have at least one token each, not {prompt} and {new}")
+    if prompt < 1 or new < 1 or windows < 1 or before < 0:
+        raise UsageError(
+            f"a prompt and what follows have at least one token each, and one such is counted; not {prompt}, {new} and "
+            f"{windows} after {before}"
+        )
     rule = make_eviction(policy)
     each = prompt + new
-    rows = np.arange(each * (WINDOWS + 1)) % len(trace)
+    every = before + windows
+    rows = np.arange(each * every) % len(trace)
     phase = np.where(np.arange(len(rows)) % each < prompt, PREFILL, DECODE).astype(np.uint8)
     # A prompt is one pass; every token after it is one.
     starts = (phase == DECODE) | (np.arange(len(rows)) % each == 0)
-    windows = dataclasses.replace(
+    fed = dataclasses.replace(
         trace,
         experts=trace.experts[rows],
         weights=None,
@@ -129,31 +143,31 @@ def after_prompt(trace: Trace, share: float, prompt: int, new: int, policy: str 
         step=np.cumsum(starts).astype(np.int64),
         token_ids=None,
         offsets=np.arange(0, len(rows) + 1, each, dtype=np.int64),
-        task=np.full(WINDOWS + 1, -1, dtype=np.int32),
+        task=np.full(every, -1, dtype=np.int32),
         prompt_token_ids=None,
         prompt_token_offsets=None,
-        prompts=({},) * (WINDOWS + 1),
+        prompts=({},) * every,
     )
-    before = [(0, 0, 0)] * len(trace.layers)
+    counted = [(0, 0, 0)] * len(trace.layers)
     loads = np.zeros(len(trace.layers))
     lookups = misses = waits = passes = 0
 
     def passed(prefill: bool, layers: list[LayerCounters]) -> None:
-        nonlocal before, loads, lookups, misses, waits, passes
+        nonlocal counted, loads, lookups, misses, waits, passes
         now = [(layer.hits, layer.misses, layer.loads) for layer in layers]
         passes += 1
-        if passes > 1 + new:  # not the first prompt and what follows it
-            new_of = np.array(now) - np.array(before)
+        if passes > before * (1 + new):
+            new_of = np.array(now) - np.array(counted)
             if prefill:
                 loads += new_of[:, 2]
             else:
                 lookups += int(new_of[:, :2].sum())
                 misses += int(new_of[:, 1].sum())
                 waits += int((new_of[:, 1] > 0).sum())
-        before = now
+        counted = now
 
-    replay(windows, plan_of(trace, share, rule), lambda: make_eviction(policy), passed=passed)
-    return AfterPrompt(tuple((loads / WINDOWS).tolist()), misses / lookups, waits / (WINDOWS * new * len(trace.layers)))
+    replay(fed, plan_of(trace, share, rule), lambda: make_eviction(policy), passed=passed)
+    return AfterPrompt(tuple((loads / windows).tolist()), misses / lookups, waits / (windows * new * len(trace.layers)))
 
 
 def distinct(trace: Trace, tokens: int) -> list[float]:

@@ -37,7 +37,7 @@ from emoe.errors import BudgetError, UsageError
 from emoe.model import close
 from emoe.model.encoding import encode
 from emoe.planner import Plan, facts_of, plan
-from emoe.profiling.machine import cores, processor
+from emoe.profiling.kept import cores, processor
 from emoe.profiling.prompts import Prompt, digest, first_of_each, read_prompts, tasks_of
 from emoe.profiling.record import read_recorded, record
 from emoe.profiling.running import Answer
