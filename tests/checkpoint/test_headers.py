@@ -147,6 +147,12 @@ def test_a_file_shorter_than_its_header_is_refused(tmp_path: Path, content: byte
         read_headers(tmp_path)
 
 
+def test_what_is_no_safetensors_file_is_not_called_truncated(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"<!DOCTYPE html>")  # a failed download, often
+    with pytest.raises(CheckpointError, match="it is not a safetensors file, or damaged"):
+        read_headers(tmp_path)
+
+
 def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headers, "MAX_HEADER_BYTES", 10)
     write(tmp_path / "model.safetensors", {"t": entry(0, 1)}, b"1")

@@ -118,6 +118,14 @@ def test_what_cannot_be_meant_exits_with_2(args: list[str], message: str, capsys
     assert message in capsys.readouterr().err
 
 
+def test_a_task_that_the_profile_does_not_know_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["generate", "-p", "x", "-n", "1", "--expert-memory", "40%", "--mode", "balanced", "--task"]
+    assert main([*args, "cod"]) == 0
+    assert "the profile knows no task 'cod', so nothing is known of it; it knows summarise, " in capsys.readouterr().err
+    assert main([*args, "code"]) == 0
+    assert "knows no task" not in capsys.readouterr().err
+
+
 def test_a_pipe_that_holds_no_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("generate", "chat"):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))

@@ -64,7 +64,9 @@ def test_malformed_options_exit_with_2(argv: list[str], message: str, capsys: py
     with pytest.raises(SystemExit) as left:
         main(argv)
     assert left.value.code == 2
-    assert message in capsys.readouterr().err
+    line = one_line(capsys)
+    assert message in line
+    assert line.endswith(" --help` lists what there is)\n")
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:

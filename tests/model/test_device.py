@@ -215,6 +215,22 @@ def test_host_memory_is_refused_on_the_cpu(path: Path) -> None:
     emoe.close(model)
 
 
+def test_a_device_that_is_not_there_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    placement.check_device_map("cuda:0")
+    with pytest.raises(UsageError, match=r"there is no device 'cuda:1': .* finds 1 CUDA devices here"):
+        emoe.load(path, device_map="cuda:1")
+    with pytest.raises(UsageError, match="no device is called 'gpu': choose cpu"):
+        emoe.load(path, device_map="gpu")
+    for known in ("auto", "cpu", {"": "cuda:7"}, None):
+        placement.check_device_map(known)
+    monkeypatch.setattr(placement, "find_spec", lambda name: None)
+    placement.check_device_map(None)
+    with pytest.raises(UsageError, match="pip install accelerate"):
+        placement.check_device_map("cpu")
+
+
 def test_layers_spread_over_devices(path: Path, virtual: Virtual) -> None:
     """Each layer's experts live where the layer does; the budget is split, and nothing changes in the result."""
     model = virtual.load(path, expert_memory="60%", host_memory="50%", places=2)

@@ -133,8 +133,11 @@ def test_a_missing_file_and_no_file_of_ours(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="there is no trace at"):
         Trace.read(tmp_path / "none.npz")
     (tmp_path / "text.npz").write_text("not a zip")
-    with pytest.raises(TraceError, match="is not a readable trace"):
+    with pytest.raises(TraceError, match=r"text\.npz is no \.npz file; give a trace that emoe wrote$"):
         Trace.read(tmp_path / "text.npz")
+    (tmp_path / "cut.npz").write_bytes(b"PK")
+    with pytest.raises(TraceError, match="is not a readable trace"):
+        Trace.read(tmp_path / "cut.npz")
     np.save(tmp_path / "single.npy", np.zeros(3))
     with pytest.raises(TraceError, match="holds a single array"):
         Trace.read(tmp_path / "single.npy")

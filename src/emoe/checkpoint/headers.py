@@ -142,15 +142,15 @@ def read_file_header(file: Path) -> dict[str, TensorEntry]:
             size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
+            if len(prefix) == 8 and length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{file} claims a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} the "
+                    f"format allows: it is not a safetensors file, or damaged. {REMEDY}"
+                )
             if len(prefix) < 8 or length > size - 8:
                 raise CheckpointError(
                     f"{file} is truncated: it has {size:,} bytes, and its header alone needs "
                     f"{length + 8 if len(prefix) == 8 else 8:,}. {REMEDY}"
-                )
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{file} claims a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} the "
-                    f"format allows: it is not a safetensors file, or damaged. {REMEDY}"
                 )
             raw = stream.read(length)
     except OSError as error:

@@ -80,6 +80,11 @@ def check_files(directory: Path) -> None:
     )
 
 
+def _short(error: Exception) -> str:
+    """The first line of what the hub's library says, which goes on with advice of its own."""
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
 def _looks_like_a_path(text: str) -> bool:
     """Whether `text` cannot be a hub id ("name" or "org/name")."""
     return text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/")
@@ -109,7 +114,7 @@ def _download(model_id: str, revision: str | None, token: str | bool | None, loc
         )
     except HFValidationError as error:
         raise UsageError(
-            f"{model_id!r} is neither a local directory nor a hub id such as 'org/name': {error}"
+            f"{model_id!r} is neither a local directory nor a hub id such as 'org/name': {_short(error)}"
         ) from error
     except GatedRepoError as error:
         raise CheckpointError(
@@ -126,10 +131,10 @@ def _download(model_id: str, revision: str | None, token: str | bool | None, loc
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"there is no directory {model_id!r}, it is not in the hub's local cache, and the hub was not "
-            f"asked or not reached ({error}). Give a local directory, or check the connection."
+            f"asked or not reached ({_short(error)}). Give a local directory, or check the connection."
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"downloading {model_id!r} failed: {error}. Check the connection and the free disk space, then "
+            f"downloading {model_id!r} failed: {_short(error)}. Check the connection and the free disk space, then "
             "run again: finished files are kept."
         ) from error

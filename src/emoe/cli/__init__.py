@@ -38,9 +38,18 @@ BROKEN_PIPE = 141
 _COMMANDS = (plan, generate, chat, inspect, demo, serve, profile, quantise, simulate, roofline, bench, reproduce)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error: the usage of `emoe generate` is 20 lines long."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with 2."""
+        note(f"error: {message} (`{self.prog} --help` lists what there is)")
+        self.exit(UsageError.exit_code)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `emoe` and all its commands. Each command's module adds its own."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="emoe",
         description="Runs Mixture-of-Experts language models in a fraction of their memory.",
         epilog="`emoe COMMAND --help` explains a command. Without MODEL the embedded emoe-nano is used.",

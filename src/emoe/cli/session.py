@@ -23,6 +23,7 @@ from emoe.cli.output import ProgressLine, lossy_experts, note
 from emoe.config import format_bytes
 from emoe.errors import UsageError
 from emoe.model import close
+from emoe.model.bind import binding_of
 from emoe.model.encoding import encode
 
 DEFAULT_NEW_TOKENS = 256
@@ -223,7 +224,7 @@ def open_session(args: argparse.Namespace, **overrides: Any) -> Session:
         "progress": ProgressLine("reading experts"),
         "quantise_progress": ProgressLine("quantising experts"),
     }
-    if args.device is not None:
+    if args.device not in (None, "cpu"):
         options["device_map"] = args.device
     if args.expert_devices is not None:
         options |= {"expert_devices": args.expert_devices, "spread": args.spread}
@@ -259,7 +260,16 @@ def announce(session: Session) -> None:
         note(f"experts {s['spread']}")
     if s["hybrid"] is not None:
         note(f"HYBRID: {s['hybrid']['label']}, so the last bits can differ from a run to the next")
+    _say_unknown_task(session.model)
     warn_if_lossy(s)
+
+
+def _say_unknown_task(model: Any) -> None:
+    """A misspelt label would otherwise pass for a task that nothing is known of."""
+    binding = binding_of(model)
+    task, profile = binding.runtime.task, binding.ahead.profile
+    if task is not None and profile is not None and task not in profile.tasks:
+        note(f"the profile knows no task {task!r}, so nothing is known of it; it knows {', '.join(profile.tasks)}")
 
 
 def warn_if_lossy(stats: dict[str, Any]) -> None:

@@ -27,7 +27,17 @@ from emoe.model.cache import let_grow
 from emoe.model.embedding import RowsOnDisk, choose_embeddings
 from emoe.model.foresight import Ahead
 from emoe.model.loading import load_dense
-from emoe.model.placement import Placement, check_settings, equip, host_plan, make_pool, place, preload, spread_over
+from emoe.model.placement import (
+    Placement,
+    check_device_map,
+    check_settings,
+    equip,
+    host_plan,
+    make_pool,
+    place,
+    preload,
+    spread_over,
+)
 from emoe.model.quantising import HUB_SETTINGS, embedded, stored_experts
 from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Runtime
 from emoe.model.spreading import Shard, Spread, check_spreading
@@ -229,6 +239,7 @@ def load(
     memory = None if expert_memory is None else ExpertMemory.parse(expert_memory)
     host = parse_host_memory(host_memory)
     check_settings(host, on_miss, mode, copies=bool(kwargs.get("device_map")))
+    check_device_map(kwargs.get("device_map"))
     plain = predictor is None and prefetch is None and layer_split == "uniform" and on_miss == "load"
     check_spreading(expert_devices, spread, mode, plain and eviction in ("least-stale", "lru", "lfu"))
     hub = {name: kwargs[name] for name in HUB_SETTINGS if name in kwargs}

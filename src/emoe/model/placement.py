@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -127,6 +128,34 @@ def spread_over(
                 firsts.setdefault(group, {})[need.layer] = first
                 homes_of[group] = device
     return Placement(needs, homes_of, firsts, f"spread: {told}")
+
+
+def check_device_map(device_map: object) -> None:
+    """Refuse, before anything is read, a place that this machine does not have.
+
+    Raises:
+        UsageError: accelerate is not installed, which transformers places modules with; no device has that name; there
+            is no such GPU.
+    """
+    if device_map is None:
+        return
+    if find_spec("accelerate") is None:
+        raise UsageError("putting a model on a device needs accelerate: pip install accelerate.")
+    if not isinstance(device_map, str) or device_map in _SPREAD_BY_ACCELERATE:
+        return
+    try:
+        device = torch.device(device_map)
+    except RuntimeError as error:
+        raise UsageError(f"no device is called {device_map!r}: choose cpu, cuda, cuda:1 or auto.") from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(
+            f"there is no device {device_map!r}: torch {torch.__version__} finds {count} CUDA devices here. Leave it "
+            "out to run on the CPU, or install a driver and torch's CUDA build."
+        )
+
+
+_SPREAD_BY_ACCELERATE = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def _numbered(place: torch.device) -> torch.device:

@@ -234,6 +234,9 @@ def load_arrays(file: Path) -> dict[str, Array]:
     """The arrays of an .npz file. Raises TraceError naming what is wrong with it."""
     try:
         with file.open("rb") as stream:
+            if stream.read(2) not in (b"PK", b"\x93N"):  # numpy would take it for a pickle, and say how to load one
+                raise TraceError(f"{file} is no .npz file; give a trace that emoe wrote")
+            stream.seek(0)
             archive = np.load(stream, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise TraceError(f"{file} holds a single array, not a trace; give an .npz file that emoe wrote")

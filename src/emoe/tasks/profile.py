@@ -250,7 +250,7 @@ def _header(directory: Path) -> dict[str, Any]:
         header = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise ProfileError(
-            f"{directory} holds no {FILE}: make a profile with `emoe profile --out {directory}`."
+            f"{directory} holds no {FILE}: make a profile with `emoe profile MODEL --prompts FILE --out {directory}`."
         ) from None
     except (OSError, ValueError) as error:
         raise ProfileError(f"{file} cannot be read as JSON: {error}. Make the profile again.") from error
