@@ -17,6 +17,7 @@ from emoe.checkpoint.headers import read_headers
 from emoe.checkpoint.index import build_index
 from emoe.checkpoint.skeleton import skeleton
 from emoe.errors import CheckpointError, UnsupportedModelError, UsageError
+from emoe.kernels.choice import VARIABLE
 from emoe.planner import facts_of
 from emoe.planner.dry_run import facts_by_dry_run
 from emoe.planner.facts import ExpertLayer, Facts, by_size
@@ -130,9 +131,11 @@ def test_the_cache_of_a_model_that_ran_has_the_planned_bytes(family: str, checkp
     "family", [None, "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "qwen3_next", "glm4_moe", "gemma4_text", "jamba"]
 )
 @pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_a_prompt_takes_what_is_planned_and_not_much_less(
-    family: str | None, batch: int, checkpoints: Checkpoints
+    family: str | None, batch: int, kernels: str, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(VARIABLE, kernels)
     path = None if family is None else checkpoints(family)
     _, facts = facts_of(path)
     model, _ = emoe.load(path)
@@ -144,12 +147,18 @@ def test_a_prompt_takes_what_is_planned_and_not_much_less(
     emoe.close(model)
     planned = facts.cache_bytes(240, batch) + activation_bytes(facts, 240, batch)
     assert live.peak <= planned
-    assert planned < 3 * live.peak
+    # Plans are for any machine; where they can, the C kernels write no scores out for keys and values of unequal size.
+    if kernels == "torch":
+        assert planned < 3 * live.peak
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "glm4_moe", "gemma4_text"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_later_pass_over_a_prompt_takes_what_is_planned(family: str, batch: int, checkpoints: Checkpoints) -> None:
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_later_pass_over_a_prompt_takes_what_is_planned(
+    family: str, batch: int, kernels: str, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, kernels)
     path = checkpoints(family)
     _, facts = facts_of(path)
     model, _ = emoe.load(path)
@@ -161,7 +170,8 @@ def test_a_later_pass_over_a_prompt_takes_what_is_planned(family: str, batch: in
     emoe.close(model)
     planned = facts.cache_bytes(cache_tokens(240), batch) + activation_bytes(facts, 40, batch, before=200)
     assert live.peak <= planned
-    assert planned < 3 * live.peak
+    if kernels == "torch":
+        assert planned < 3 * live.peak
 
 
 def test_float32_doubles_everything(checkpoints: Checkpoints) -> None:

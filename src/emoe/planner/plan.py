@@ -338,7 +338,8 @@ def workspace_bytes(facts: Facts, tokens: int) -> int:
     """What one layer's experts compute a chunk in (emoe.kernels.combining.Workspace), at worst.
 
     A row of hidden for each token and choice on the way in and on the way out, in blocks rounded up by a quarter at
-    worst, and the rows of one block of tokens that are being added, once more in float32.
+    worst, and the rows of one block of tokens that are being added, once more in float32. (The C kernels for many rows
+    hold 128 of those on the way in, and what lies between their products, in memory of their own: less.)
     """
     a, k, itemsize = facts.activations, facts.top_k, dtype_bytes(facts.dtype)
     rows = 5 * tokens * k * a.hidden * itemsize // 2
