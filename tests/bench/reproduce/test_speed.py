@@ -187,6 +187,18 @@ def test_latency_is_of_the_mean_request_of_the_middle_round() -> None:
     assert latency.at_most(1.1, 1.1, 1.3) == "holds" and latency.at_most(1.31, 1.1, 1.3) == "does not hold"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "verdict"),
+    [((3.5, 3.6, 3.4), "holds"), ((3.5, 3.6, 2.0), "holds"), ((3.5, 3.6, 1.2), "undecided"), ((1, 1, 4), "undecided")],
+)
+def test_rounds_that_contradict_each_other_decide_nothing(seconds: tuple[float, ...], verdict: str) -> None:
+    found: ways.Rounds = {
+        (BARE, "slowed"): [[Request(s, 0, 0, 0, 0, 1)] for s in seconds],
+        (ALL, "slowed"): [[Request(1.0, 0, 0, 0, 0, 1)]] * 3,
+    }
+    assert latency.by_round(found, BARE, ALL, lambda value: latency.at_least(value, 3.2, 1.5))[0] == verdict
+
+
 def test_batches_are_judged_by_the_middle_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fig16, "batches", lambda bench, way, batch, repeats, **key: [SPEED[way] * batch] * repeats)
     monkeypatch.setattr(fig16, "about_stores", lambda bench: "")

@@ -24,7 +24,7 @@ MEANINGS: dict[Verdict, str] = {
     "holds": "the claim is true here, by the rule given with it",
     "partly": "a part of it is true here, or less of it than in the paper",
     "does not hold": "measured, and not true here",
-    "undecided": "measured, and the interval that other prompts would give includes no difference",
+    "undecided": "measured, and prompts or rounds differ too much among themselves to say",
     "not measured": "this run has no number for it",
 }
 FILE = "finding.json"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from emoe.bench.reproduce import drawing
@@ -34,6 +34,19 @@ def at_least(value: float, holds: float, partly: float) -> Verdict:
 def at_most(value: float, holds: float, partly: float) -> Verdict:
     """The verdict on a number that should be small."""
     return at_least(-value, -holds, -partly)
+
+
+def by_round(found: Rounds, way: str, base: str, judge: Callable[[float], Verdict]) -> tuple[Verdict, str]:
+    """The verdict on the latency over that of `base` (slowed store), and how far the rounds are apart.
+
+    Undecided where one round alone would say that the claim holds and another one that it does not.
+    """
+    pairs = zip(means(found, way, "slowed"), means(found, base, "slowed"), strict=True)
+    ratios = sorted(one / other for one, other in pairs)
+    verdict = judge(latency(found, way, "slowed") / latency(found, base, "slowed"))
+    if {judge(ratios[0]), judge(ratios[-1])} >= {"holds", "does not hold"}:
+        verdict = "undecided"
+    return verdict, f"Rounds had {ratios[0]:.2f}x to {ratios[-1]:.2f}x."
 
 
 def means(found: Rounds, way: str, store: Store, name: str = "latency_s") -> list[float]:

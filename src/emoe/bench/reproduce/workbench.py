@@ -7,6 +7,7 @@ what they have in common. OUT/work/job.json says what a run is of; another run n
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -128,6 +129,7 @@ class Workbench:
         """
         self._not_frozen("runs of the model")
         torch.set_num_threads(self.settings.threads)
+        gc.collect()  # the model before this one lies in cycles of references, and is as large
         model, tokenizer = emoe.load(self.settings.model, **options)
         try:
             if tokenizer is None:
