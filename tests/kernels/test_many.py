@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from emoe.kernels.choice import Kernel
 from emoe.kernels.chunks import NATIVE_ROWS, many_tokens
 from emoe.kernels.experts import ExpertMath
 from emoe.kernels.grouping import Grouping
@@ -108,6 +109,12 @@ def test_an_expert_gives_what_transformers_gives(
     expected, exact = module(x, ids, gates), module.double()(x.double(), ids, gates.double())
     off, scale = (expected.double() - exact).abs().max(), float(exact.abs().max())
     assert (found[0].double() - exact).abs().max() <= 1.5 * off + 2**-7 * scale
+
+
+def test_what_computes_prompts_is_said(calls: Calls) -> None:
+    assert kernel(calls).many_rows(torch.bfloat16).startswith("native: ")
+    assert kernel(calls).many_rows(torch.float32).startswith("torch: ")
+    assert Kernel("torch", "EMOE_KERNELS says so").many_rows(torch.bfloat16) == "torch: EMOE_KERNELS says so"
 
 
 def test_an_experts_rows_do_not_depend_on_the_other_experts(calls: Calls) -> None:

@@ -33,6 +33,16 @@ class Kernel:
     reason: str
     calls: Calls | None = field(default=None, repr=False)
 
+    def many_rows(self, dtype: torch.dtype) -> str:
+        """What computes prompts in `dtype`, and why: experts of many rows, attention, linear layers of up to 128."""
+        if self.calls is None:
+            return f"torch: {self.reason}"
+        if dtype is not torch.bfloat16:
+            return "torch: the C kernels for many rows know bfloat16 only"
+        if not self.calls.knows_many:
+            return "torch: this processor does not multiply bfloat16 in pairs, or has AMX, with which torch is faster"
+        return "native: this processor multiplies bfloat16 in pairs"
+
 
 def kernel_of(device: torch.device | str, dtype: torch.dtype) -> Kernel:
     """Return the kernels for few tokens in `dtype` on `device`.

@@ -1,7 +1,7 @@
-"""Linear layers and norms of few rows by the C kernels: attention projections, shared experts, the head.
+"""Linear layers of few rows, and norms, by the C kernels: attention projections, shared experts, the head.
 
-torch's bfloat16 linear reads a matrix at half the memory's bandwidth where there is one row, and a norm is six of its
-operations (docs/log.md).
+torch's bfloat16 linear reads a matrix at half the memory's bandwidth where there is one row, takes 1.1 to 2 times
+as long for 9 to 128 rows, and a norm is six of its operations (docs/log.md).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""transformers' sdpa attention, with few query rows on a CPU computed by `emoe.kernels.attention`; and attention with
-sinks, for which transformers has eager attention only, by `emoe.kernels.attention` and `emoe.kernels.sinks`.
+"""transformers' sdpa attention, with what the C kernels know computed by `emoe.kernels.attention`; and attention
+with sinks, for which transformers has eager attention only, by `emoe.kernels.attention` and `emoe.kernels.sinks`.
 
 Registered under names of their own, with sdpa's masks: models of others in the same process keep theirs.
 """
@@ -148,12 +148,12 @@ def choose_attention(model: PreTrainedModel, kernel: Kernel | None, asked: bool 
         reason = _not_few_rows(parts, model.dtype, kernel)
         if not reason:
             model.set_attn_implementation(FEW_ROWS_SDPA)
-        return reason or "few rows by the C kernels, more by torch"
+        return reason or "few rows by the C kernels, and many where `many_rows` says native; else by torch"
     if theirs == {"eager"}:
         reason = _not_sinks(model)
         if not reason:
             model.set_attn_implementation(SINKS)
-        return reason or "sinks added to fused attention or in blocks, on a CPU few rows by the C kernels"
+        return reason or "sinks added to fused attention or in blocks, on a CPU by the C kernels where they can"
     return "its parts attend in ways of their own"
 
 

@@ -178,7 +178,7 @@ def _hybrid(binding: Binding) -> dict[str, Any] | None:
 
 
 def _kernels(model: PreTrainedModel, binding: Binding) -> dict[str, Any] | None:
-    """What computes few tokens, why, in how many linear layers too, and with how many threads it has been called."""
+    """What computes few tokens and many, why, in how many linear layers too, and with how many threads."""
     kernel, dense = binding.kernel, binding.dense
     if kernel is None or dense is None:
         return None
@@ -186,6 +186,7 @@ def _kernels(model: PreTrainedModel, binding: Binding) -> dict[str, Any] | None:
     return {
         "name": kernel.name,
         "reason": kernel.reason,
+        "many_rows": kernel.many_rows(model.dtype),
         "linears": len(dense),
         "norms": dense.norms,
         "attention": model.config._attn_implementation,
