@@ -1,7 +1,7 @@
 """Attention of the engine, request by request, against transformers' one masked product over the whole step.
 
     python -m bench.engine_attention [--dtype bfloat16] [--steps 12] [--kinds alone,packed] [--layers] [--sinks]
-                                     [--decode DIR] [--long DIR [--prompt N] [--budget SIZE]]
+                                     [--decode DIR] [--long DIR [--prompt N] [--budget SIZE] [--no-experts]]
 
 Prints, for emoe-nano with all experts resident, prompt tokens/s and answer tokens/s by requests and KV length, and the
 largest mask that transformers holds for it. With --layers, instead: one layer's attention of one query row and of four
@@ -11,6 +11,7 @@ attention and by emoe's, in milliseconds, MiB held at once beside the result, an
 With --decode DIR: a token of that checkpoint with either, resident, after 64, 512 and 2048 tokens, in milliseconds.
 With --long DIR: one prompt of that checkpoint through the engine, experts within a budget, by each of --kinds in a
 process of its own: seconds, what resident memory grows by at most meanwhile, and the masks that transformers holds.
+--no-experts leaves the experts out, which are the same either way and take most of the time.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from emoe.kernels.sinks import with_sinks
 from emoe.model.attention import FEW_ROWS_SDPA
 from emoe.model.bind import binding_of
 from emoe.planner.live_bytes import LiveBytes
+
+ALONE = dict(ATTENDS)
 
 
 def greedy(logits: torch.Tensor, requests: Sequence[str]) -> list[int]:
@@ -84,28 +87,32 @@ def measure(model: object, requests: int, length: int, steps: int, batch_tokens:
 
 def use(kind: str) -> None:
     """Let engines made from now on attend request by request ("alone"), or as transformers does ("packed")."""
-    batching.ATTENDS = ATTENDS if kind == "alone" else {}
+    ATTENDS.clear()
+    if kind == "alone":
+        ATTENDS.update(ALONE)
 
 
-def one_long_prompt(folder: str, kind: str, prompt: int, budget: str, batch_tokens: int) -> str:
-    """Read it in chunks, twice; of the second time, what `--long` prints."""
+def one_long_prompt(
+    folder: str, kind: str, prompt: int, budget: str, batch_tokens: int, experts: bool, dtype: str
+) -> str:
+    """Read it in chunks after one of 64 tokens; what `--long` prints."""
     torch.set_num_threads(1)
-    model, _ = emoe.load(folder, expert_memory=budget)
+    model, _ = emoe.load(folder, expert_memory=budget, dtype=dtype)
     use(kind)
     runtime = binding_of(model).runtime
     runtime.dense_only = True
     batcher = batching.Batcher(
         model, greedy, page_tokens=32, kv_tokens=prompt + 64, max_batch_tokens=batch_tokens, max_running=8
     )
-    runtime.dense_only = False
+    runtime.dense_only = not experts
     masks = batcher._processor.inputs_and_outputs.attention_mask or {}
     mib = sum(each.nbytes for each in masks.values()) / 2**20
     tokens = torch.randint(5, 1000, (prompt,), generator=torch.Generator().manual_seed(1)).tolist()
-    for name in ("first", "second"):
+    for length in (64, prompt):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = resident("VmRSS")
         start = time.perf_counter()
-        batcher.add(name, tokens, 1, ())
+        batcher.add(str(length), tokens[:length], 1, ())
         while not batcher.empty:
             batcher.prepare()
             batcher.run()
@@ -217,6 +224,7 @@ def main() -> None:
     parser.add_argument("--long", metavar="DIR", help="one long prompt of this checkpoint")
     parser.add_argument("--prompt", type=int, default=2048, help="its tokens")
     parser.add_argument("--budget", default="20%", help="of its experts")
+    parser.add_argument("--no-experts", action="store_true", help="of --long: the dense part alone")
     parser.add_argument("--rounds", type=int, default=20, help="of --layers and --decode")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -232,9 +240,10 @@ def main() -> None:
     if arguments.long:
         print(f"{'attention':10} {'tokens':>8} {'seconds':>9} {'MiB at most':>12} {'mask MiB':>9}")
         for kind in arguments.kinds.split(","):
-            asked = (arguments.long, kind, arguments.prompt, arguments.budget, arguments.batch_tokens)
+            more = (arguments.prompt, arguments.budget, arguments.batch_tokens, not arguments.no_experts)
             with get_context("spawn").Pool(1) as pool:
-                print(pool.apply(one_long_prompt, asked), flush=True)
+                told = pool.apply(one_long_prompt, (arguments.long, kind, *more, arguments.dtype))
+            print(told, flush=True)
         return
     model, _ = emoe.load(dtype=arguments.dtype)
     print(f"{'attention':10} {'requests':>8} {'KV':>5} {'prompt tokens/s':>16} {'answer tokens/s':>16} {'mask MiB':>9}")

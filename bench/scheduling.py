@@ -7,10 +7,14 @@ makes loading cost, beside computing, what it does for a large model: an expert 
 moves in 14 ms at 25 GB/s, while a layer computes for 1 to 2 ms: a load is worth 7 to 14 layers. A layer of emoe-nano
 decodes in about 1 ms here and its experts have 240 KiB, so 34 MB/s, 7.2 ms a load, is the lower end of that.
 
-Targets: `--slo-scale` times what the server of fifo needs unloaded, by task, or those of `--slo`. The load: the
-highest at which fifo still meets the targets of `--met` of the requests, found by bisection; then every scheduler at
-multiples of it, the same requests for all, each run with as many seeds. `--at-once` servers run side by side, each with
-a store of its own, in an order that changes from seed to seed. Ratios are of the same requests, medians over the seeds.
+Targets: `--slo-scale` times what the server of fifo needs unloaded, by task; with `--slo-answer S`, that and S of the
+mean answer's time, so that first-token targets grow with the task's answers; or those of `--slo-file`, as `emoe
+simulate --slo` reads them (bench/scheduling_targets.json holds some that grow so); `--slo` goes before both.
+
+The load: the highest at which fifo still meets the targets of `--met` of the requests, found by bisection; then every
+scheduler at multiples of it, the same requests for all, each run with as many seeds. `--at-once` servers run side by
+side, each with a store of its own, in an order that changes from seed to seed. Ratios are of the same requests, medians
+over the seeds.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from emoe.bench.serve.comparing import Comparison, Outcome
 from emoe.bench.serve.local import Server
 from emoe.bench.serve.targets import Book, Targets, parse_targets
 from emoe.bench.serve.workload import read_prompts
+from emoe.simulation.serving_targets import read_targets
 
 SCHEDULERS = ("fifo", "edf", "emoe", "affinity")
 BASE = "fifo"
@@ -66,14 +71,15 @@ class Run:
 class Bench(Comparison):
     """The servers, the targets and what was found."""
 
-    def __init__(self, args: argparse.Namespace, servers: Mapping[str, Server]) -> None:
+    def __init__(self, args: argparse.Namespace, servers: Mapping[str, Server], answers: Mapping[str, float]) -> None:
         super().__init__(servers, read_prompts(), args.max_tokens)
         self.args = args
+        self.answers = answers
 
     def targets(self) -> None:
         """Calibrated with fifo's server, or given."""
         found = self.calibrate(BASE, self.args.slo_scale)
-        self.book = Book(dict(self.book.by_task) | parse_targets(self.args.slo))
+        self.book = book_of(found, self.answers, self.args)
         for task, needs in found.items():
             say(f"  {task}: unloaded {_ms(needs)} ms, targets {_ms(self.book.of(task))} ms")
 
@@ -118,6 +124,35 @@ class Bench(Comparison):
         """What that server's cost model has learned."""
         found: dict[str, float] = httpx.get(f"{self.servers[scheduler].url}/costs", trust_env=False).json()
         return found
+
+
+def book_of(needs: Mapping[str, Targets], answers: Mapping[str, float], args: argparse.Namespace) -> Book:
+    """The targets that the options ask for, by task.
+
+    Args:
+        needs: what an unloaded server needs.
+        answers: tokens of the mean answer.
+        args: `slo_scale`, `slo_answer`, `slo_file` and `slo`.
+
+    Raises:
+        UsageError: targets that cannot be read, or of a task that there is not.
+    """
+    if args.slo_file is not None:
+        read = read_targets(args.slo_file, list(needs))
+        found = {task: Targets(each.ttft_s, each.tpot_s) for task, each in read.items()}
+    else:
+        found = {
+            task: growing(each, args.slo_answer * max(0.0, answers.get(task, 0.0) - 1)).scaled(args.slo_scale)
+            for task, each in needs.items()
+        }
+    return Book(found | parse_targets(args.slo))
+
+
+def growing(needs: Targets, tokens: float) -> Targets:
+    """The first token's time and that of so many later tokens; each later one's as it is."""
+    if needs.ttft_s is None or needs.tpot_s is None:
+        return needs
+    return Targets(needs.ttft_s + tokens * needs.tpot_s, needs.tpot_s)
 
 
 def simulate(bench: Bench, simulated: Simulated, runs: Sequence[Run]) -> list[Run]:
@@ -205,6 +240,10 @@ def main() -> None:
     add("--requests", type=int, default=24, help="in a run")
     add("--seeds", type=int, default=3)
     add("--slo-scale", type=float, default=5.0)
+    add(
+        "--slo-answer", type=float, default=0.0, metavar="SHARE", help="of a mean answer's time, in first-token targets"
+    )
+    add("--slo-file", type=Path, metavar="FILE", help="targets of all tasks, JSON as of emoe simulate --slo")
     add("--slo", action="append", default=[], metavar="TASK=TTFT/TPOT", help="targets of a task in ms instead of those")
     add("--met", type=float, default=0.9, help="what fifo must meet at the load that is looked for")
     add("--search", type=_numbers, default=[0.2, 3.2], help="rates between which to look for it")
@@ -226,8 +265,10 @@ def main() -> None:
         servers = {name: stack.enter_context(Server(name, words, PROGRAM)) for name in schedulers}
         for server in servers.values():
             server.wait()
-        bench = Bench(args, servers)
-        say(f"targets are {args.slo_scale:g} times what {BASE} needs unloaded (first token/each later one)")
+        bench = Bench(args, servers, simulated.answers)
+        asked = f"of {args.slo_file}" if args.slo_file else f"{args.slo_scale:g} times what {BASE} needs unloaded"
+        asked += f", {args.slo_answer:g} of the mean answer's time included" if args.slo_answer else ""
+        say(f"targets are {asked} (first token/each later one)")
         bench.targets()
         say(f"looking for the load at which {BASE} meets the targets of {args.met:.0%}")
         rate = args.rate or bench.search()

@@ -32,6 +32,8 @@ class Simulated:
         self._max_running = max_running
         prompts = nano.prompts()
         self.lengths: dict[str, tuple[int, int]] = {}
+        self.answers: dict[str, float] = {}
+        """Tokens of the mean answer, by task."""
         self._numbers: dict[str, int] = {}
         counts: dict[str, int] = {}
         with tempfile.TemporaryDirectory() as folder:
@@ -54,6 +56,9 @@ class Simulated:
                 self._numbers[text] = counts.get(task, 0)
                 counts[task] = counts.get(task, 0) + 1
             emoe.close(model)
+            for task in counts:
+                mine = [self.lengths[each["prompt"]][1] for each in prompts if each["task"] == task]
+                self.answers[task] = sum(mine) / len(mine)
             self.routes = Routes.of_trace(Trace.read(file))
 
     def run(
