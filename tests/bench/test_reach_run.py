@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from emoe import nano
 from emoe.bench import decode
+from emoe.bench.plant.shapes import PUBLISHED
+from emoe.bench.plant.write import plant
 from emoe.bench.reach import Reach
 from emoe.bench.reach_run import Run, gains, measure, note, runs_of, to_run
 from emoe.bench.results import Outcome
@@ -15,8 +19,18 @@ from emoe.bench.settings import Contender, DecodeSettings
 from emoe.cli import main
 from emoe.config import ExpertMemory
 from emoe.errors import UsageError
+from emoe.profiling.machine import Machine
+from tests.bench.plant.made_up import made_up_trace
 
+TOKENS = 60
 MEMORY = ExpertMemory("share", 0.6)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planted")
+    plant(PUBLISHED["tiny-gpt-oss"], made_up_trace(TOKENS).write(folder / "made-up.npz"), TOKENS, folder / "x")
+    return folder / "x"
 
 
 def reach(what: Any, found: int, chunk: int | None = None, base: int = 10) -> Reach:
@@ -80,6 +94,27 @@ def test_rounds_take_turns_and_a_run_that_failed_has_no_more(monkeypatch: pytest
     measure(runs, DecodeSettings(new_tokens=3, warmups=0), 3, lambda _: None)
     assert asked == [("100%", 10), ("60%", 40), ("100%", 10), ("100%", 10)]
     assert (len(runs[0].peak_bytes), runs[1].error) == (3, "it died")
+
+
+@pytest.mark.slow
+def test_the_command_runs_what_it_planned(
+    planted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Machine(
+        {},
+        memory_bytes_per_s={1: 1e10},
+        disk_direct_bytes_per_s=1e9,
+        disk_cached_bytes_per_s=4e9,
+        flops={"bfloat16": {1: 1e11}},
+    )
+    monkeypatch.setattr(decode, "machine_of", lambda *_: made)
+    asked = ["bench", "reach", str(planted), "--prompt", "16", "--batch", "1", "--new", "3", "--most-times", "3"]
+    assert main([*asked, "--run", "batch", "-t", "1", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    full, fewer = values["runs"]
+    assert (full["batch"], full["expert_memory"], fewer["expert_memory"]) == (1, "100%", "60%")
+    assert fewer["batch"] == min(3, values["reach"][-1]["found"]) > 1
+    assert all(run["peak_bytes"][0] > 0 and run["decode_tokens_per_s"][0] > 0 for run in values["runs"])
 
 
 @pytest.mark.parametrize(

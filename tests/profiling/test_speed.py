@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from emoe.errors import UsageError
 from emoe.planner import facts_of
 from emoe.profiling.kept import layout_of
-from emoe.profiling.machine import EngineRates, Machine, ModelRates
+from emoe.profiling.machine import PROMPT_TOKENS, EngineRates, Machine, ModelRates, TokenTimes
 from emoe.profiling.measuring import with_engine, with_model
 from emoe.profiling.roofline import ModelWork
 from emoe.profiling.speed import PROMPT_OVERLAP, expected
@@ -63,6 +65,10 @@ def test_a_models_own_rates_stand_before_the_machines(checkpoints: Checkpoints) 
     made = with_model(MACHINE, folder, 1)
     rates = made.models[layout_of(folder)][1]
     assert rates.expert_flops > 0
+    assert rates.token is not None
+    assert rates.token.dtype == facts_of(folder)[1].dtype
+    assert rates.token.dense_s > 0
+    assert rates.token.experts_s > 0
     assert rates.one_bytes_per_s is None or rates.one_bytes_per_s > 0
     assert Machine.from_dict(json.loads(json.dumps(made.as_dict()))) == made
     _, facts = facts_of(folder)
@@ -86,3 +92,30 @@ def test_all_but_the_last_expert_to_come_are_computed_meanwhile(checkpoints: Che
     chance = expected(facts, MACHINE, ENGINE, **common)
     assert chance.overlap_s == pytest.approx((1 - 0.5**facts.top_k) * (facts.top_k - 1) / facts.top_k * experts_s)
     assert expected(facts, MACHINE, ENGINE, waiting=0.5, **common | {"miss_rate": 0.0}).overlap_s == 0
+
+
+@given(miss_rate=st.floats(0.0, 1.0), share=st.floats(0.0, 1.0))
+def test_a_token_of_timed_layers_is_linear_in_first_and_further_misses(miss_rate: float, share: float) -> None:
+    _, facts = facts_of()
+    times = TokenTimes(dense_s=0.1, experts_s=0.02, first_miss_s=0.03, more_miss_s=0.01)
+    own = ModelRates(one_bytes_per_s=5e8, stream_bytes_per_s=1e9, expert_flops=1e11, token=times)
+    routed, top_k = len(facts.expert_layers), facts.top_k
+    waiting = min(miss_rate * top_k, 1.0) * share  # some miss in at most as many layers as there are misses
+    common: dict[str, Any] = {"prompt_tokens": 8, "prompt_missed_bytes": 0, "context": PROMPT_TOKENS}
+    found = expected(facts, MACHINE, ENGINE, miss_rate=miss_rate, waiting=waiting, model=own, **common)
+    waits, misses = waiting * routed, miss_rate * routed * top_k
+    wanted = 0.1 + routed * 0.02 + waits * 0.03 + (misses - waits) * 0.01 + ENGINE.token_s
+    assert found.token_s == pytest.approx(wanted)
+    assert found.load_s == pytest.approx(ModelWork(facts).routed_bytes * miss_rate / 5e8)
+    # Of another type of numbers, or through the page cache, nothing was timed.
+    for other, link in ((replace(own, token=replace(times, dtype="float64")), "direct"), (own, "cached")):
+        machine = replace(MACHINE, disk_cached_bytes_per_s=1e9)
+        rest = expected(facts, machine, ENGINE, miss_rate=miss_rate, waiting=waiting, model=other, link=link, **common)  # type: ignore[arg-type]
+        assert 0 <= rest.overlap_s <= rest.load_s
+
+
+def test_measurements_of_before_layers_were_timed_are_read() -> None:
+    old = {"one_bytes_per_s": 1.0, "stream_bytes_per_s": None, "expert_flops": 2.0}
+    assert ModelRates.from_dict(old) == ModelRates(1.0, None, 2.0)
+    with pytest.raises(UsageError, match="damaged rates of a model"):
+        ModelRates.from_dict(old | {"token": {"dense_s": 1.0}})
