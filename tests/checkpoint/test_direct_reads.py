@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from emoe.checkpoint import direct, readers
 from emoe.checkpoint.headers import FileStamp
+from emoe.checkpoint.memory_room import ReaderKind
 from emoe.checkpoint.pieces import Piece
 from emoe.checkpoint.readers import Reader
 from emoe.checkpoint.segments import Bytes
@@ -92,6 +94,26 @@ def test_the_same_bytes_come_to_two_places(content: Content) -> None:
         assert reader.read_into(content.pieces((700, 5000), (700, 5000)), parts) == 10_000
     for part in parts.values():
         assert part.numpy().tobytes() == content.content[700:5700]
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("kind", ["direct", "cached"])
+def test_what_is_used_first_is_there_when_it_is_told(content: Content, kind: ReaderKind) -> None:
+    ranges = ((512, 60_000), (60_512, 30_001), (200_000, 50_000))
+    for first in (("1",), ("2", "0"), ("0", "1", "2")):
+        parts = {f"{i}": memory(length, 0) for i, (_, length) in enumerate(ranges)}
+        told: list[bool] = []
+
+        def reached(parts: Any = parts, first: tuple[str, ...] = first, told: list[bool] = told) -> None:
+            found = {name: parts[name].numpy().tobytes() for name in first}
+            right = {f"{i}": content.content[s : s + n] for i, (s, n) in enumerate(ranges)}
+            told.append(all(found[name] == right[name] for name in first))
+
+        with Reader(kind, content.files) as reader:
+            assert reader.read_into(content.pieces(*ranges), parts, 0, first, reached) == sum(n for _, n in ranges)
+        assert told == [True]
+        for i, (start, length) in enumerate(ranges):
+            assert parts[f"{i}"].numpy().tobytes() == content.content[start : start + length]
 
 
 @pytest.mark.usefixtures("small_chunks")

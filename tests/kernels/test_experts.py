@@ -11,7 +11,7 @@ from torch import nn
 
 from emoe.kernels.chunks import many_tokens
 from emoe.kernels.combining import COMBINE_TOKENS, combine
-from emoe.kernels.experts import ExpertMath, Weights, one_token, one_token_arriving
+from emoe.kernels.experts import ExpertMath, FirstOnly, Weights, one_token, one_token_arriving
 from emoe.kernels.grouping import Grouping, round_rows
 
 
@@ -89,7 +89,10 @@ def test_one_token_has_the_same_bits_however_its_experts_arrive(
     math, weights = make(4, hidden, width, dtype, seed)
     x, gates = torch.randn(1, hidden).to(dtype), torch.rand(1, 4).softmax(-1).to(dtype)
     at_once = one_token(math, x, weights, gates)
-    assert torch.equal(at_once, one_token_arriving(math, x, waves(order, cuts, weights), gates))
+    ready = waves(order, cuts, weights)
+    assert torch.equal(at_once, one_token_arriving(math, x, ready, gates))
+    places, last = ready[-1]
+    assert torch.equal(at_once, one_token_arriving(math, x, [*ready[:-1], (places, FirstOnly(last)), ready[-1]], gates))
 
 
 def waves(order: list[int], cuts: list[bool], weights: list[Weights]) -> list[tuple[list[int], list[Weights]]]:

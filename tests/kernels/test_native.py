@@ -18,7 +18,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from emoe.kernels import choice, experts
 from emoe.kernels.chunks import NATIVE_ROWS, many_tokens
-from emoe.kernels.experts import ExpertMath, Weights, one_token, one_token_arriving
+from emoe.kernels.experts import ExpertMath, FirstOnly, Weights, one_token, one_token_arriving
 from emoe.kernels.gates import CLAMPED, SILU, apply_gate, gate_of
 from emoe.kernels.grouping import Grouping
 from emoe.kernels.native import build
@@ -235,6 +235,7 @@ def test_a_layer_is_transformers_own(
     width=st.integers(1, 70),
     order=st.permutations(range(4)),
     alone=st.integers(0, 3),
+    early=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     wide_gates=st.booleans(),
 )
@@ -245,6 +246,7 @@ def test_one_token_has_the_same_bits_however_its_experts_arrive(
     width: int,
     order: list[int],
     alone: int,
+    early: bool,
     dtype: torch.dtype,
     wide_gates: bool,
 ) -> None:
@@ -255,6 +257,8 @@ def test_one_token_has_the_same_bits_however_its_experts_arrive(
     gates = gates if wide_gates else gates.to(dtype)
     groups = [order[: 4 - alone], *([place] for place in order[4 - alone :])]
     ready = [(group, [weights[place] for place in group]) for group in groups]
+    if early:
+        ready.insert(-1, (groups[-1], FirstOnly(ready[-1][1])))
     assert torch.equal(one_token(math, x, weights, gates), one_token_arriving(math, x, ready, gates))
 
 

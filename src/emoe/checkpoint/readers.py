@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -107,11 +107,19 @@ class Reader:
             self.close()
             raise
 
-    def read_into(self, pieces: Sequence[Piece], parts: Mapping[str, torch.Tensor], priority: int = 0) -> int:
+    def read_into(
+        self,
+        pieces: Sequence[Piece],
+        parts: Mapping[str, torch.Tensor],
+        priority: int = 0,
+        first: Collection[str] = (),
+        reached: Callable[[], None] | None = None,
+    ) -> int:
         """Read `pieces` (of one expert) into `parts`, one contiguous CPU tensor per part of a slot.
 
         Returns the bytes of the checkpoint that were read. On an error the parts' content is undefined. Of several
-        calls at once, those of a lower `priority` get the disk first (where reads are direct).
+        calls at once, those of a lower `priority` get the disk first (where reads are direct). The parts `first` are
+        read before the others, and `reached` is called when they are there, where all bytes go straight into place.
 
         Raises:
             ReadError: the read failed, the file ended early, or the reader is closed.
@@ -123,6 +131,8 @@ class Reader:
             self._reading += 1
         try:
             total = 0
+            if reached is not None and all(piece.direct for piece in pieces):
+                return self._read_in_two(pieces, parts, priority, first, reached)
             for batch in batches(segments_of(pieces, parts), self._scratch):
                 nbytes = sum(segment.nbytes for run in batch for segment in run)
                 if self._throttle is not None:
@@ -142,6 +152,32 @@ class Reader:
             with self._idle:
                 self._reading -= 1
                 self._idle.notify_all()
+
+    def _read_in_two(
+        self,
+        pieces: Sequence[Piece],
+        parts: Mapping[str, torch.Tensor],
+        priority: int,
+        first: Collection[str],
+        reached: Callable[[], None],
+    ) -> int:
+        """`read_into` where no memory is needed in between: the `first` parts' runs, then the others', at once."""
+        halves = [[piece for piece in pieces if (piece.part in first) is wanted] for wanted in (True, False)]
+        runs = [[run for batch in batches(segments_of(half, parts), self._scratch) for run in batch] for half in halves]
+        nbytes = sum(segment.nbytes for half in runs for run in half for segment in run)
+        if self._throttle is not None:
+            self._throttle.take(nbytes)
+        if self.kind != "direct":
+            for run in runs[0]:
+                self._read(run)
+            reached()
+            for run in runs[1]:
+                self._read(run)
+            return nbytes
+        most = min(2 * CHUNK_BYTES, max(CHUNK_BYTES, nbytes // CHUNKS))
+        early, late = ([chunk for run in half for chunk in self._chunks(run, most)] for half in runs)
+        self._crew.run([*_counted(early, reached), *late], priority)
+        return nbytes
 
     def close(self) -> None:
         """Wait for reads under way, then close the files. Later reads raise ReadError."""
@@ -357,6 +393,24 @@ def _ended(run: Sequence[Segment], descriptor: int, offset: int) -> ReadError:
 def staging_nbytes(kind: ReaderKind, pieces: Sequence[Piece]) -> int:
     """Bytes that each reading thread needs beside the slots to read such an expert."""
     return gather_nbytes(pieces) + (STAGING_BYTES if kind == "direct" else 0)
+
+
+def _counted(tasks: Sequence[Callable[[], None]], ended: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """The tasks, the last of which to end calls `ended`."""
+    lock = threading.Lock()
+    left = len(tasks)
+
+    def count(task: Callable[[], None]) -> None:
+        nonlocal left
+        task()
+        with lock:
+            left -= 1
+            last = not left
+        if last:
+            ended()
+
+    for task in tasks:
+        yield partial(count, task)
 
 
 class _Throttle:

@@ -93,6 +93,10 @@ class Weights:
         self.native = native
 
 
+class FirstOnly(list[Weights]):
+    """Weights of which only the first projections are there yet."""
+
+
 def project(
     x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, out: torch.Tensor, unpack: Unpack | None = None
 ) -> None:
@@ -137,7 +141,8 @@ def one_token_arriving(
     Args:
         math: the family's arithmetic.
         hidden: [1, hidden].
-        ready: (places among the router's k choices, their experts), every place once.
+        ready: (places among the router's k choices, their experts), every place once; before that, where they are
+            told by `FirstOnly`, those whose first projections can be computed already.
         gates: [1, k] router weights.
 
     Returns:
@@ -146,15 +151,26 @@ def one_token_arriving(
     k = gates.shape[1]
     outer = hidden.new_empty(k, hidden.shape[1])
     there: dict[int, Weights] = {}
+    begun: tuple[Sequence[int], torch.Tensor | None] = ((), None)
     inner: torch.Tensor | None = None
     native = whole = None
     for places, weights in ready:
         there.update(zip(places, weights, strict=True))
         native = math.natively(weights[0], hidden.dtype)
+        early, done = isinstance(weights, FirstOnly), places == begun[0]
         if native is not None and native.whole and math.post_norm is None:
-            whole = native
-            outer[list(places)] = native.rows(hidden, [cast(Bound, w.native) for w in weights])
+            whole, bound = native, [cast(Bound, w.native) for w in weights]
+            if early:
+                begun = places, native.first(hidden, bound)
+            elif done and begun[1] is not None:
+                outer[list(places)] = native.rest(begun[1], bound)
+            else:
+                outer[list(places)] = native.rows(hidden, bound)
             continue
+        if done:
+            continue
+        if early:
+            begun = places, None
         if inner is None:
             inner = hidden.new_empty(k, weights[0].first.shape[1])
         if native is not None:

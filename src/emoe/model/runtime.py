@@ -18,7 +18,7 @@ from emoe.config import Mode
 from emoe.errors import UsageError
 from emoe.kernels.chunks import many_tokens
 from emoe.kernels.combining import Workspace
-from emoe.kernels.experts import ExpertMath, Weights, one_token, one_token_arriving
+from emoe.kernels.experts import ExpertMath, FirstOnly, Weights, one_token, one_token_arriving
 from emoe.kernels.grouping import Grouping, rounds_rows
 from emoe.kernels.slots import SlotKernels, sent
 from emoe.model.hybrid import Hybrid
@@ -317,6 +317,9 @@ class Runtime:
         if there:
             yield there, [layer.weights[taking.slots[place]] for place in there]
         while taking.flights:
+            begun = layer.pool.arrive_first(taking)
+            if begun is not None:
+                yield begun[0], FirstOnly([layer.weights[begun[1]]] * len(begun[0]))
             places = layer.pool.arrive(taking)
             if not taking.flights and self.after_take is not None:
                 self.after_take(layer)

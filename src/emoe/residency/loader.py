@@ -32,6 +32,8 @@ class Load:
     nbytes: int = 0
     error: Exception | None = None
     seconds: float = 0.0
+    first: threading.Event | None = None
+    """Set when the parts that are used first are there, or it has ended; None: nothing tells."""
 
     @classmethod
     def ended(cls, what: str, seconds: float) -> Load:
@@ -56,18 +58,21 @@ class Loader:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, run: Callable[[], int], what: str, priority: int = DEMAND) -> Load:
+    def submit(
+        self, run: Callable[[], int], what: str, priority: int = DEMAND, first: threading.Event | None = None
+    ) -> Load:
         """Queue a load.
 
         Args:
             run: reads the expert into its slot and returns the bytes read.
             what: names the expert, for errors.
             priority: lower goes first; equal priorities in the order of submission.
+            first: what `run` sets when the parts that are used first are there.
 
         Raises:
             ReadError: the loader is closed.
         """
-        load = Load(run, what)
+        load = Load(run, what, first=first)
         with self._wake:
             if self._closed:
                 raise ReadError(f"{what} cannot be loaded: the model was closed. Load it again with emoe.load.")
@@ -93,6 +98,18 @@ class Loader:
         if load.error is not None:
             raise load.error
         return load.nbytes
+
+    def wait_first(self, load: Load) -> bool:
+        """Wait until the parts that are used first are there; whether they were there before the rest.
+
+        False at once where nobody has started the load: who waits for it runs it.
+        """
+        if load.first is None or not load.claimed:
+            return False
+        while not load.first.wait(_LIVENESS_S):
+            if load.done.is_set() or not any(thread.is_alive() for thread in self._threads):
+                return False
+        return not load.done.is_set()
 
     def drop(self, load: Load) -> bool:
         """Cancel `load` if nobody has started it; return whether that was so."""
@@ -140,6 +157,8 @@ class Loader:
             if load.error is None and load.nbytes == 0 and not load.done.is_set():
                 load.error = ReadError(f"{load.what} was not loaded: the load was abandoned.")
             load.done.set()
+            if load.first is not None:
+                load.first.set()
 
     def _work(self) -> None:
         while True:

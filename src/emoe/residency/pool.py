@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -53,6 +54,8 @@ class ExpertPool:
         self.transfers: Transfers | None = None
         # Every expert is there for good: nothing is pinned, evicted or scored, which took 14 us a layer of 8 experts.
         self._settled = False
+        parts = bank.views[0] if bank.views else {}
+        self._first_parts = frozenset(name for name in parts if not name.startswith("down_proj"))
         self.prefetches = Prefetches(table, loader, self._submit, self._commit, self._abort, self._room)
         self.early = Early(table, loader, self._submit, self._commit, self._abort)
 
@@ -148,6 +151,20 @@ class ExpertPool:
                 )
             flights.append(self._start(layer, expert, slot))
         taking.demanded = [flight.key for flight in flights if not flight.ahead]
+
+    def arrive_first(self, taking: Taking) -> tuple[list[int], int] | None:
+        """Wait for the first projection of the last load of `taking`, while its second is read.
+
+        Returns the places in `taking.slots` that it will fill and its slot; None where there is nothing to be gained.
+        """
+        if len(taking.flights) != 1 or self.transfers is not None:
+            return None
+        flight = taking.flights[0]
+        start = time.perf_counter()
+        there = self._loader.wait_first(flight.load)
+        self.load_wait_s += time.perf_counter() - start
+        places = [place for place, expert in enumerate(taking.experts) if expert == flight.key[1]]
+        return (places, flight.slot) if there else None
 
     def arrive(self, taking: Taking) -> list[int]:
         """Wait for the next load of `taking` to end; return the places in `taking.slots` that it filled.
@@ -359,7 +376,15 @@ class ExpertPool:
         if self.transfers is not None:
             passing = table.slots[slot].transient
             return self.transfers.start(key, slot, priority, what, passing=passing, evicted=table.evicted)
-        return self._loader.submit(lambda: self.read(key, self.bank.views[slot], priority), what, priority)
+        views = self.bank.views[slot]
+        if not self._first_parts:
+            return self._loader.submit(lambda: self.read(key, views, priority), what, priority)
+        first = threading.Event()
+        pieces = self._index.pieces(layer, expert)
+        read = self._reader.read_into
+        return self._loader.submit(
+            lambda: read(pieces, views, priority, self._first_parts, first.set), what, priority, first
+        )
 
     def _room(self, key: Key, ahead: bool) -> bool:
         """Whether a load could begin now: on the way to a device it passes through host memory."""

@@ -92,7 +92,7 @@ class Calls:
             self._one_token, self._experts = library.emoe_one_token, library.emoe_experts
             self._products, self._counts = library.emoe_products, library.emoe_thread_counts
             self._unpack, self._attention, self._norm = library.emoe_unpack, library.emoe_attention, library.emoe_norm
-            self._rows, self._combine = library.emoe_rows, library.emoe_combine
+            self._rows, self._rest, self._combine = library.emoe_rows, library.emoe_rest, library.emoe_combine
             self._many_attention = library.emoe_many_attention
             self._many, self._many_products = library.emoe_many, library.emoe_many_products
             self.knows_many = bool(library.emoe_knows_many())
@@ -100,7 +100,7 @@ class Calls:
             raise BuildError(f"{path} cannot be loaded: {error}") from error
         pointer, number = ctypes.c_void_p, ctypes.c_int
         self._one_token.argtypes = [pointer, number, pointer, pointer, pointer, number, pointer, number]
-        self._rows.argtypes = [pointer, number, pointer, pointer, pointer, number]
+        self._rows.argtypes = self._rest.argtypes = [pointer, number, pointer, pointer, pointer, number]
         self._combine.argtypes = [number, *[ctypes.c_long] * 2, number, *[pointer] * 3, number, pointer, number]
         self._combine.restype = None
         self._experts.argtypes = [pointer, number, pointer, pointer, pointer, pointer, number]
@@ -137,6 +137,13 @@ class Calls:
         pointers = (ctypes.c_void_p * k)(*experts)
         threads = torch.get_num_threads()
         _done(self._rows(ctypes.addressof(layer), k, pointers, hidden.data_ptr(), out.data_ptr(), threads))
+
+    def rest(self, layer: Layer, experts: Sequence[int], inner: torch.Tensor, out: torch.Tensor) -> None:
+        """Write what `rows` writes from the experts' first projections `inner` [experts, rows of `first`]."""
+        k = len(experts)
+        pointers = (ctypes.c_void_p * k)(*experts)
+        threads = torch.get_num_threads()
+        _done(self._rest(ctypes.addressof(layer), k, pointers, inner.data_ptr(), out.data_ptr(), threads))
 
     def combine(
         self, rows: torch.Tensor, gates: torch.Tensor, out: torch.Tensor, place: torch.Tensor | None = None

@@ -61,31 +61,47 @@ static void gate_unit(void *context, long row)
     prepare(&l->down, to, g->ready + row * prepared_bytes(&l->down));
 }
 
-/* Run experts, `counts[e]` rows of x each, one after another; `shared`: every expert runs the one row x instead.
- * outer [rows, hidden]. Returns -1 if there is no memory. */
-static int run_experts(const layer *l, int experts, const expert *const *weights, const int32_t *counts, int shared,
-                       const char *x, char *outer, int threads)
+/* Memory that `run_rest` wants, a multiple of 64. */
+INLINE long rest_bytes(const layer *l, int experts, long rows)
 {
-    const long size = type_bytes(l->first.type), in = prepared_bytes(&l->first), width = l->down.in;
-    long rows = 0;
-    for (int e = 0; e < experts; e++) rows += counts[e];
-    const long inputs = shared ? 1 : rows, rows_x = inputs * in, rows_first = room(rows * l->first.out * size);
-    const long rows_gated = rows * room(width * size), ready_each = prepared_bytes(&l->down), rows_ready = rows * ready_each;
-    char *memory = scratch(rows_x + rows_first + rows_gated + rows_ready + room(experts * (long)sizeof(job)));
-    if (!memory) return -1;
-    char *inner = memory + rows_x, *gated = inner + rows_first, *ready = gated + rows_gated;
-    job *jobs = (job *)(ready + rows_ready);
-    for (long r = 0; r < inputs; r++) prepare(&l->first, x + r * l->first.in * size, memory + r * in);
-    for (long e = 0, row = 0; e < experts; row += counts[e++])
-        jobs[e] = (job){&weights[e]->first, memory + (shared ? 0 : row) * in, inner + row * l->first.out * size, counts[e]};
-    products first = make_products(&l->first, jobs, experts, threads);
-    spread(threads, first.units_each * experts, run_unit, &first);
+    const long gated = rows * room(l->down.in * type_bytes(l->first.type)), ready = rows * prepared_bytes(&l->down);
+    return room(gated + ready) + room(experts * (long)sizeof(job));
+}
+
+/* outer [rows, hidden] from the experts' first projections inner [rows, first.out], one expert's rows after another. */
+static void run_rest(const layer *l, int experts, const expert *const *weights, const int32_t *counts, long rows,
+                     const char *inner, char *memory, char *outer, int threads)
+{
+    const long size = type_bytes(l->first.type), width = l->down.in, ready_each = prepared_bytes(&l->down);
+    job *jobs = (job *)memory;
+    char *gated = memory + room(experts * (long)sizeof(job)), *ready = gated + rows * room(width * size);
     gating gate = {l, inner, gated, ready};
     spread(rows * width < 16384 ? 1 : threads, rows, gate_unit, &gate);
     for (long e = 0, row = 0; e < experts; row += counts[e++])
         jobs[e] = (job){&weights[e]->down, ready + row * ready_each, outer + row * l->down.out * size, counts[e]};
     products down = make_products(&l->down, jobs, experts, threads);
     spread(threads, down.units_each * experts, run_unit, &down);
+}
+
+/* Run experts, `counts[e]` rows of x each, one after another; `shared`: every expert runs the one row x instead.
+ * outer [rows, hidden]. Returns -1 if there is no memory. */
+static int run_experts(const layer *l, int experts, const expert *const *weights, const int32_t *counts, int shared,
+                       const char *x, char *outer, int threads)
+{
+    const long size = type_bytes(l->first.type), in = prepared_bytes(&l->first);
+    long rows = 0;
+    for (int e = 0; e < experts; e++) rows += counts[e];
+    const long inputs = shared ? 1 : rows, rows_x = inputs * in, rows_first = room(rows * l->first.out * size);
+    char *memory = scratch(rows_x + rows_first + rest_bytes(l, experts, rows));
+    if (!memory) return -1;
+    char *inner = memory + rows_x, *rest = inner + rows_first;
+    job *jobs = (job *)rest;
+    for (long r = 0; r < inputs; r++) prepare(&l->first, x + r * l->first.in * size, memory + r * in);
+    for (long e = 0, row = 0; e < experts; row += counts[e++])
+        jobs[e] = (job){&weights[e]->first, memory + (shared ? 0 : row) * in, inner + row * l->first.out * size, counts[e]};
+    products first = make_products(&l->first, jobs, experts, threads);
+    spread(threads, first.units_each * experts, run_unit, &first);
+    run_rest(l, experts, weights, counts, rows, inner, rest, outer, threads);
     return 0;
 }
 
@@ -174,6 +190,19 @@ EXPORT void emoe_combine(int type, long hidden, long tokens, int k, const char *
 {
     combining all = {type, gates_type, k, hidden, outer, gates, place, out};
     spread(tokens * k * hidden < 65536 ? 1 : threads, tokens, combine_unit, &all);
+}
+
+/* outer [k, hidden]: the same from the experts' first projections inner [k, first.out], as emoe_products gives them. */
+EXPORT int emoe_rest(const layer *l, int k, const expert *const *weights, const char *inner, char *outer, int threads)
+{
+    int32_t counts[k];
+    for (int j = 0; j < k; j++) counts[j] = 1;
+    char *memory = scratch(rest_bytes(l, k, k));
+    if (!memory) return -1;
+    timing t = begin_timing(bytes_of(&l->down, k), threads);
+    run_rest(l, k, weights, counts, k, inner, memory, outer, t.threads);
+    end_timing(&t);
+    return 0;
 }
 
 /* outer [rows, hidden]: experts with counts[e] rows of x each, one expert's after another. */

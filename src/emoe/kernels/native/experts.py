@@ -90,6 +90,13 @@ class NativeExperts:
         )
         return out
 
+    def rest(self, inner: torch.Tensor, experts: Sequence[Bound]) -> torch.Tensor:
+        """Return what `rows` does, from `inner`, what `first` returned for one token: [experts, hidden]."""
+        layer = self._layer(experts[0], inner.dtype)
+        out = inner.new_empty(len(experts), layer.down.rows)
+        self._calls.rest(layer, [bound.expert for bound in experts], inner, out)
+        return out
+
     def combine(self, rows: torch.Tensor, gates: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
         """Return the weighted sums [tokens, hidden] of tokens' rows, as `one_token` adds them; `gates` [tokens, k].
 
