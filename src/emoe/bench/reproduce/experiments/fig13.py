@@ -67,9 +67,11 @@ def _same(gains: dict[str, Gap]) -> Claim:
     if not apart and len(equal) < len(gains):
         why += f"The prompts do not decide it for {_and(task for task in gains if task not in equal)}."
         return Claim(text, paper, _signed(gains), "undecided", why)
-    why += f"Knowing the task makes a difference on {_and(apart)}: that task's answers depend on experts of its own."
+    why += f"Knowing the task makes a difference on {_and(apart)}. "
+    unsaid = [task for task in gains if task not in apart and task not in equal]
+    why += f"The prompts do not decide it for {_and(unsaid)}." if unsaid else ""
     verdict: Verdict = "holds" if not apart else "partly" if equal else "does not hold"
-    return Claim(text, paper, _signed(gains), verdict, "" if verdict == "holds" else why)
+    return Claim(text, paper, _signed(gains), verdict, "" if verdict == "holds" else why.strip())
 
 
 def _better(gains: dict[str, Gap], why: str) -> Claim:
