@@ -23,8 +23,8 @@ from typing import Any
 from emoe.cli import main as emoe
 from emoe.scheduling import affinity
 
-CONSTANTS = ("STRETCH", "LATE", "MARGIN", "CROWD", "HURRY", "OWED", "OWED_EVERY", "TRIED", "FRESH", "TASKS")
-WHOLE = ("OWED_EVERY", "TRIED", "FRESH", "TASKS")
+CONSTANTS = ("STRETCH", "LATE", "MARGIN", "CROWD", "HURRY", "OWED", "OWED_EVERY", "TRIED")
+WHOLE = ("OWED_EVERY", "TRIED")
 TELLS = 0.01
 
 
