@@ -37,6 +37,8 @@ def test_a_folder_or_its_file_is_read(tmp_path: Path) -> None:
         assert (found.top_k, found.tasks, found.num_prompts) == (1, ("algebra", "law"), 3)
         assert [found.task_of(i) for i in range(3)] == ["algebra", "algebra", "law"]
     assert not holds_counts(tmp_path / "nothing.npz")
+    (tmp_path / "empty").mkdir()
+    assert not holds_counts(tmp_path / "empty")
     (tmp_path / "trace.npz").write_bytes(b"no archive")
     assert not holds_counts(tmp_path), "a trace lies beside it"
     assert not holds_counts(tmp_path / "trace.npz")
@@ -51,6 +53,9 @@ def test_a_folder_or_its_file_is_read(tmp_path: Path) -> None:
         ({"counts": COUNTS.astype(float)}, "do not fit"),
         ({"subject": np.array([0, 0, 2])}, "does not name one of 2 subjects"),
         ({"subjects": None}, "does not name one of 0 subjects"),
+        ({"subject": np.array([0, 1])}, "does not name one of 2 subjects for 3 prompts"),
+        ({"subject": np.array([0, -2, 1])}, "does not name one of 2 subjects"),
+        ({"counts": COUNTS[:0], "n_tokens": np.zeros(0, int), "subject": np.zeros(0, int)}, "do not add up"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emoe.prediction.protocol import RoutingShape
-from emoe.scheduling.costs import MOST_TASKS, Array, CostModel, Step
+from emoe.scheduling.costs import FORGET, MOST_TASKS, Array, CostModel, Step
 from tests.scheduling.situations import request
 
 SHAPE = RoutingShape(2, 4, 1)
@@ -132,6 +132,9 @@ def test_admissions_are_averaged() -> None:
     none.observe_admission(-1.0)  # fewer loads than expected without it
     none.observe_admission(0.0)
     assert none.admission_load_s == 0.0
+    first = model()
+    first.observe_admission(2.0)  # beside a prior of 0 that counts as one value, a little faded
+    assert first.admission_load_s == pytest.approx(2.0 / (1 + FORGET))
 
 
 def test_without_a_shape_loads_are_expected_to_stay_what_they_were() -> None:
