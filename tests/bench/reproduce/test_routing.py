@@ -17,9 +17,12 @@ def test_transitions_are_strong_by_how_much_more_they_name(times: float, verdict
     assert claim.verdict == verdict and f"{times:.1f}x" in claim.here
 
 
-@pytest.mark.parametrize(("r", "verdict"), [(0.46, "holds"), (0.3, "partly"), (0.15, "does not hold")])
-def test_layers_are_alike_by_r_and_beside_other_prompts(r: float, verdict: str) -> None:
-    curves = {fig7.PROMPT: [r, r], fig7.OTHER_PROMPT: [0.1, 0.1], fig7.NUMBERED: [0.0], fig7.PROMPT_C: [0.9]}
+@pytest.mark.parametrize(
+    ("r", "other", "verdict"),
+    [(0.46, 0.1, "holds"), (0.3, 0.1, "partly"), (0.9, 0.85, "partly"), (0.15, 0.1, "does not hold")],
+)
+def test_layers_are_alike_by_r_and_beside_other_prompts(r: float, other: float, verdict: str) -> None:
+    curves = {fig7.PROMPT: [r, r], fig7.OTHER_PROMPT: [other, other], fig7.NUMBERED: [0.0], fig7.PROMPT_C: [0.9]}
     claim = fig7._claim("m", {**curves, fig7.NOTHING_C: [0.95]})
     assert claim.verdict == verdict and "of a token" not in claim.here
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from emoe.bench.reproduce import correlation as of
 from emoe.bench.reproduce import drawing, transitions
+from emoe.bench.reproduce.accuracy import graded
 from emoe.bench.reproduce.experiment import Experiment
-from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table, Verdict
+from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
 from emoe.bench.reproduce.needs import pairs
 from emoe.bench.reproduce.sources import Source, left_out, sources
 from emoe.bench.reproduce.workbench import Workbench
@@ -89,7 +90,7 @@ def _claim(name: str, curves: dict[str, list[float]]) -> Claim:
     r, other, plain, c, nothing = (
         float(np.mean(curves[curve])) for curve in (PROMPT, OTHER_PROMPT, NUMBERED, PROMPT_C, NOTHING_C)
     )
-    verdict: Verdict = "holds" if r >= NEEDED else "partly" if r >= other + MARGIN else "does not hold"
+    verdict = graded([r >= NEEDED, r >= other + MARGIN])
     token = f", of a token {float(np.mean(curves[TOKEN])):.2f}" if TOKEN in curves else ""
     return Claim(
         f"consecutive layers choose alike ({name})",
@@ -108,8 +109,8 @@ EXPERIMENT = Experiment(
     method=f"{of.METHOD} Here x are the counts of a prompt in one layer and y in the next. Experts have no "
     "numbers in common from layer to layer, so those of the next layer are renamed, one to one, as "
     "makes r highest on the prompts to learn from; r is then averaged over the other prompts. Also for "
-    "single tokens, whose counts are 0 and 1. The claim holds from r = 0.9 x 0.50 of a prompt, partly "
-    f"from {MARGIN} more than between two prompts.",
+    "single tokens, whose counts are 0 and 1. The claim holds from r = 0.9 x 0.50 of a prompt if that "
+    f"is {MARGIN} more than between two prompts; partly with one of the two.",
     expected="About 0.50 between consecutive layers.",
     kind="routing",
     minutes=(0.3, 1),
