@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from emoe.checkpoint.readers import Reader, ReaderKind
 from emoe.checkpoint.skeleton import skeleton
 from emoe.kernels.choice import kernel_of
 from emoe.kernels.chunks import many_tokens
-from emoe.kernels.experts import ExpertMath, Weights, one_token, one_token_arriving
+from emoe.kernels.experts import ExpertMath, FirstOnly, Weights, one_token, one_token_arriving
 from emoe.kernels.grouping import Grouping, rounds_rows
 from emoe.model.bind import LOADER_THREADS, binding_of, close, load
 from emoe.planner import plan
@@ -33,7 +34,7 @@ from emoe.profiling.machine import PROMPT_TOKENS, ModelRates, TokenTimes
 from emoe.profiling.rates import seconds_of, using_threads
 from emoe.residency.bank import Bank
 from emoe.residency.devices import device_at
-from emoe.residency.loader import Load, Loader
+from emoe.residency.loader import DEMAND, Load, Loader
 
 DEPTH = 4
 """Loads under way while a layer's experts stream, as for a prompt."""
@@ -121,12 +122,18 @@ class ExpertReads:
             yield list(range(there)), [self.weights[slot] for slot in slots[:there]]
         while flights:
             place = next((place for place, load in flights.items() if load.done.is_set()), min(flights))
+            if len(flights) == 1 and self._loader.wait_first(flights[place]):
+                yield [place], FirstOnly([self.weights[slots[place]]])
             self._loader.wait(flights.pop(place))
             yield [place], [self.weights[slots[place]]]
 
     def _begin(self, key: tuple[int, int], slot: int) -> Load:
-        pieces, views = self.index.pieces(*key), self.bank.views[slot]
-        return self._loader.submit(lambda: self.reader.read_into(pieces, views), "expert")
+        pieces, views, first = self.index.pieces(*key), self.bank.views[slot], threading.Event()
+        parts = frozenset(name for name in views if not name.startswith("down_proj"))
+        read = self.reader.read_into
+        return self._loader.submit(
+            lambda: read(pieces, views, DEMAND, parts, first.set), "expert", first=first if parts else None
+        )
 
     def close(self) -> None:
         """Stop the threads."""
