@@ -60,11 +60,12 @@ def test_products_are_integers_times_scales_times_x(
     each=st.integers(1, 41),
     tokens=st.integers(9, 40),
     biased=st.booleans(),
+    hooked=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 10**6),
 )
 def test_many_rows_are_multiplied_block_by_block(
-    bits: int, rows: int, each: int, tokens: int, biased: bool, dtype: torch.dtype, seed: int
+    bits: int, rows: int, each: int, tokens: int, biased: bool, hooked: bool, dtype: torch.dtype, seed: int
 ) -> None:
     weight, values = random_matrix(bits, 64, rows, seed)
     x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -76,9 +77,13 @@ def test_many_rows_are_multiplied_block_by_block(
         asked.append(some)
         weight.unpack(some, into)
 
+    def multiply(x: torch.Tensor, plain: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor) -> None:
+        assert into.is_contiguous()
+        into.copy_(x @ plain if bias is None else torch.addmm(bias, x, plain))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantised, "MULTIPLIED", each * 64)
-        many_rows(x, weight, bias, out, unpack)
+        many_rows(x, weight, bias, out, unpack, multiply if hooked else None)
     assert [row for some in asked for row in range(some.start, some.stop)] == list(range(rows))
     assert max(some.stop - some.start for some in asked) <= each
     stored = values.to(dtype).double()

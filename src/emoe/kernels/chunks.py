@@ -12,7 +12,7 @@ from emoe.kernels.combining import Workspace, combine
 from emoe.kernels.experts import ExpertMath, Weights, project
 from emoe.kernels.grouping import Grouping
 from emoe.kernels.native.calls import TYPES
-from emoe.kernels.quantised import QuantisedMatrix, Unpack
+from emoe.kernels.quantised import QuantisedMatrix, Unpack, many_rows
 
 NATIVE_ROWS = 8
 """Rows of one expert up to which the C kernels run it, whose results do not depend on how many rows there are."""
@@ -98,6 +98,10 @@ def finish_chunk(
     return combine(outer, gates, dtype, grouping.place, workspace)
 
 
+UNPACKED_ROWS = 64
+"""Rows up to which the C kernels multiply a quantised matrix' blocks faster than torch: each prepares the rows anew."""
+
+
 def _one_expert(math: ExpertMath, w: Weights, x: torch.Tensor, out: torch.Tensor, count: int) -> None:
     """Run one expert over the `count` first rows of its block; what is in the others is read by nobody."""
     native, bound = math.natively(w, x.dtype), w.native
@@ -118,5 +122,10 @@ def _one_expert(math: ExpertMath, w: Weights, x: torch.Tensor, out: torch.Tensor
     unpack: list[Unpack | None] = [None, None]
     if native is not None and bound is not None and quantised:
         unpack = [functools.partial(native.unpack, bound, down) for down in (False, True)]
+        if native.multiplies_many(x.dtype) and count <= UNPACKED_ROWS:
+            first, last = cast(QuantisedMatrix, w.first), cast(QuantisedMatrix, w.down)
+            many_rows(x[:count], first, w.first_bias, inner[:count], unpack[0], native.multiply)
+            many_rows(math.activate(inner[:count]), last, w.down_bias, out[:count], unpack[1], native.multiply)
+            return
     project(x, w.first, w.first_bias, inner, unpack[0])
     project(math.activate(inner), w.down, w.down_bias, out, unpack[1])

@@ -33,6 +33,9 @@ MULTIPLIED = 1 << 20
 Unpack = Callable[[slice, torch.Tensor], None]
 """Called with (rows of the matrix, where their values go: [rows, in])."""
 
+Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], None]
+"""Called with (x [rows, in], a plain matrix [in, out], its bias or None, where x times it goes: [rows, out], whole)."""
+
 
 class QuantisedMatrix:
     """One matrix in one of the formats above, a view of a slot. It never moves.
@@ -108,8 +111,9 @@ def many_rows(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     unpack: Unpack | None = None,
+    multiply: Multiply | None = None,
 ) -> None:
-    """Write x [rows, in] times the matrix, unpacked to x's dtype, to `out` [rows, out]; torch multiplies.
+    """Write x [rows, in] times the matrix, unpacked to x's dtype, to `out` [rows, out].
 
     Unpacked whole, a matrix of 4096 x 2048 goes to memory and back, in pages that may be new each time.
 
@@ -119,13 +123,18 @@ def many_rows(
         bias: [out] or None.
         out: where to.
         unpack: what unpacks; None: `weight.unpack`.
+        multiply: what multiplies; None: torch.
     """
     blocks = weight.blocks(MULTIPLIED)
     held = x.new_empty(blocks[0].stop, weight.shape[0])
     for some in blocks:
         values = held[: some.stop - some.start]
         (unpack or weight.unpack)(some, values)
-        if bias is None:
+        if multiply is not None:
+            part = x.new_empty(x.shape[0], values.shape[0])
+            multiply(x, values.t(), None if bias is None else bias[some], part)
+            out[:, some] = part
+        elif bias is None:
             torch.mm(x, values.t(), out=out[:, some])
         else:
             torch.addmm(bias[some], x, values.t(), out=out[:, some])
