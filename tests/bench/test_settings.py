@@ -68,3 +68,11 @@ def test_a_contender_survives_the_way_to_its_process() -> None:
 def test_what_cannot_be_meant_is_refused(wrong: dict[str, object], text: str) -> None:
     with pytest.raises(UsageError, match=text):
         DecodeSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_what_looks_ahead_is_checked_before_anything_starts() -> None:
+    assert DecodeSettings(predictor="static").as_dict()["predictor"] == "static"
+    with pytest.raises(UsageError, match="'nothing'"):
+        DecodeSettings(predictor="nothing")
+    with pytest.raises(UsageError, match="prefetch='plan' loads what a predictor expects"):
+        DecodeSettings(prefetch="plan")
