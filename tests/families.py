@@ -26,7 +26,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -35,6 +37,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 # Given to every family whose configuration has a field of that name.
 _COMMON: dict[str, Any] = {
@@ -103,7 +106,17 @@ class Family:
 
 
 def _families(*families: Family) -> dict[str, Family]:
-    return {family.name: family for family in families}
+    return {family.name: family for family in families if _has_experts_interface(family.model_type or family.name)}
+
+
+def _has_experts_interface(model_type: str) -> bool:
+    """Whether the installed transformers runs the experts of these models through its interface.
+
+    Not all of its releases since 5.17 do (aria_text came later, inkling2_text is newer).
+    """
+    module = model_type_to_module_name(model_type)
+    source = Path(transformers.__file__).parent / "models" / module / f"modeling_{module}.py"
+    return source.is_file() and "use_experts_implementation" in source.read_text()
 
 
 FAMILIES: dict[str, Family] = _families(
@@ -206,6 +219,8 @@ FAMILIES: dict[str, Family] = _families(
 
 def make_config(name: str, **overrides: Any) -> PretrainedConfig:
     """The tiny configuration of the family called `name`."""
+    if name not in FAMILIES:
+        pytest.skip(f"transformers {transformers.__version__} does not run {name} through its experts interface")
     return FAMILIES[name].config(**overrides)
 
 

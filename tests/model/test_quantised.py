@@ -19,7 +19,7 @@ from emoe.config import ExpertMemory
 from emoe.errors import BudgetError, UnsupportedModelError, UsageError
 from emoe.model import close
 from emoe.residency.eviction import EVICTION_RULES
-from tests.families import FAMILIES
+from tests.families import FAMILIES, make_config
 from tests.model.test_device import Virtual
 
 IDS = torch.randint(3, 128, (2, 11), generator=torch.Generator().manual_seed(4))
@@ -34,7 +34,7 @@ def _own_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def wide(name: str) -> dict[str, Any]:
     """Settings that make the family's expert widths multiples of 32."""
-    known = FAMILIES[name].config().to_dict()
+    known = make_config(name).to_dict()
     return {key: 64 for key in ("intermediate_size", "moe_intermediate_size") if key in known}
 
 

@@ -25,7 +25,7 @@ from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
 from emoe.planner.live_bytes import LiveBytes
 from emoe.planner.plan import MASK_NBYTES, activation_bytes, cache_tokens
 from tests.conftest import Checkpoints
-from tests.families import FAMILIES
+from tests.families import FAMILIES, make_config
 
 # Families whose caches or names headers alone do not settle. A family that leaves this list is good news.
 DRY_RUN_ONLY = {"inkling2_text", "jamba", "minimax", "nemotron_h"}
@@ -85,7 +85,7 @@ def test_headers_and_dry_run_agree(family: str, fused: bool, checkpoints: Checkp
 def test_headers_know_what_quantised_experts_take(
     family: str, fused: bool, codec: ExpertCodec, checkpoints: Checkpoints
 ) -> None:
-    known = FAMILIES[family].config().to_dict()
+    known = make_config(family).to_dict()
     widths = {name: 64 for name in ("intermediate_size", "moe_intermediate_size") if name in known}
     path = checkpoints(family, fused=fused, **widths)
     try:

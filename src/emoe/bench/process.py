@@ -10,11 +10,10 @@ _SELF = Path("/proc/self")
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Resident bytes: now, at the peak since the last `reset_peak`, and now without pages of files."""
+    """Resident bytes: now, and at the peak since the last `reset_peak`."""
 
     now_bytes: int
     peak_bytes: int
-    anonymous_bytes: int
 
 
 def memory() -> Memory:
@@ -22,9 +21,9 @@ def memory() -> Memory:
     found = {}
     for line in (_SELF / "status").read_text().splitlines():
         name, _, value = line.partition(":")
-        if name in ("VmRSS", "VmHWM", "RssAnon"):
+        if name in ("VmRSS", "VmHWM"):
             found[name] = int(value.split()[0]) * 1024
-    return Memory(found["VmRSS"], found["VmHWM"], found["RssAnon"])
+    return Memory(found["VmRSS"], found["VmHWM"])
 
 
 def reset_peak() -> None:

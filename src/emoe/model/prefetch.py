@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,16 +18,6 @@ from emoe.residency.worth import Worth
 
 IN_FLIGHT = 2
 """Loads ahead of the next layer at once: it comes soon, and demand loads want the link."""
-
-
-class Prefetcher(Protocol):
-    """Asks the pools for experts ahead of need."""
-
-    name: str
-
-    def after_take(self, layer: LayerRuntime) -> None:
-        """Called when a layer's own experts are there and one token is about to run through them."""
-        ...
 
 
 class NextGate:

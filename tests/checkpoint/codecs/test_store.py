@@ -24,7 +24,7 @@ from emoe.checkpoint.skeleton import skeleton
 from emoe.checkpoint.writing import write_file
 from emoe.config import user_cache
 from emoe.errors import CheckpointError, ReadError, UnsupportedModelError, UsageError
-from tests.families import FAMILIES, make_checkpoint
+from tests.families import FAMILIES, make_checkpoint, make_config
 
 WIDE = {"intermediate_size": 64, "moe_intermediate_size": 64}
 INT4 = CODECS["int4"]
@@ -91,7 +91,7 @@ def test_every_expert_of_every_family_is_what_the_codec_makes_of_it(
 
 def wide(name: str) -> dict[str, Any]:
     """Settings that make the family's expert widths multiples of 32."""
-    known = FAMILIES[name].config().to_dict()
+    known = make_config(name).to_dict()
     return {key: value for key, value in WIDE.items() if key in known}
 
 
