@@ -83,7 +83,7 @@ def test_the_bits_are_those_of_one_device(
 
     @settings(max_examples=5)
     @given(
-        at=st.floats(0.45, 1),
+        at=st.floats(0.5, 1),  # a layer's experts, which is the floor over three devices, are half of deepseek_v3's
         devices=st.integers(2, 3),
         host=st.sampled_from([0, "40%", "100%"]),
         batch=st.integers(1, 3),
