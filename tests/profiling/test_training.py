@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,11 @@ def test_a_restored_predictor_predicts_the_same(trace: Trace, tmp_path: Path) ->
 def test_unknown_and_untrainable_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"no predictor is called .oracle.: choose from .*static"):
         check_names(["static", "oracle"])
-    monkeypatch.setitem(registry.PREDICTORS, "oracle", lambda shape: object())
+    learner = registry.make_predictor("static", RoutingShape(2, 4, 2))
+    knows_already = SimpleNamespace(
+        name="oracle", begin_prompt=learner.begin_prompt, observe=learner.observe, predict=learner.predict
+    )
+    monkeypatch.setitem(registry.PREDICTORS, "oracle", lambda shape: knows_already)
     with pytest.raises(UsageError, match="'oracle' learns nothing beforehand"):
         check_names(["static", "oracle"])
     check_names(default_names())
