@@ -29,6 +29,9 @@ SPARE_SLOTS = 2
 MAX_LANE = 4
 """Slots kept for experts that pass through: as many as loads are in flight."""
 
+MIN_PASSING, PASSING_BYTES = 4, 400 * 10**6
+"""Experts that may pass through a bank while a prompt is read: at least so many, at most of so many bytes."""
+
 
 def align_up(nbytes: int, to: int = SLOT_ALIGN_BYTES) -> int:
     """Return `nbytes` rounded up to a multiple of `to`."""
@@ -74,6 +77,15 @@ class PoolPlan:
     def nbytes(self) -> int:
         """Bytes of the bank."""
         return self.slots * self.slot_nbytes
+
+    @property
+    def passing(self) -> int:
+        """How many experts may pass through at once in a prompt: what the disk fills while attention computes.
+
+        At 40 % memory a prompt of 512 tokens takes 12 % less time with 7 experts of 50 MB (gpt-oss) than with 4, and
+        17 % less with 23 of 12.6 MB (OLMoE); decoding misses as before (docs/log.md).
+        """
+        return max(MIN_PASSING, min(PASSING_BYTES // max(1, self.slot_nbytes), self.slots // 8))
 
 
 @dataclass(frozen=True, slots=True)

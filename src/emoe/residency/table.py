@@ -87,7 +87,8 @@ class ResidencyTable:
     """Slots of one bank, the keys in them, and the choice of what to evict.
 
     A *transient* slot holds an expert that a prefill streamed through; transient slots are reused before any other
-    resident expert is touched, and at most `max_transient` exist, so that decode's residency survives a prefill.
+    resident expert is touched, and at most `max_transient` exist (0: the plan's `passing`), so that decode's
+    residency survives a prefill.
     A transient expert that decode hits becomes an ordinary resident. With a lane (`plan.lane`) transient slots are
     those and no others, so that no resident is ever touched by a prefill.
     """
@@ -95,7 +96,7 @@ class ResidencyTable:
     plan: PoolPlan
     experts: dict[int, int]
     eviction: Eviction
-    max_transient: int = 4
+    max_transient: int = 0
     pass_no: int = 0
     tick: int = 0
     slots: list[_Slot] = field(init=False)
@@ -125,7 +126,7 @@ class ResidencyTable:
         self._kept = dict.fromkeys(layers, 0)
         self._rank = {layer: rank for rank, layer in enumerate(layers)}
         self._layers, self._layer = layers, layers[0]
-        self.max_transient = max(1, min(self.plan.lane or self.max_transient, self.plan.slots))
+        self.max_transient = max(1, min(self.plan.lane or self.max_transient or self.plan.passing, self.plan.slots))
         # Key (layer, e) is number first[layer] + e of all statistics.
         sizes = [self.experts[layer] for layer in layers]
         self._first = dict(zip(layers, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
