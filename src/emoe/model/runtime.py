@@ -351,7 +351,7 @@ class Runtime:
             keep=keep,
             count=self.counts(layer),
             together=together,
-            ahead=self.mode == "exact",
+            ahead=self.mode == "exact" or wanted is not None,
         )
         try:
             if layer.kernels is not None:
