@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from emoe.config import MODES, Mode
@@ -44,13 +44,30 @@ def modes(text: str) -> tuple[Mode, ...]:
 
 
 @contextmanager
-def ended_in_order() -> Iterator[None]:
-    """Ended from outside (SIGTERM), the processes started inside and the files they wrote go too: as with Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def ended_in_order() -> Iterator[Callable[[], None]]:
+    """Ended from outside (SIGTERM), the processes started inside and the files they wrote go too: as with Ctrl-C.
+
+    Yields a function that raises KeyboardInterrupt if one was asked for: Python loses those that come while a finaliser
+    or the callback of a weak reference runs, so long work calls it now and then.
+    """
+    asked = False
+
+    def stop(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    kinds = [k for k in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(k) is not signal.SIG_IGN]
+    before = {kind: signal.signal(kind, stop) for kind in kinds}
     try:
-        yield
+        yield check
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def say(text: str) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from emoe.bench.options import seed
+from emoe.bench.options import ended_in_order, seed
 from emoe.cli.early import refuse_early
 from emoe.cli.options import add_command, add_json, positive, size
 from emoe.cli.output import clock, print_json, table
@@ -107,15 +106,17 @@ def run(args: argparse.Namespace) -> int:
         prompt_tokens=args.prompt_tokens,
     )
     start = time.monotonic()
-    # Ended from outside, the servers and processes it started must go too: as with Ctrl-C.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        outcomes = run_all(Workbench(settings, progress.step, progress.say), experiments, args.rejudge)
-    except KeyboardInterrupt:
-        progress.say(f"stopped; what is done is kept: the same command goes on in {out}")
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with ended_in_order() as check:
+
+        def step(of: str, done: int, total: int) -> None:
+            check()
+            progress.step(of, done, total)
+
+        try:
+            outcomes = run_all(Workbench(settings, step, progress.say), experiments, args.rejudge)
+        except KeyboardInterrupt:
+            progress.say(f"stopped; what is done is kept: the same command goes on in {out}")
+            raise
     if args.json:
         print_json([_values(each) for each in outcomes])
     else:
