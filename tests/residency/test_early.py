@@ -37,9 +37,9 @@ def test_turns_are_spread_evenly(here: int, coming: int, begun: bool) -> None:
         assert max(gaps) <= -(-coming // here) + 1
 
 
-def a_pool(slots: int, shared: bool, loader: Loader, read: Callable[..., int], lane: int = 0) -> ExpertPool:
-    quota = 0 if shared else (slots - lane) // LAYERS
-    plan = PoolPlan(0, slots, 1, dict.fromkeys(range(LAYERS), quota), lane)
+def a_pool(slots: int, shared: bool, loader: Loader, read: Callable[..., int]) -> ExpertPool:
+    quota = 0 if shared else slots // LAYERS
+    plan = PoolPlan(0, slots, 1, dict.fromkeys(range(LAYERS), quota))
     bank = SimpleNamespace(device=SimpleNamespace(type="cpu"), slot_nbytes=1, views=[{} for _ in range(slots)])
     index = SimpleNamespace(path="none", pieces=lambda layer, expert: (layer, expert))
     table = ResidencyTable(plan, dict.fromkeys(range(LAYERS), EXPERTS), make_eviction("least-stale"))
@@ -132,39 +132,6 @@ def test_few_tokens_load_nothing_early(loader: Loader) -> None:
     before = sum(counters.prefetches for counters in pool.table.counters.values())
     serve(pool, [[list(range(5))] * LAYERS, [[1, 2]] * LAYERS])
     assert sum(counters.prefetches for counters in pool.table.counters.values()) == before
-
-
-@given(
-    quota=st.integers(1, EXPERTS - 1),
-    lane=st.integers(1, 4),
-    orders=st.lists(
-        st.lists(st.permutations(range(EXPERTS)), min_size=LAYERS, max_size=LAYERS), min_size=1, max_size=4
-    ),
-    used=st.sampled_from([EXPERTS, EXPERTS - 1, 6, 4]),
-)
-@settings(max_examples=30, deadline=None)
-def test_what_a_prompt_wants_becomes_resident_early_or_not(
-    quota: int, lane: int, orders: list[Pass], used: int
-) -> None:
-    """With a lane, as mode resident has it: exactly what the prompt used most stays, the lane keeps to its slots."""
-    loader = Loader(threads=0)
-    try:
-        pool = a_pool(quota * LAYERS + lane, False, loader, lambda *_: 1, lane)
-        table = pool.table
-        for each in orders:
-            table.begin_pass()
-            for layer, order in enumerate(each):
-                wanted = frozenset(order[:quota])
-                stream = pool.stream(layer, order[:used], prefill=True, wanted=wanted, ahead=True)
-                assert sorted(e for ((e, _),) in stream) == sorted(order[:used])
-                stays = {key[1] for s in table._by_layer[layer] - table._passing if (key := table.slots[s].key)}
-                assert stays & set(order[:used]) == wanted & set(order[:used])
-                assert len(table._passing) <= lane
-        for layer in range(LAYERS):
-            list(pool.stream(layer, [0, 1], prefill=True, wanted=frozenset([0])))  # ends what was begun early
-        counts_of(pool)
-    finally:
-        loader.close()
 
 
 @pytest.mark.parametrize("broken", [(1, 5), (1, 7), (2, 3)])

@@ -351,7 +351,7 @@ class Runtime:
             keep=keep,
             count=self.counts(layer),
             together=together,
-            ahead=self.mode == "exact" or wanted is not None,
+            ahead=self.mode == "exact",
         )
         try:
             if layer.kernels is not None:

@@ -230,7 +230,7 @@ class ExpertPool:
             return
         beside = self.prefetches.flying
         before = self.load_wait_s
-        ahead = ahead and prefill and self.transfers is None
+        ahead = ahead and prefill and wanted is None and self.transfers is None
         early = self.early.claim(layer, set(experts))
         hits = [e for e in experts if table.is_resident((layer, e))]
         resident = set(hits)
@@ -305,7 +305,7 @@ class ExpertPool:
                 flight = flights.popleft()
                 self._finish(flight)
                 pinned.add(flight.slot)
-                if flight.key[1] in keep:
+                if wanted is None and flight.key[1] in keep:
                     table.adopt(flight.key, protect)
                 fill()
                 yield [(flight.key[1], flight.slot)]
