@@ -5,7 +5,8 @@
         --one-at-a-time --reader direct --json > replay.json
     python bench/predicted.py CHECKPOINT replay.json [--link direct]
 
-"counted" takes the misses that the benchmark counted, so it checks the arithmetic of time alone. "replayed" takes the
+"counted" takes the misses that the benchmark counted, so it checks the arithmetic of time alone; which share of them is
+waited for behind one another is the planner's. "replayed" takes the
 planner's own misses of the same tokens after the same prompts (a planted checkpoint's trace), as `emoe plan` does; the
 misses a token are printed beside those counted. Computing and waiting are the parts of a token: predicted, and as
 measured (what is not waiting). Also prints the limit, and the share of it reached.
@@ -39,6 +40,7 @@ def replayed(facts: Facts, trace: Trace, values: dict[str, Any], memory: ExpertM
         int(settings["new_tokens"]) - 1,
         windows=int(settings["rounds"]),
         before=int(settings["warmups"]),
+        expert_bytes=max(layer.expert_nbytes for layer in layers),
     )
 
 

@@ -56,7 +56,7 @@ def test_the_command_prints_the_arithmetic_and_what_measures_it(capsys: pytest.C
     assert main(["bench", "reach", str(nano.path()), "--prompt", "64", "--budget", "90"]) == 0
     out = capsys.readouterr()
     assert "longest prompt" in out.out
-    assert "--budget 90 --run prompt,batch" in out.err
+    assert "--budget 90 --prompt 64 --run prompt,batch" in out.err
 
 
 def test_prompts_beyond_the_positions_are_refused() -> None:

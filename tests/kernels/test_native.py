@@ -91,14 +91,24 @@ def test_products_are_right_whatever_the_threads_and_the_rows(
     bias = torch.randn(rows, generator=generator).to(dtype) if biased else None
     expected = x.double() @ values.t() + (0.0 if bias is None else bias.double())
     out = product(calls, weight, x, bias, form)
-    tolerance = 1e-5 if dtype is torch.float32 else 2**-8
-    scale = float((x.double().abs() @ values.abs().t()).max())
-    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=2e-6 * scale)
+    rounding = 1e-5 if dtype is torch.float32 else 2**-8
+    allowed = expected.abs() * rounding + 2e-6 * (x.double().abs() @ values.abs().t()).max()
+    if form in (INT8, INT4) and dtype is torch.bfloat16:
+        allowed += kept_of_blocks(x, values)
+    assert bool(((out.double() - expected).abs() <= allowed).all())
     torch.set_num_threads(3)
     again = [product(calls, weight, x, bias, form) for _ in range(6)]  # the first calls try each number of threads
     torch.set_num_threads(1)
     assert all(torch.equal(out, other) for other in again)
     assert torch.equal(out[-1:], product(calls, weight, x[-1:].contiguous(), bias, form))
+
+
+def kept_of_blocks(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """[rows of x, rows of values] How far off products may be where x is in int16: 2^-15 of a block's largest number."""
+    allowed = torch.zeros(len(x), len(values), dtype=torch.double)
+    for columns, of in zip(x.double().abs().split(128, dim=1), values.abs().split(128, dim=1), strict=True):
+        allowed += columns.amax(dim=1, keepdim=True) * 2**-15 * of.sum(dim=1)
+    return allowed
 
 
 @given(
@@ -111,7 +121,7 @@ def test_products_are_right_whatever_the_threads_and_the_rows(
 def test_quantised_products_of_small_and_large_numbers_are_off_by_little(
     calls: Calls, bits: int, groups: int, spread: float, size: float, seed: int
 ) -> None:
-    """What is kept of x beside much larger numbers of its 128 columns: 2^-15 of the largest is the stated bound."""
+    """What is kept of x beside much larger numbers of its 128 columns."""
     generator = torch.Generator().manual_seed(seed)
     columns = groups * GROUP
     weight, values = random_matrix(bits, columns, 6, seed)
@@ -119,10 +129,7 @@ def test_quantised_products_of_small_and_large_numbers_are_off_by_little(
     x = (x * torch.exp(spread * torch.randn(2, columns, generator=generator)) * size).clamp(-1e34, 1e34).bfloat16()
     exact = x.double() @ values.t()
     allowed = exact.abs() * 2**-8 + 2e-6 * (x.double().abs() @ values.abs().t())
-    for start in range(0, columns, 128):
-        part = slice(start, start + 128)
-        largest = x[:, part].double().abs().amax(dim=1, keepdim=True)
-        allowed += largest * 2**-15 * values[:, part].abs().sum(dim=1)
+    allowed += kept_of_blocks(x, values)
     out = product(calls, weight, x, None, INT8 if bits == 8 else INT4).double()
     assert bool(((out - exact).abs() <= allowed + 1e-37).all())
 
@@ -226,7 +233,7 @@ def test_a_layer_is_transformers_own(
         torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5 * scale)
     else:  # no further from the truth than transformers' own rounding, within a rounding or two
         off = (expected.double() - exact).abs().max()
-        assert (out.double() - exact).abs().max() <= 1.5 * off + 2**-6 * scale
+        assert (out.double() - exact).abs().max() <= 1.5 * off + 2**-7 * scale
 
 
 @given(

@@ -72,6 +72,22 @@ def test_values_and_bits(
 
 
 @pytest.mark.parametrize("form", sorted(KINDS))
+def test_threads_change_no_bit(kernel: Kernel, form: int) -> None:
+    module = norm(form, 1024, 1e-6, torch.bfloat16)
+    x = torch.randn(80, 1024).bfloat16()  # more than the 65,536 values from which threads share them
+    dense = DenseKernels(module, kernel)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = module(x)
+        torch.set_num_threads(2)
+        assert torch.equal(module(x), alone)
+    finally:
+        torch.set_num_threads(before)
+        dense.remove()
+
+
+@pytest.mark.parametrize("form", sorted(KINDS))
 def test_forms_are_told_apart(kernel: Kernel, form: int) -> None:
     assert kernel.calls is not None
     module = norm(form, 512, 1e-5, torch.bfloat16)

@@ -38,7 +38,7 @@ class Disk:
         self.fails: set[Key] = set()
         self.reads: list[Key] = []
 
-    def read_into(self, pieces: Sequence[Key], parts: dict[str, torch.Tensor], priority: int = 0) -> int:
+    def read_into(self, pieces: Sequence[Key], parts: dict[str, torch.Tensor], *_: object) -> int:
         key = pieces[0]
         self.reads.append(key)
         if key in self.fails:

@@ -22,7 +22,6 @@ from emoe.engine.interface import (
     TokenEvent,
 )
 from emoe.errors import EmoeError
-from emoe.tasks.labels import TaskLabels
 
 REPORT = Report(
     id="r",
@@ -102,7 +101,6 @@ class ScriptedEngine:
         self.lossy = False
         self.expert_dtype = "native"
         self.scheduler_name = "fifo"
-        self.labels = TaskLabels()
         self.layers = 6
         self.max_context = 1024
         self.kv_tokens = 16384

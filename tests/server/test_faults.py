@@ -14,7 +14,6 @@ from emoe.engine.interface import Submission, TokenEvent
 from emoe.errors import EmoeError, ReadError, UsageError
 from emoe.server.app import create_app
 from emoe.server.settings import ServerSettings
-from emoe.tasks.labels import TaskLabels
 from tests.server.conftest import Running, Serve, raw_post, until
 from tests.server.stand_ins import Script, ScriptedEngine, finished, tokens
 from tests.server.test_chat import events
@@ -217,17 +216,6 @@ def test_priority_and_sampling_reach_the_engine(serve: Serve) -> None:
     assert (first.sampling.seed, second.sampling.seed) == ((1 << 63) - 1, 0)
     assert (third.sampling.temperature, third.sampling.top_k, third.sampling.logprobs) == (0.0, 40, 0)
     assert third.max_tokens == 16 and third.sampling.seed is None
-
-
-def test_clients_cannot_make_tasks_without_end(serve: Serve) -> None:
-    engine = ScriptedEngine([*tokens(WORLD), finished()])
-    engine.labels = TaskLabels(["late"])
-    server = serve(engine)
-    for name in [*(f"task {i}" for i in range(70)), "late"]:
-        assert server.chat(emoe={"task": name}).status_code == 200
-    labels = [submission.task for submission in engine.submitted]
-    assert labels[:3] == ["task 0", "task 1", "task 2"]
-    assert labels[-2:] == ["other", "late"]
 
 
 def test_impossible_tokens_have_a_number_too(serve: Serve) -> None:

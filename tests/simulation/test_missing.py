@@ -89,3 +89,11 @@ def test_what_follows_a_prompt_stays_within_bounds(share: float, prompt: int, ne
 def test_numbers_of_tokens_are_checked() -> None:
     with pytest.raises(UsageError, match="at least one token"):
         after_prompt(random_trace(RoutingShape(1, 4, 1), 5), 0.5, 0, 1)
+
+
+def test_large_experts_pass_through_in_fewer_slots() -> None:
+    """As in the engine, where slots to pass through are limited by their bytes: more of a prompt's experts stay."""
+    trace = random_trace(RoutingShape(4, 64, 2), 600)
+    small = after_prompt(trace, 0.5, prompt=200, new=20)
+    large = after_prompt(trace, 0.5, prompt=200, new=20, expert_bytes=100 << 20)
+    assert sum(large.prompt_loads) < sum(small.prompt_loads)

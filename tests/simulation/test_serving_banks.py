@@ -48,7 +48,7 @@ def ordered(row: Array) -> list[int]:
 def make_pool(shape: RoutingShape, plan: PoolPlan, rule: str) -> ExpertPool:
     bank = SimpleNamespace(device=SimpleNamespace(type="cpu"), slot_nbytes=1, views=[{} for _ in range(plan.slots)])
     index = SimpleNamespace(path="none", pieces=lambda layer, expert: ())
-    reader = SimpleNamespace(read_into=lambda pieces, views, priority=0: 1)
+    reader = SimpleNamespace(read_into=lambda *_: 1)
     table = ResidencyTable(plan, dict.fromkeys(range(shape.layers), shape.experts), make_eviction(rule))
     return ExpertPool(table, *cast(tuple[Any, Any, Any], (bank, index, reader)), Loader(threads=0))
 

@@ -119,7 +119,8 @@ class Reader:
 
         Returns the bytes of the checkpoint that were read. On an error the parts' content is undefined. Of several
         calls at once, those of a lower `priority` get the disk first (where reads are direct). The parts `first` are
-        read before the others, and `reached` is called when they are there, where all bytes go straight into place.
+        read before the others, and `reached` is called when they are there, from any thread, where all bytes go
+        straight into place.
 
         Raises:
             ReadError: the read failed, the file ended early, or the reader is closed.
@@ -396,9 +397,11 @@ def staging_nbytes(kind: ReaderKind, pieces: Sequence[Piece]) -> int:
 
 
 def _counted(tasks: Sequence[Callable[[], None]], ended: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """The tasks, the last of which to end calls `ended`."""
+    """The tasks, the last of which to end calls `ended`, on whatever thread it runs; at once where there are none."""
     lock = threading.Lock()
     left = len(tasks)
+    if not tasks:
+        ended()
 
     def count(task: Callable[[], None]) -> None:
         nonlocal left

@@ -81,8 +81,9 @@ def check_files(directory: Path) -> None:
 
 
 def _short(error: Exception) -> str:
-    """The first line of what the hub's library says, which goes on with advice of its own."""
-    return str(error).strip().partition("\n")[0].rstrip(".")
+    """The first line of what the hub's library says, which goes on with advice of its own, or what the server said."""
+    said = getattr(error, "server_message", None) or str(error).strip().partition("\n")[0] or type(error).__name__
+    return str(said).rstrip(".:")
 
 
 def _looks_like_a_path(text: str) -> bool:

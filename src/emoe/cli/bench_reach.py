@@ -39,7 +39,7 @@ def add_parser(benchmarks: Any) -> None:
     add("--chunk", type=positive, metavar="N", help="read the prompts of the largest batch in passes of N tokens")
     add("--run", dest="runs", default="", metavar="LIST", help="prompt, batch: replay them too (a planted checkpoint)")
     add("--modes", default="exact", metavar="LIST", help="of the runs with fewer experts: exact, resident (lossy)")
-    add("--most-times", type=float, default=40.0, metavar="X", help="run at most X times the base (default: 40)")
+    add("--most-times", type=positive, default=40, metavar="X", help="run at most X times the base (default: 40)")
     add("--rounds", type=positive, default=1, metavar="N", help="of each run, in turns (default: 1)")
     add("-t", "--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
     add("--reader", choices=("auto", "cached", "direct", "advised"), default="auto", help="how runs read experts")
@@ -72,7 +72,16 @@ def run(args: argparse.Namespace) -> int:
     elif runs:
         print(f"\n{runs_text(runs)}")
     else:
-        note(f"measured by: emoe bench reach {args.model} --budget {args.budget} --run prompt,batch")
+        sizes = {"prompt": 512, "batch": 4, "new": 32, "chunk": None}
+        given = [f"--{name} {getattr(args, name)}" for name, usual in sizes.items() if getattr(args, name) != usual]
+        words_of = [
+            "measured by: emoe bench reach",
+            args.model,
+            f"--budget {args.budget}",
+            *given,
+            "--run prompt,batch",
+        ]
+        note(" ".join(words_of))
     return 1 if any(each.error is not None for each in runs) else 0
 
 

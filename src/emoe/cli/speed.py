@@ -49,7 +49,8 @@ def speed_of(made: Plan, facts: Facts, *, threads: int | None, trace: str | None
         from emoe.simulation.missing import after_prompt, like_model
 
         routes = like_model(routes, len(layers), max(layer.experts for layer in layers), facts.top_k)
-        missed = after_prompt(routes, made.resident_share, context, NEW)
+        size = max(layer.expert_nbytes for layer in layers)
+        missed = after_prompt(routes, made.resident_share, context, NEW, expert_bytes=size)
         miss_rate, waiting, loads = missed.miss_rate, missed.waiting, list(missed.prompt_loads)
     direct = machine.disk_direct_bytes_per_s is not None
     speed = expected(

@@ -42,14 +42,15 @@ def refuse_generation(setting: Callable[[str], Any]) -> None:
             raise UsageError(
                 f"the model's generation configuration sets {name}={value!r}, which continuous batching does not "
                 f"do, so the text would differ from generate()'s. Set model.generation_config.{name} = None, or "
-                "take it out of generation_config.json, to serve the model without."
+                "take it out of generation_config.json (or config.json), to serve the model without."
             )
 
 
 def generation_settings(model: str | None, facts: Facts, revision: str | None = None) -> dict[str, Any]:
     """What a checkpoint says of generation: generation_config.json, else what of it stands in config.json.
 
-    Of a hub `model` that is not here that one file is fetched.
+    Of a hub `model` that is not here only generation_config.json is fetched: what stands in config.json is refused when
+    the engine starts.
 
     Raises:
         CheckpointError: it cannot be read.

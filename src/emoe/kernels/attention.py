@@ -113,8 +113,9 @@ def many_rows(
 ) -> torch.Tensor:
     """The same for many rows of bfloat16, as `suits_many` says; the weights of the softmax are rounded to bfloat16.
 
-    A query's bits do not depend on the other rows, nor on keys that are hidden from it, nor on the number of threads;
-    they are not those of `few_rows`. `causal`: without a mask, row i sees keys up to i, of which there are as many.
+    A query's bits do not depend on the other rows, nor on (finite) keys that are hidden from it, nor on the number of
+    threads; they are not those of `few_rows`. `causal`: without a mask, row i sees keys up to i, and there
+    are as many keys as rows.
     """
     return _attend(calls, query, key, value, mask, scaling, sinks, many=True, causal=causal)
 

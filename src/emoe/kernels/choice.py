@@ -34,7 +34,10 @@ class Kernel:
     calls: Calls | None = field(default=None, repr=False)
 
     def many_rows(self, dtype: torch.dtype) -> str:
-        """What computes prompts in `dtype`, and why: experts of many rows, attention, linear layers of up to 128."""
+        """What computes prompts in `dtype`, and why.
+
+        That is attention, linear layers of up to 128 rows, and experts (quantised ones: of up to 64).
+        """
         if self.calls is None:
             return f"torch: {self.reason}"
         if dtype is not torch.bfloat16:

@@ -18,7 +18,10 @@ NATIVE_ROWS = 8
 """Rows of one expert up to which the C kernels run it, whose results do not depend on how many rows there are."""
 
 QUANTISED_ROWS = 16
-"""The same for quantised experts: beyond, a matrix is unpacked block by block and multiplied by torch."""
+"""The same for quantised experts. Beyond, a matrix is unpacked block by block, and multiplied in C up to"""
+
+UNPACKED_ROWS = 64
+"""rows, by torch above: there the C kernels prepare the rows anew for each block, and torch is faster."""
 
 
 def many_tokens(
@@ -96,10 +99,6 @@ def finish_chunk(
     if math.native is not None and outer.device.type == "cpu" and outer.dtype is dtype and dtype in TYPES:
         return math.native.combine(outer, gates, grouping.place)
     return combine(outer, gates, dtype, grouping.place, workspace)
-
-
-UNPACKED_ROWS = 64
-"""Rows up to which the C kernels multiply a quantised matrix' blocks faster than torch: each prepares the rows anew."""
 
 
 def _one_expert(math: ExpertMath, w: Weights, x: torch.Tensor, out: torch.Tensor, count: int) -> None:

@@ -23,7 +23,7 @@ def remote_settings(model_id: str, name: str, revision: str | None = None) -> di
     """A small JSON file of a hub model; empty where it has none.
 
     Raises:
-        CheckpointError: the hub was not reached, or the file is not JSON.
+        CheckpointError: the hub was not reached, or the file is no JSON object.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -33,8 +33,15 @@ def remote_settings(model_id: str, name: str, revision: str | None = None) -> di
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return {}
-        raise CheckpointError(f"asking the hub for {name} of {model_id!r} failed: {error}") from error
-    return found if isinstance(found, dict) else {}
+        raise CheckpointError(
+            f"asking the hub for {name} of {model_id!r} failed: {error}. Check the name and the network, or give the "
+            "folder of a downloaded model."
+        ) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"the hub's {name} of {model_id!r} is no JSON object. Give the folder of a repaired copy."
+        )
+    return found
 
 
 def remote_checkpoint(

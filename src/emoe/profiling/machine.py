@@ -128,7 +128,7 @@ class Machine:
         device_bytes_per_s, device_flops: the same two of the GPU's own memory.
         notes: what could not be measured, and why.
         engine: threads -> what emoe's own kernels and layers take (`with_engine`); empty where not measured.
-        models: `layout_of` a checkpoint -> threads -> what its own experts take (`with_model`).
+        models: `layout_of` a checkpoint -> threads -> what its own experts and tokens take (`with_model`).
     """
 
     fingerprint: dict[str, str]

@@ -1,4 +1,4 @@
-"""Measuring a machine, emoe's own kernels on it, and one checkpoint's experts."""
+"""Measuring a machine, emoe's own kernels on it, and one checkpoint."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def with_engine(machine: Machine, threads: Sequence[int], say: Say = lambda _: N
 
 
 def with_model(machine: Machine, folder: Path, threads: int, say: Say = lambda _: None) -> Machine:
-    """The machine with what the experts of the checkpoint in `folder` take on it, with so many threads; a few seconds.
+    """The machine with what the checkpoint in `folder` takes on it, with so many threads: its experts in a few seconds,
+    then a token without them, for which the dense weights are loaded.
 
     Raises:
         UsageError: the machine is a GPU's: those are not predicted.
@@ -113,7 +114,13 @@ def with_model(machine: Machine, folder: Path, threads: int, say: Say = lambda _
         raise UsageError(f"a model's experts are timed on the CPU only, not on {machine.device!r}.")
     say(f"{folder.name}'s own experts, {threads} thread{'s' * (threads > 1)}")
     mark = layout_of(folder)
-    of_model = {**machine.models.get(mark, {}), threads: measure_model(folder, threads)}
+    measured = measure_model(folder, threads)
+    if measured.token is None:
+        say(
+            "a token without experts is not timed: memory has no room for the dense weights; its time is computed "
+            "instead"
+        )
+    of_model = {**machine.models.get(mark, {}), threads: measured}
     return replace(machine, models={**machine.models, mark: of_model})
 
 

@@ -32,7 +32,7 @@ from emoe.model.bind import LOADER_THREADS, binding_of, close, load
 from emoe.planner import plan
 from emoe.profiling.machine import PROMPT_TOKENS, ModelRates, TokenTimes
 from emoe.profiling.rates import seconds_of, using_threads
-from emoe.residency.bank import Bank
+from emoe.residency.bank import Bank, used_first
 from emoe.residency.devices import device_at
 from emoe.residency.loader import DEMAND, Load, Loader
 
@@ -129,11 +129,8 @@ class ExpertReads:
 
     def _begin(self, key: tuple[int, int], slot: int) -> Load:
         pieces, views, first = self.index.pieces(*key), self.bank.views[slot], threading.Event()
-        parts = frozenset(name for name in views if not name.startswith("down_proj"))
-        read = self.reader.read_into
-        return self._loader.submit(
-            lambda: read(pieces, views, DEMAND, parts, first.set), "expert", first=first if parts else None
-        )
+        parts, read = used_first(views), self.reader.read_into
+        return self._loader.submit(lambda: read(pieces, views, DEMAND, parts, first.set), "expert", first=first)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -156,6 +153,7 @@ def measure_model(folder: Path, threads: int, seconds: float = 5.0) -> ModelRate
         direct = reads.reader.kind == "direct"
         layers = _layer_times(reads, 2 * each)
         top_k, dtype = reads.top_k, str(reads.dtype).removeprefix("torch.")
+    del reads  # its bank makes room for the dense weights
     dense_s = _dense_s(folder, threads)
     token = None
     if dense_s is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -31,6 +31,11 @@ def part_nbytes(part: PartSpec) -> int:
 def slot_nbytes(parts: Sequence[PartSpec]) -> int:
     """Return the bytes of one slot: every part aligned (`emoe.residency.budget.padded`)."""
     return sum(padded([part_nbytes(part) for part in parts]))
+
+
+def used_first(parts: Iterable[str]) -> frozenset[str]:
+    """The parts of an expert that its first projection needs (`ExpertMath.bind`): all but the second's."""
+    return frozenset(name for name in parts if not name.startswith("down_proj"))
 
 
 class Bank:

@@ -82,8 +82,8 @@ class PoolPlan:
     def passing(self) -> int:
         """How many experts may pass through at once in a prompt: what the disk fills while attention computes.
 
-        At 40 % memory a prompt of 512 tokens takes 12 % less time with 7 experts of 50 MB (gpt-oss) than with 4, and
-        17 % less with 23 of 12.6 MB (OLMoE); decoding misses as before (docs/log.md).
+        At 40 % memory a prompt of 512 tokens takes 12 % less time with 8 experts of 50 MB (gpt-oss) than with 4, and
+        17 and 21 % less with 16 and 32 of 12.6 MB (OLMoE); decoding misses as before (docs/log.md).
         """
         return max(MIN_PASSING, min(PASSING_BYTES // max(1, self.slot_nbytes), self.slots // 8))
 

@@ -33,7 +33,7 @@ class Load:
     error: Exception | None = None
     seconds: float = 0.0
     first: threading.Event | None = None
-    """Set when the parts that are used first are there, or it has ended; None: nothing tells."""
+    """Set when the parts that are used first are there, or its run has ended; None: nothing tells."""
 
     @classmethod
     def ended(cls, what: str, seconds: float) -> Load:

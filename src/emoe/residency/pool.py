@@ -12,7 +12,7 @@ import torch
 from emoe.checkpoint.index import ExpertIndex
 from emoe.checkpoint.readers import Reader
 from emoe.errors import BudgetError
-from emoe.residency.bank import Bank
+from emoe.residency.bank import Bank, used_first
 from emoe.residency.early import Early, turns
 from emoe.residency.loader import DEMAND, Load, Loader
 from emoe.residency.prefetches import Flight, Prefetches, Taking
@@ -54,8 +54,7 @@ class ExpertPool:
         self.transfers: Transfers | None = None
         # Every expert is there for good: nothing is pinned, evicted or scored, which took 14 us a layer of 8 experts.
         self._settled = False
-        parts = bank.views[0] if bank.views else {}
-        self._first_parts = frozenset(name for name in parts if not name.startswith("down_proj"))
+        self._first_parts = used_first(bank.views[0] if bank.views else ())
         self.prefetches = Prefetches(table, loader, self._submit, self._commit, self._abort, self._room)
         self.early = Early(table, loader, self._submit, self._commit, self._abort)
 
@@ -376,15 +375,8 @@ class ExpertPool:
         if self.transfers is not None:
             passing = table.slots[slot].transient
             return self.transfers.start(key, slot, priority, what, passing=passing, evicted=table.evicted)
-        views = self.bank.views[slot]
-        if not self._first_parts:
-            return self._loader.submit(lambda: self.read(key, views, priority), what, priority)
-        first = threading.Event()
-        pieces = self._index.pieces(layer, expert)
-        read = self._reader.read_into
-        return self._loader.submit(
-            lambda: read(pieces, views, priority, self._first_parts, first.set), what, priority, first
-        )
+        views, first = self.bank.views[slot], threading.Event()
+        return self._loader.submit(lambda: self.read(key, views, priority, first.set), what, priority, first)
 
     def _room(self, key: Key, ahead: bool) -> bool:
         """Whether a load could begin now: on the way to a device it passes through host memory."""
@@ -439,9 +431,18 @@ class ExpertPool:
         for slot in slots:
             self.table.unpin(slot)
 
-    def read(self, key: Key, parts: dict[str, torch.Tensor], priority: int = DEMAND) -> int:
-        """Read an expert from disk into memory laid out as a slot; return the bytes read. For any thread."""
-        return self._reader.read_into(self._index.pieces(*key), parts, priority)
+    def read(
+        self,
+        key: Key,
+        parts: dict[str, torch.Tensor],
+        priority: int = DEMAND,
+        reached: Callable[[], None] | None = None,
+    ) -> int:
+        """Read an expert from disk into memory laid out as a slot; return the bytes read. For any thread.
+
+        `reached` is called when what its first projection needs is there, where reading can tell.
+        """
+        return self._reader.read_into(self._index.pieces(*key), parts, priority, self._first_parts, reached)
 
     def close(self) -> None:
         """Give the host tier's memory back; nothing can be loaded afterwards. Safe to call twice."""

@@ -93,6 +93,8 @@ class BodyLimit:
                 text = (
                     f"{size} bytes of the body came in {now() - started:.1f} s; it may take {self._timeout_s:g} s, and "
                     f"one more for each {format_bytes(READ_BYTES_PER_S)}: send it at once"
+                    if now() >= latest
+                    else f"no more of the body came for {self._timeout_s:g} s, after {size} bytes: send it at once"
                 )
                 raise ApiError(408, text, code="body_timeout", headers={"Connection": "close"}) from None
             if message["type"] == "http.disconnect":

@@ -144,6 +144,8 @@ def plan_serving(
     )
     longest = min(context, kv_tokens)
     beside = _logits_bytes(facts, max_running, max_batch_tokens) + _gathered_bytes(facts, longest)
+    # A step packs several requests: where none is as long as a step, it has more tokens than the longest prompt.
+    step = min(max_batch_tokens, kv_tokens)
     room = None if memory_bytes is None else memory_bytes - beside
     made = make_plan(
         replace(facts, cache_layers=layers, max_context=None),
@@ -158,7 +160,7 @@ def plan_serving(
         embeddings=embeddings,
         context=kv_tokens + PADDING_PAGES * page_tokens,
         batch=1,
-        prompt=longest,
+        prompt=max(longest, step),
         chunk=max_batch_tokens,
     )
     made = replace(made, activation_bytes=made.activation_bytes + beside, memory_bytes=memory_bytes)

@@ -77,7 +77,7 @@ class Service:
         extras = body.emoe or Extras()
         ttft_ms = extras.slo_ttft_ms if targets.ttft_ms is None else targets.ttft_ms
         tpot_ms = extras.slo_tpot_ms if targets.tpot_ms is None else targets.tpot_ms
-        task = self.settings.default_task if body.task is None else self.engine.labels(body.task)
+        task = self.settings.default_task if body.task is None else body.task
         made: list[Submission] = []
         for ids in prompts:
             most = max_tokens if max_tokens is not None else self._room(ids, param)

@@ -112,12 +112,14 @@ def after_prompt(
     *,
     windows: int = WINDOWS,
     before: int = 1,
+    expert_bytes: int = 1,
 ) -> AfterPrompt:
     """What the engine's own slots miss when `prompt` tokens are read in one pass and `new` ones follow one by one.
 
     The trace's tokens are taken in order, beginning anew after the last, as `emoe bench replay` feeds them. What a
     prompt leaves in the slots is not what a long answer leaves: the first tokens after it miss more. So many `windows`
-    (a prompt and what follows) are counted, after those `before` them.
+    (a prompt and what follows) are counted, after those `before` them. `expert_bytes`: of one expert, which limits how
+    many pass through at once (`PoolPlan.passing`).
 
     Raises:
         UsageError: no such policy, or numbers of tokens that are not positive.
@@ -166,7 +168,7 @@ def after_prompt(
                 waits += int((new_of[:, 1] > 0).sum())
         counted = now
 
-    replay(fed, plan_of(trace, share, rule), lambda: make_eviction(policy), passed=passed)
+    replay(fed, plan_of(trace, share, rule, expert_bytes), lambda: make_eviction(policy), passed=passed)
     return AfterPrompt(tuple((loads / windows).tolist()), misses / lookups, waits / (windows * new * len(trace.layers)))
 
 

@@ -99,7 +99,7 @@ def replay(
         )
         index = SimpleNamespace(path=trace.source.get("model", "a trace"), pieces=lambda layer, expert: ())
         nbytes = part.slot_nbytes
-        reader = SimpleNamespace(read_into=lambda pieces, views, priority=0, size=nbytes: clock.load(size))
+        reader = SimpleNamespace(read_into=lambda *_, size=nbytes: clock.load(size))
         rule = make_rule() if make_rule is not None else _live_rule(live, trace, sizes, part)
         table = ResidencyTable(part, sizes, rule)
         pool = ExpertPool(table, *cast(tuple[Any, Any, Any], (bank, index, reader)), loader)

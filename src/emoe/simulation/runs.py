@@ -214,7 +214,9 @@ def simulate(
         for name in task.policies:
             if name.endswith(ENGINE):
                 for i, capacity in enumerate(task.capacities):
-                    rows[name, i].add_replay(_replayed(name.removesuffix(ENGINE), scored, past, capacity))
+                    rows[name, i].add_replay(
+                        _replayed(name.removesuffix(ENGINE), scored, past, capacity, task.expert_bytes or 1)
+                    )
                 continue
             pool = name.endswith(POOL)
             if pool not in best:
@@ -229,14 +231,15 @@ def simulate(
     return list(rows.values())
 
 
-def _replayed(name: str, trace: Trace, past: Past | None, capacity: float) -> Replay:
+def _replayed(name: str, trace: Trace, past: Past | None, capacity: float, expert_bytes: int) -> Replay:
     """One rule or scorer at one capacity, through the engine's pool."""
     if name in EVICTION_RULES:
-        return replay(trace, plan_of(trace, capacity, make_eviction(name)), lambda: make_eviction(name))
+        plan = plan_of(trace, capacity, make_eviction(name), expert_bytes)
+        return replay(trace, plan, lambda: make_eviction(name))
     scorer = make_scorer(name, RoutingShape.of(trace))
     if past is not None:
         past.teach(name, scorer)
-    return replay(trace, plan_of(trace, capacity), scorer=scorer)
+    return replay(trace, plan_of(trace, capacity, expert_bytes=expert_bytes), scorer=scorer)
 
 
 def _tallies(

@@ -113,6 +113,7 @@ def stub(quick: bool = True, **more: Any) -> Any:
     settings = SimpleNamespace(quick=quick, arrivals=None, model=None)
     values = {"pick": lambda few, many: few if quick else many, "cells": cells, "settings": settings}
     values |= {"share": "60%", "name": "stub", "planned": lambda experts=None: SimpleNamespace(fit="all")}
+    values |= {"frozen": False}
     return SimpleNamespace(**values | more)
 
 

@@ -6,12 +6,15 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import emoe.bench.reproduce.workbench
 import emoe.profiling.record
+from emoe.bench.reproduce import room
 from emoe.bench.reproduce.sources import by_task, left_out, sources
 from emoe.bench.reproduce.workbench import QUICK_PROMPTS, Settings, Workbench, forget
 from emoe.errors import UsageError
@@ -41,6 +44,29 @@ def test_a_quick_pass_takes_the_first_of_each_task(open_bench: Open, prompt_file
     for prompts in bench.prompts.values():
         assert [prompt.line for prompt in prompts] == list(range(1, 2 * QUICK_PROMPTS + 1))
     assert bench.pick("few", "many") == "few" and bench.new_tokens == 3
+
+
+def test_a_run_plans_once_whatever_becomes_free_meanwhile(open_bench: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A figure that was found to fit must not be refused, and another's kept plan not be taken, as memory changes."""
+    made: list[str | int | None] = []
+
+    def plan(folder: Path, **asked: Any) -> Any:
+        made.append(asked["expert_memory"])
+        return len(made)
+
+    monkeypatch.setattr(emoe.bench.reproduce.workbench, "plan", plan)
+    bench = open_bench()
+    assert [bench.planned("60%"), bench.planned(), bench.planned("60%"), bench.planned()] == [1, 2, 1, 2]
+    assert made == ["60%", None]
+
+
+def test_a_run_that_is_judged_again_refuses_nothing(open_bench: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    tight = SimpleNamespace(fit="none", total_bytes=2, memory_bytes=1, memory_source="given")
+    bench = open_bench()
+    monkeypatch.setattr(bench, "planned", lambda experts: tight)
+    assert "60% of the experts resident takes 2 B" in str(room.refusal(bench, "60%"))
+    bench.frozen = True
+    assert room.refusal(bench, "60%") is None
 
 
 def test_what_cannot_be_run_is_refused(open_bench: Open, tmp_path: Path, tiny: Path) -> None:

@@ -29,7 +29,7 @@ RANDOM = (
 """Of a planted checkpoint."""
 COLUMNS = ("similarity of whole answers (%)", "token agreement (%)")
 """Of `Accuracy.both`."""
-FEW = "these prompts do not tell the two apart: every interval in brackets includes no difference."
+FEW = "these prompts do not tell the two apart: they are too few for an interval, or every one includes no difference."
 LEAST_PROMPTS = 5
 """With fewer prompts drawing them anew says nothing: no interval is given, and nothing is decided."""
 SMALL = (

@@ -19,19 +19,29 @@ def references(bench: Workbench) -> None:
 
 
 def networks(bench: Workbench) -> None:
-    """For one that trains networks.
+    """For one that trains networks on the model's own routes.
 
     Raises:
-        UsageError: too few prompts to learn from, here or in a trace.
+        UsageError: too few prompts to learn from.
     """
-    learn = {bench.name: len(bench.prompts["learn"])}
-    learn |= {name: routes.num_prompts // 2 for name, routes in bench.traces.items()}
-    for name, count in learn.items():
-        if count < LEAST_PROMPTS:
-            raise UsageError(
-                f"{name} has {count} prompts to learn from, and networks need at least {LEAST_PROMPTS}: give more "
-                f"--prompts, or a --learn file."
-            )
+    _enough(bench.name, len(bench.prompts["learn"]), "give more --prompts, or a --learn file")
+
+
+def networks_of_traces(bench: Workbench) -> None:
+    """For one that trains networks on the routes of `--trace`, too: half of its prompts are learned from.
+
+    Raises:
+        UsageError: too few prompts to learn from in a trace.
+    """
+    for name, routes in bench.traces.items():
+        _enough(name, routes.num_prompts // 2, f"leave out --trace {name}=..., or record more prompts")
+
+
+def _enough(name: str, count: int, remedy: str) -> None:
+    if count < LEAST_PROMPTS:
+        raise UsageError(
+            f"{name} has {count} prompts to learn from, and networks need at least {LEAST_PROMPTS}: {remedy}."
+        )
 
 
 def pairs(bench: Workbench) -> None:

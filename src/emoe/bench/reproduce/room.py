@@ -21,8 +21,10 @@ def needed(bench: Workbench, experts: str | int | None) -> Plan:
 def refusal(bench: Workbench, experts: str | int | None) -> str | None:
     """Why the model cannot run with these experts resident; None where it can, or where its floor is too high.
 
-    That one is left to loading, which says it better.
+    That one is left to loading, which says it better. Where a run is judged again nothing is loaded: all fits.
     """
+    if bench.frozen:
+        return None
     try:
         made = needed(bench, experts)
     except BudgetError:
@@ -72,8 +74,8 @@ def _refuse(why: str | None) -> None:
 def hours(bench: Workbench, minutes: float) -> float:
     """About how long it takes on this model what takes so many minutes on emoe-nano.
 
-    By the bytes of weights that a token is computed with, here and there, and by those of the experts that have to be
-    read again and again where not all fit. A guess within a factor of a few, to tell minutes from days.
+    By the bytes of weights that a token is computed with, here and there, as if all fitted. A guess within a factor of
+    a few, to tell minutes from days.
     """
     from emoe import nano
     from emoe.planner import facts_of

@@ -111,6 +111,7 @@ class Workbench:
         self.frozen = False
         self._recorded: dict[Side, tuple[Trace, list[Answer]]] = {}
         self._ids: dict[Side, list[list[int]]] = {}
+        self._plans: dict[str | int | None, Plan] = {}
         self.mark = ""
         self._begin()
 
@@ -139,15 +140,20 @@ class Workbench:
             close(model)
 
     def planned(self, experts: str | int | None = None) -> Plan:
-        """The planner's sums for the longest prompt and answer here; experts None: as many as fit."""
-        given = self.settings.prompt_tokens
-        return plan(
-            self.folder,
-            memory=self.settings.memory,
-            expert_memory=experts,
-            context=given + self.new_tokens,
-            prompt=given,
-        )
+        """The planner's sums for the longest prompt and answer here; experts None: as many as fit.
+
+        Made once for a run: what is free changes while it goes on, and what was found to fit must stay so.
+        """
+        if experts not in self._plans:
+            given = self.settings.prompt_tokens
+            self._plans[experts] = plan(
+                self.folder,
+                memory=self.settings.memory,
+                expert_memory=experts,
+                context=given + self.new_tokens,
+                prompt=given,
+            )
+        return self._plans[experts]
 
     @cached_property
     def budget(self) -> int | None:
@@ -339,10 +345,11 @@ class Workbench:
             begun = uuid.uuid4().hex
             self.work.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps({**job, BEGUN: begun}, indent=1).encode())
-        # Traces and arrivals may be added to a run: what it computed stays, its findings are made anew.
+        # Traces, arrivals and memory may be added to a run: what it computed stays, its findings are made anew.
         added = {
             "traces": {name: routes_digest(routes) for name, routes in self.traces.items()},
             "arrivals": None if self.settings.arrivals is None else _file_digest(self.settings.arrivals),
+            **({} if self.settings.memory is None else {"memory": str(self.settings.memory)}),
         }
         text = json.dumps({**job, BEGUN: begun, **added}, sort_keys=True)
         self.mark = hashlib.sha256(text.encode()).hexdigest()[:12]

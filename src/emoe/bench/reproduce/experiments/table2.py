@@ -9,7 +9,7 @@ import torch
 from emoe.bench.reproduce import drawing
 from emoe.bench.reproduce.experiment import Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table, Verdict
-from emoe.bench.reproduce.needs import networks, pairs
+from emoe.bench.reproduce.needs import networks, networks_of_traces, pairs
 from emoe.bench.reproduce.sources import Source, sources
 from emoe.bench.reproduce.workbench import Workbench
 from emoe.prediction.scoring import BOUND, SIMPLE, Row, measure, network_name, summed_up
@@ -176,5 +176,6 @@ EXPERIMENT = Experiment(
     needs=(
         pairs,
         networks,
+        networks_of_traces,
     ),
 )
