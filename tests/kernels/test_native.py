@@ -104,9 +104,11 @@ def test_products_are_right_whatever_the_threads_and_the_rows(
 
 
 def kept_of_blocks(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """[rows of x, rows of values] How far off products may be where x is in int16: 2^-15 of a block's largest number."""
+    """[rows of x, rows of values] How far off products may be where x is in int16: 2^-15 of a block's largest."""
     allowed = torch.zeros(len(x), len(values), dtype=torch.double)
-    for columns, of in zip(x.double().abs().split(128, dim=1), values.abs().split(128, dim=1), strict=True):
+    for columns, of in zip(
+        torch.split(x.double().abs(), 128, dim=1), torch.split(values.abs(), 128, dim=1), strict=True
+    ):
         allowed += columns.amax(dim=1, keepdim=True) * 2**-15 * of.sum(dim=1)
     return allowed
 
@@ -231,9 +233,10 @@ def test_a_layer_is_transformers_own(
     scale = float(exact.abs().max())
     if dtype is torch.float32:
         torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5 * scale)
-    else:  # no further from the truth than transformers' own rounding, within a rounding or two
+    else:  # no further from the truth than transformers' own rounding, which may be right by chance: a number is
+        # rounded five times on its way (gate, up, their product, the sum, its weighting), by 2^-9 each
         off = (expected.double() - exact).abs().max()
-        assert (out.double() - exact).abs().max() <= 1.5 * off + 2**-7 * scale
+        assert (out.double() - exact).abs().max() <= 1.5 * off + 2**-6 * scale
 
 
 @given(

@@ -56,7 +56,8 @@ def test_a_run_plans_once_whatever_becomes_free_meanwhile(open_bench: Open, monk
 
     monkeypatch.setattr(emoe.bench.reproduce.workbench, "plan", plan)
     bench = open_bench()
-    assert [bench.planned("60%"), bench.planned(), bench.planned("60%"), bench.planned()] == [1, 2, 1, 2]
+    plans: list[Any] = [bench.planned(share) for share in ("60%", None, "60%", None)]
+    assert plans == [1, 2, 1, 2]
     assert made == ["60%", None]
 
 
