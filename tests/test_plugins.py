@@ -14,7 +14,7 @@ import pytest
 from emoe.bench.worker import Worker
 from emoe.cli import main
 from emoe.errors import UsageError
-from emoe.plugins import VARIABLE, load_plugins
+from emoe.plugins import VARIABLE, Registry, load_plugins
 from emoe.prediction.protocol import RoutingShape
 from emoe.prediction.registry import PREDICTORS, SCORERS, make_predictor, make_scorer
 from emoe.residency.eviction import EVICTION_RULES, make_eviction
@@ -101,9 +101,54 @@ def test_a_file_that_cannot_be_used_is_refused(
         assert printed.out == ""
 
 
+@pytest.mark.parametrize(
+    ("registry", "name", "said"),
+    [
+        ("SCORERS", "next-use", "that is the scorer emoe.prediction.registry"),
+        ("PREDICTORS", "lru", "that is the eviction rule emoe.residency.eviction.LRU. Choose a new name.\n"),
+        ("SCORERS", "static", "that is the predictor emoe.prediction.registry"),
+    ],
+)
+def test_a_name_that_is_taken_is_refused(
+    registry: str,
+    name: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        f"from emoe.prediction.registry import {registry}\nclass Mine:\n    pass\n{registry}[{name!r}] = Mine\n"
+    )
+    monkeypatch.setenv(VARIABLE, str(file))
+    assert main(["plan"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"emoe: error: {VARIABLE}: {file}: the ")
+    assert "mine_" in printed and f".Mine cannot be called {name!r}: " in printed
+    assert said in printed
+
+
+def test_a_name_can_be_taken_on_purpose_and_a_cell_run_twice() -> None:
+    table: Registry[type] = Registry("thing", "test-only", {"int": int})
+    with pytest.raises(
+        UsageError, match=r"the thing builtins\.str cannot be called 'int': that is the thing builtins\.int"
+    ):
+        table["int"] = str
+    table.replace("int", str)
+    table["int"] = str
+    assert table == {"int": str}
+    with pytest.raises(UsageError, match="no thing is called 'float': choose one of int"):
+        table.replace("float", float)
+    one, two = (type("Cell", (), {"__module__": "__main__"}) for _ in range(2))
+    table["cell"] = one
+    table["cell"] = two
+    assert table["cell"] is two
+
+
 def test_a_process_of_a_benchmark_runs_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "nowhere.py")
-    with pytest.raises(UsageError, match=f"{VARIABLE}: there is no file .*nowhere.py"):
+    with pytest.raises(UsageError, match=f"{VARIABLE}: nowhere.py: there is no file .*nowhere.py"):
         Worker().load({})
 
 

@@ -4,6 +4,7 @@
 
 A file registers what it defines in the registries of emoe when it is run: `EVICTION_RULES`, `SCORERS`, `PREDICTORS`,
 `SCHEDULERS`. Every command runs the files before it looks a name up, and so do the processes that a benchmark starts.
+A name that is taken is refused (`Registry`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,59 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from traceback import extract_tb
+from typing import Any, ClassVar, Generic, TypeVar
 from zlib import crc32
 
-from emoe.errors import UsageError
+from emoe.errors import UsageError, named
 
 VARIABLE = "EMOE_PLUGINS"
+
+_T = TypeVar("_T")
+
+
+class Registry(dict[str, _T], Generic[_T]):
+    """What can be had by name: a dict whose `table[name] = made` refuses a name that is taken.
+
+    Registries with one `option` share their names, because one option of the command line chooses among all of them:
+    a scorer called "lru" would otherwise stand before the eviction rule, or behind it.
+    """
+
+    _all: ClassVar[list[Registry[Any]]] = []
+
+    def __init__(self, what: str, option: str, own: Mapping[str, _T]) -> None:
+        """Start with emoe's `own`. `what` is the kind of thing in an error's text."""
+        super().__init__(own)
+        self._what, self._option = what, option
+        Registry._all.append(self)
+
+    def __setitem__(self, name: str, made: _T) -> None:
+        """Register `made`; the same definition again (a file that is run twice) takes its own place.
+
+        Raises:
+            UsageError: something else has the name.
+        """
+        for table in Registry._all:
+            if table._option == self._option and name in table and _origin(table[name]) != _origin(made):
+                remedy = f", or take its place: .replace({name!r}, ...)" if table is self else ""
+                raise UsageError(
+                    f"the {self._what} {_origin(made)} cannot be called {name!r}: that is the {table._what} "
+                    f"{_origin(table[name])}. Choose a new name{remedy}."
+                )
+        super().__setitem__(name, made)
+
+    def replace(self, name: str, made: _T) -> None:
+        """Put `made` in the place of what has the name here.
+
+        Raises:
+            UsageError: nothing has it.
+        """
+        named(self._what, name, self)
+        super().__setitem__(name, made)
+
+
+def _origin(made: object) -> str:
+    """Where something was defined: a class or function by its full name."""
+    return f"{made.__module__}.{getattr(made, '__qualname__', type(made).__qualname__)}"
 
 
 def load_plugins(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -29,7 +78,7 @@ def load_plugins(environ: Mapping[str, str] = os.environ) -> list[str]:
     Names with commas between them: files that end in ".py", or modules that Python can import.
 
     Raises:
-        UsageError: a file or module is not there, or fails when it is run.
+        UsageError: a file or module is not there, or fails when it is run, or takes a name that is taken.
     """
     return [_load(word.strip()) for word in environ.get(VARIABLE, "").split(",") if word.strip()]
 
@@ -66,8 +115,8 @@ def _load(name: str) -> str:
         return module
     try:
         run()
-    except UsageError:
-        raise
+    except UsageError as error:
+        raise UsageError(f"{VARIABLE}: {name}: {error}") from error
     except Exception as error:  # whatever a stranger's file raises: it cannot be used, and the reason is the error's
         where = extract_tb(error.__traceback__)[-1]
         told = f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
@@ -77,12 +126,10 @@ def _load(name: str) -> str:
 
 def _run_file(module: str, file: Path) -> object:
     if not file.is_file():
-        raise UsageError(
-            f"{VARIABLE}: there is no file {file}. Give Python files or modules, with commas between them."
-        )
+        raise UsageError(f"there is no file {file}. Give Python files or modules, with commas between them.")
     spec = spec_from_file_location(module, file)
     if spec is None or spec.loader is None:
-        raise UsageError(f"{VARIABLE}: {file} is not a Python file.")
+        raise UsageError("it is not a Python file.")
     made = module_from_spec(spec)
     sys.modules[module] = made  # first: dataclasses look their module up while they are made
     try:

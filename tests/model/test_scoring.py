@@ -146,7 +146,7 @@ def test_a_scorer_that_costs_more_than_it_spares_is_switched_off_and_says_so(pat
             return super().scores_at(rank, routes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SCORERS, "next-use", Slow)
+        patch.setattr("emoe.prediction.next_use.NextUse", Slow)
         model, _ = emoe.load(path, expert_memory="6/layer", eviction="next-use")
     tokens = torch.arange(5, 14)[None]
     with torch.no_grad():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from emoe.errors import named
-from emoe.plugins import check_conforms
+from emoe.plugins import Registry, check_conforms
 from emoe.prediction.protocol import Predictor, RoutingShape, UseScorer
 
 
@@ -37,20 +37,24 @@ def _scorer(module: str, name: str) -> Callable[[RoutingShape], UseScorer]:
     return make
 
 
-PREDICTORS: dict[str, Callable[[RoutingShape], Predictor]] = {
-    "static": _simple("popularity", "Static"),
-    "task-popularity": _simple("popularity", "TaskPopularity"),
-    "previous-prompt": _simple("popularity", "PreviousPrompt"),
-    "decayed-prompt": _simple("popularity", "DecayedPrompt"),
-    "transitions": _simple("transitions", "Transitions"),
-    "moe-infinity": _simple("matching", "ActivationMatching"),
-    "emoe-a": _sequence("emoe-a", "EmoeA", "xlnet"),
-    "emoe-l": _sequence("emoe-l", "EmoeL", "xlnet"),
-    "emoe-a-gpt2": _sequence("emoe-a-gpt2", "EmoeA", "gpt2"),
-    "emoe-a-bert": _sequence("emoe-a-bert", "EmoeA", "bert"),
-    "emoe-l-gpt2": _sequence("emoe-l-gpt2", "EmoeL", "gpt2"),
-    "emoe-l-bert": _sequence("emoe-l-bert", "EmoeL", "bert"),
-}
+PREDICTORS: Registry[Callable[[RoutingShape], Predictor]] = Registry(
+    "predictor",
+    "policy",
+    {
+        "static": _simple("popularity", "Static"),
+        "task-popularity": _simple("popularity", "TaskPopularity"),
+        "previous-prompt": _simple("popularity", "PreviousPrompt"),
+        "decayed-prompt": _simple("popularity", "DecayedPrompt"),
+        "transitions": _simple("transitions", "Transitions"),
+        "moe-infinity": _simple("matching", "ActivationMatching"),
+        "emoe-a": _sequence("emoe-a", "EmoeA", "xlnet"),
+        "emoe-l": _sequence("emoe-l", "EmoeL", "xlnet"),
+        "emoe-a-gpt2": _sequence("emoe-a-gpt2", "EmoeA", "gpt2"),
+        "emoe-a-bert": _sequence("emoe-a-bert", "EmoeA", "bert"),
+        "emoe-l-gpt2": _sequence("emoe-l-gpt2", "EmoeL", "gpt2"),
+        "emoe-l-bert": _sequence("emoe-l-bert", "EmoeL", "bert"),
+    },
+)
 """Prompt-level predictors by name."""
 
 NETWORKS = frozenset(name for name in PREDICTORS if name.startswith("emoe-"))
@@ -61,10 +65,9 @@ DEFAULT_PREDICTOR = "task-popularity"
 experts on gpt-oss-20b and 0.587 on emoe-nano, the best network 0.540 and 0.571; 40 % of the experts chosen by it hold
 0.767 and 0.615 of the look-ups, by the best network 0.761 and 0.608. It needs no training and no history."""
 
-SCORERS: dict[str, Callable[[RoutingShape], UseScorer]] = {
-    "decayed": _scorer("decay", "Decayed"),
-    "next-use": _scorer("next_use", "NextUse"),
-}
+SCORERS: Registry[Callable[[RoutingShape], UseScorer]] = Registry(
+    "scorer", "policy", {"decayed": _scorer("decay", "Decayed"), "next-use": _scorer("next_use", "NextUse")}
+)
 """Token-level scorers by name."""
 
 CONTESTED = frozenset({"next-use"})

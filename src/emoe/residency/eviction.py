@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from emoe.errors import named
-from emoe.plugins import check_conforms
+from emoe.plugins import Registry, check_conforms
 
 Counts = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.int64] | npt.NDArray[np.float64]
@@ -126,7 +126,9 @@ class Scored:
         return order
 
 
-EVICTION_RULES: dict[str, Callable[[], Eviction]] = {rule.name: rule for rule in (LRU, LFU, LeastStale)}
+EVICTION_RULES: Registry[Callable[[], Eviction]] = Registry(
+    "eviction rule", "policy", {rule.name: rule for rule in (LRU, LFU, LeastStale)}
+)
 """Rules by name. Adding one is one class and one entry here."""
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from emoe.errors import named
-from emoe.plugins import check_conforms
+from emoe.plugins import Registry, check_conforms
 from emoe.scheduling.affinity import Affinity
 from emoe.scheduling.edf import Edf
 from emoe.scheduling.emoe import Emoe
 from emoe.scheduling.fifo import Fifo
 from emoe.scheduling.protocol import Scheduler
 
-SCHEDULERS: dict[str, Callable[[], Scheduler]] = {each.name: each for each in (Fifo, Edf, Emoe, Affinity)}
+SCHEDULERS: Registry[Callable[[], Scheduler]] = Registry(
+    "scheduler", "scheduler", {each.name: each for each in (Fifo, Edf, Emoe, Affinity)}
+)
 
 
 def make_scheduler(name: str) -> Scheduler:
