@@ -13,8 +13,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 import emoe
 from emoe.engine import attention, batching
-from emoe.engine.attention import IMPLEMENTATION, _mask
+from emoe.engine.attention import IMPLEMENTATION, _mask, packed_attention
 from emoe.engine.batching import Batcher
+from emoe.errors import UnsupportedModelError
 from emoe.model.attention import SINKS
 from emoe.model.bind import binding_of
 from emoe.planner import facts_of
@@ -145,6 +146,43 @@ def test_no_scores_are_held_and_the_plan_counts_none(checkpoints: Checkpoints, m
     scores = 4 * 512 * length * 4  # heads x rows x keys in float32
     assert peaks["alone"] < planned.memory.activation_bytes
     assert peaks["alone"] < scores < peaks["packed"]
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+def test_masks_are_made_once_in_a_step(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """For each request and kind of layer, however many layers there are."""
+    made, _ = emoe.load(checkpoints(name, torch.float32), dtype="float32")
+    layers, kinds = made.config.num_hidden_layers, 2 if name == "gpt_oss" else 1
+    batcher = make(made, Kept(), 24)
+    seen: list[tuple[int, int, int | None]] = []
+
+    def counted(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+        seen.append((queries, keys, window))
+        return _mask(queries, keys, window, device)
+
+    monkeypatch.setattr(attention, "_mask", counted)
+    for number in range(3):
+        batcher.add(str(number), prompt(number, 40), 3, ())
+    steps = 0
+    while not batcher.empty:
+        requests = len(batcher.prepare())
+        batcher.run()
+        batcher.finish()
+        assert len(seen) == requests * kinds
+        seen.clear()
+        steps += 1
+    batcher.close()
+    emoe.close(made)
+    assert steps > 3 and layers >= 2
+
+
+@pytest.mark.parametrize("name", ["position_bias", "sinks", "attention_mask"])
+def test_what_belongs_to_packed_tokens_is_refused(name: str) -> None:
+    """A bias of [heads, tokens, keys of all requests] has no rows and columns of one request."""
+    given = {"attention_mask": None, name: torch.zeros(1, 2, 3, 3)}
+    each = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(UnsupportedModelError, match=f"Linear attends with {name}"):
+        packed_attention(torch.nn.Linear(1, 1), each, each, each, **given)
 
 
 @given(past=st.integers(0, 40), queries=st.integers(1, 40), window=st.none() | st.integers(1, 50))

@@ -91,6 +91,10 @@ def test_the_queue_is_bounded(model: PreTrainedModel) -> None:
         with pytest.raises(QueueFullError, match="2 requests wait already") as full:
             send(engine, prompt(4, 5))
         assert full.value.retry_after_s >= 1
+        for number in range(TASKS_AT_MOST):  # labels of requests that are refused take no places
+            with pytest.raises(QueueFullError):
+                send(engine, prompt(4, 5), task=f"refused {number}")
+        assert engine.labels("the first") == "the first"
         engine.cancel(waiting[0][0])
         assert waiting[0][1].end.reason == "cancelled"
         assert waiting[0][1].end.report.ttft_s is None

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from emoe.errors import UnsupportedModelError
 from emoe.model.attention import FEW_ROWS_SDPA, SINKS, attention, sinks_attention
 
 IMPLEMENTATION = "emoe_paged"
@@ -28,8 +29,11 @@ ATTENDS: dict[str, Callable[..., tuple[torch.Tensor, None]]] = {
 }
 """The attention function of one request, by the implementation that the model was loaded with: `generate()`'s own."""
 
-_THEIRS = ("s_aux", "softcap", "position_bias")
-"""Arguments of an attention function that say what it computes: handed on where a layer gives them."""
+_THEIRS = ("s_aux", "softcap")
+"""Arguments that say what is computed, and that are not of single tokens: handed on where a layer gives them."""
+
+_PACKED = ("attention_mask", "position_bias", "sinks", "indices", "block_indices")
+"""Arguments that would be of the packed step's tokens and keys, which no request has alone: refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,21 @@ class Place:
     window: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One request's part of a step in the layers of a group.
+
+    Attributes:
+        write: rows of the cache that its tokens go to.
+        held: rows of the cache that it reads, those of the tokens before the step that a layer still sees.
+        mask: as `_mask` makes it.
+    """
+
+    write: torch.Tensor
+    held: torch.Tensor
+    mask: torch.Tensor | None
+
+
 @dataclass(slots=True)
 class Packed:
     """What `packed_attention` has to know of the step under way; lies on the cache as `emoe`.
@@ -63,6 +82,31 @@ class Packed:
     attend: Callable[..., tuple[torch.Tensor, None]] = sdpa_attention_forward
     queries: list[int] = field(default_factory=list)
     past: list[int] = field(default_factory=list)
+    _shares: dict[int, list[Share]] = field(default_factory=dict)
+
+    def begin(self, queries: list[int], past: list[int]) -> None:
+        """Another step."""
+        self.queries, self.past = queries, past
+        self._shares.clear()
+
+    def shares(self, place: Place, write: torch.Tensor, read: torch.Tensor) -> list[Share]:
+        """The requests' parts in the layers of a place's group, which see the same window: made once in a step.
+
+        Args:
+            place: of one of these layers.
+            write, read: the group's rows of all requests, those that are written and those that are read.
+        """
+        if place.group not in self._shares:
+            held = [past if place.window is None else min(past, place.window - 1) for past in self.past]
+            counts = [before + own for before, own in zip(held, self.queries, strict=True)]
+            rows = torch.split(read, counts) if read.numel() else [read] * len(counts)
+            self._shares[place.group] = [
+                Share(to, own[:before], _mask(queries, before + queries, place.window, write.device))
+                for to, own, before, queries in zip(
+                    torch.split(write, self.queries), rows, held, self.queries, strict=True
+                )
+            ]
+        return self._shares[place.group]
 
 
 def packed_attention(
@@ -86,41 +130,46 @@ def packed_attention(
 
     Returns:
         [1, tokens, heads, size], None.
+
+    Raises:
+        UnsupportedModelError: a layer gives something of the packed step's tokens and keys.
     """
+    given = {"attention_mask": attention_mask, **kwargs}
+    refused = [name for name in _PACKED if given.get(name) is not None]
+    if refused:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends with {', '.join(refused)}, which is not known for requests of one step"
+        )
     packed: Packed = kwargs["cache"].emoe
     place = packed.place(int(module.layer_idx))  # type: ignore[arg-type]
-    write, read = kwargs["write_index"][place.group], kwargs["read_index"][place.group]
-    held = [past if place.window is None else min(past, place.window - 1) for past in packed.past]
-    counts = [before + own for before, own in zip(held, packed.queries, strict=True)]
+    shares = packed.shares(place, kwargs["write_index"][place.group], kwargs["read_index"][place.group])
     theirs = {name: kwargs[name] for name in _THEIRS if kwargs.get(name) is not None}
     outputs = []
     # A window's pages are a ring: what a step writes there may lie where it still has to read. Hence one request after
     # the other, first read, then written. What is attended to then also lies in the processor's cache.
-    for query_, key_, value_, to, own, before in zip(
+    for own_q, own_k, own_v, share in zip(
         torch.split(query, packed.queries, dim=2),
         torch.split(key, packed.queries, dim=2),
         torch.split(value, packed.queries, dim=2),
-        torch.split(write, packed.queries),
-        torch.split(read, counts) if read.numel() else [read] * len(counts),
-        held,
+        shares,
         strict=True,
     ):
-        k, v = key_, value_
-        if before:
-            k, v = _joined(place.keys, own[:before], key_), _joined(place.values, own[:before], value_)
-        place.keys.index_copy_(0, to, key_[0].transpose(0, 1))
-        place.values.index_copy_(0, to, value_[0].transpose(0, 1))
-        mask = _mask(query_.shape[2], k.shape[2], place.window, query.device)
-        outputs.append(packed.attend(module, query_, k, v, mask, dropout, scaling, is_causal=True, **theirs)[0])
+        new_k, new_v = own_k[0].transpose(0, 1), own_v[0].transpose(0, 1)
+        k, v = own_k, own_v
+        if len(share.held):
+            k, v = _joined(place.keys, share.held, new_k), _joined(place.values, share.held, new_v)
+        place.keys.index_copy_(0, share.write, new_k)
+        place.values.index_copy_(0, share.write, new_v)
+        outputs.append(packed.attend(module, own_q, k, v, share.mask, dropout, scaling, is_causal=True, **theirs)[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
 def _joined(paged: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """What lies in these rows, and after it `new` [1, key heads, tokens, size]: the same of all tokens."""
-    before, tokens = len(rows), new.shape[2]
+    """What lies in these rows, and after it `new` [tokens, key heads, size]: [1, key heads, rows + tokens, size]."""
+    before, tokens = len(rows), len(new)
     out = paged.new_empty(before + tokens, *paged.shape[1:])
     torch.index_select(paged, 0, rows, out=out[:before])
-    out[before:] = new[0].transpose(0, 1)
+    out[before:] = new
     return out.transpose(0, 1)[None]
 
 

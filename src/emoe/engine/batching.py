@@ -272,8 +272,7 @@ class Batcher:
             for f in self._processor.inputs_and_outputs.requests_in_batch
         ]
         if self._packed is not None:
-            self._packed.queries = [part.queries for part in parts]
-            self._packed.past = [part.past for part in parts]
+            self._packed.begin([part.queries for part in parts], [part.past for part in parts])
         return parts
 
     def input_ids(self, tokens: int) -> torch.Tensor:

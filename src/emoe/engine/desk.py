@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from emoe.engine.interface import EngineStoppedError, QueueFullError
 from emoe.engine.tickets import Ticket
@@ -26,8 +26,8 @@ class Desk:
 
     # -- for any thread -------------------------------------------------------------------------------------
 
-    def put(self, ticket: Ticket, retry_after_s: float) -> None:
-        """Queue a request.
+    def put(self, make: Callable[[], Ticket], retry_after_s: float) -> Ticket:
+        """Queue the request that `make` gives, which is called only if there is room: quick, and asks nothing of here.
 
         Raises:
             EngineStoppedError: no more are taken.
@@ -44,9 +44,11 @@ class Desk:
                     f"{retry_after_s:.0f} s.",
                     retry_after_s=retry_after_s,
                 )
+            ticket = make()
             self._tickets[ticket.id] = ticket
             self._waiting.append(ticket)
             self._changed.notify_all()
+            return ticket
 
     def cancel(self, request: str) -> None:
         """Mark a request, if it is there."""

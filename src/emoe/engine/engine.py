@@ -20,6 +20,7 @@ from emoe.engine.interface import (
     EngineStoppedError,
     OnEvent,
     Submission,
+    TaskSource,
     TooLongError,
 )
 from emoe.engine.knowledge import Knowledge
@@ -152,27 +153,13 @@ class Engine:
         self._check(submission)
         if self._thread is None:
             raise EngineStoppedError("the engine has not been started.")
+        arrived_s = time.perf_counter()
         task, source = self._knowledge.task_of(submission)
-        task = None if task is None else self.labels(task)
-        request = Request(
-            id=uuid.uuid4().hex,
-            arrived_s=time.perf_counter(),
-            input_tokens=len(submission.prompt_ids),
-            max_tokens=submission.max_tokens,
-            expected_tokens=self._knowledge.expected_tokens(submission, task),
-            task=task,
-            priority=submission.priority,
-            ttft_slo_s=submission.ttft_slo_s,
-            tpot_slo_s=submission.tpot_slo_s,
+        ticket = self._desk.put(
+            lambda: self._ticket(submission, on_event, arrived_s, task, source),
+            self._measures.seconds_per_departure(),
         )
-        targets = self.settings.targets.get(task) or self.settings.targets.get(None)
-        if targets is not None:
-            request.ttft_slo_s = targets.ttft_slo_s if request.ttft_slo_s is None else request.ttft_slo_s
-            request.tpot_slo_s = targets.tpot_slo_s if request.tpot_slo_s is None else request.tpot_slo_s
-        seed = new_seed() if submission.sampling.seed is None else submission.sampling.seed
-        ticket = Ticket(next(self._numbers), submission, request, on_event, source, seed)
-        self._desk.put(ticket, self._measures.seconds_per_departure())
-        return request.id
+        return ticket.id
 
     def cancel(self, request: str) -> None:
         """End a request; it ends with reason "cancelled". Does nothing for one that has ended or never was."""
@@ -192,6 +179,29 @@ class Engine:
         """Counters since the start, and what is the case now. Waits for nothing."""
         free = self.kv_tokens if self._loop is None else self._loop.kv_free
         return self._measures.stats(*self._desk.counts(), self.kv_tokens - free, self.kv_tokens)
+
+    def _ticket(
+        self, submission: Submission, on_event: OnEvent, arrived_s: float, task: str | None, source: TaskSource
+    ) -> Ticket:
+        """Of a request that is taken: only now its label counts among those that are told apart."""
+        task = None if task is None else self.labels(task)
+        request = Request(
+            id=uuid.uuid4().hex,
+            arrived_s=arrived_s,
+            input_tokens=len(submission.prompt_ids),
+            max_tokens=submission.max_tokens,
+            expected_tokens=self._knowledge.expected_tokens(submission, task),
+            task=task,
+            priority=submission.priority,
+            ttft_slo_s=submission.ttft_slo_s,
+            tpot_slo_s=submission.tpot_slo_s,
+        )
+        targets = self.settings.targets.get(task) or self.settings.targets.get(None)
+        if targets is not None:
+            request.ttft_slo_s = targets.ttft_slo_s if request.ttft_slo_s is None else request.ttft_slo_s
+            request.tpot_slo_s = targets.tpot_slo_s if request.tpot_slo_s is None else request.tpot_slo_s
+        seed = new_seed() if submission.sampling.seed is None else submission.sampling.seed
+        return Ticket(next(self._numbers), submission, request, on_event, source, seed)
 
     def _check(self, submission: Submission) -> None:
         tokens, sampling = len(submission.prompt_ids), submission.sampling
