@@ -179,7 +179,7 @@ def test_masks_are_made_once_in_a_step(checkpoints: Checkpoints, monkeypatch: py
 @pytest.mark.parametrize("name", ["position_bias", "sinks", "attention_mask"])
 def test_what_belongs_to_packed_tokens_is_refused(name: str) -> None:
     """A bias of [heads, tokens, keys of all requests] has no rows and columns of one request."""
-    given = {"attention_mask": None, name: torch.zeros(1, 2, 3, 3)}
+    given: dict[str, Any] = {"attention_mask": None, name: torch.zeros(1, 2, 3, 3)}
     each = torch.zeros(1, 2, 3, 4)
     with pytest.raises(UnsupportedModelError, match=f"Linear attends with {name}"):
         packed_attention(torch.nn.Linear(1, 1), each, each, each, **given)

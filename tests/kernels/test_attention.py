@@ -242,6 +242,30 @@ def test_many_rows_are_right_and_each_has_its_own_bits(
     )
 
 
+@pytest.mark.parametrize(("batch", "key_heads", "group", "rows"), [(1, 1, 8, 203), (1, 3, 2, 300), (2, 1, 1, 400)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_few_key_heads_are_shared_among_threads(
+    knowing: Calls, batch: int, key_heads: int, group: int, rows: int, causal: bool
+) -> None:
+    """Parts of a key head's rows are units of their own: no bit of a row depends on how many there are."""
+    torch.manual_seed(rows)
+    query = torch.randn(batch, key_heads * group, rows, 16).bfloat16()
+    key, value = (torch.randn(batch, key_heads, rows, size).bfloat16() for size in (16, 24))
+    mask = None if causal else torch.ones(rows, rows, dtype=torch.bool).tril().triu(-40)[None, None]
+    before = torch.get_num_threads()
+    outs = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            outs.append(many_rows(knowing, query, key, value, mask, causal=causal))
+    finally:
+        torch.set_num_threads(before)
+    shown = torch.ones(rows, rows, dtype=torch.bool).tril()[None, None] if mask is None else mask
+    expected = defined(query, key, value, shown, 0.25, None)
+    torch.testing.assert_close(outs[0].double(), expected, rtol=2**-8, atol=2**-8 * float(value.abs().max()))
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
 def test_of_many_rows_too_one_that_sees_nothing_gets_a_mean(knowing: Calls) -> None:
     query, key = torch.randn(1, 2, 20, 8).bfloat16(), torch.randn(1, 2, 50, 8).bfloat16()
     mean = key.double().mean(dim=2)

@@ -19,6 +19,7 @@ typedef struct {
     const float *sinks; /* [heads], or none */
     char *out;          /* [batch, rows, heads, value_size] */
     _Atomic int failed;
+    long parts; /* many rows: units of each key head */
 } attending;
 
 #define KEYS_AHEAD 32 /* keys that are fetched early */

@@ -281,7 +281,7 @@ EXPORT void emoe_unpack(const shape *s, const matrix *from, long first, long row
 EXPORT int emoe_attention(const attention *a, const char *q, const char *k, const char *v, const char *mask,
                           const float *sinks, char *out, int threads)
 {
-    attending all = {a, q, k, v, mask, sinks, out, 0};
+    attending all = {a, q, k, v, mask, sinks, out, 0, 1};
     const double read = (double)a->batch * a->key_heads * a->keys * (a->size + a->value_size) * type_bytes(a->type);
     timing t = begin_timing(read, threads);
     spread(t.threads, a->batch * a->key_heads, attend_unit, &all);
@@ -293,8 +293,8 @@ EXPORT int emoe_attention(const attention *a, const char *q, const char *k, cons
 EXPORT int emoe_many_attention(const attention *a, const char *q, const char *k, const char *v, const char *mask,
                                const float *sinks, char *out, int threads)
 {
-    attending all = {a, q, k, v, mask, sinks, out, 0};
-    spread(threads, a->batch * a->key_heads, attend_many_unit, &all);
+    attending all = {a, q, k, v, mask, sinks, out, 0, many_parts(a, threads)};
+    spread(threads, a->batch * a->key_heads * all.parts, attend_many_unit, &all);
     return all.failed ? -1 : 0;
 }
 

@@ -1,4 +1,4 @@
-/* Attention of many query rows in bfloat16: keys and values are packed once for each key head, then products of 12 queries with
+/* Attention of many query rows in bfloat16: keys and values are packed once for each key head and part of its rows, then products of 12 queries with
  * 32 keys, and of their weights with 32 values, are those of many.h. Keys that no row of the 12 sees are left out. Scores,
  * softmax and sums are float32, weights are rounded to bfloat16. A query's bits do not depend on the other queries. */
 
@@ -87,11 +87,24 @@ static void attend_tile(const attending *t, long b, long head, long r, int tile,
     }
 }
 
+#define UNITS_EACH 2  /* units of a thread, so that one that is held up delays the others by half its share */
+#define PART_TILES 16 /* tiles of a unit at least: it packs the keys and values of its head for itself */
+
+/* Units that the tiles of a key head make: several only where key heads alone are too few for the threads. */
+static long many_parts(const attention *a, int threads)
+{
+    const long units = a->batch * a->key_heads, tiles = a->group * ((a->rows + TALL - 1) / TALL);
+    long parts = threads < 2 ? 1 : (UNITS_EACH * threads + units - 1) / units;
+    if (parts > tiles / PART_TILES) parts = tiles / PART_TILES;
+    return parts < 1 ? 1 : parts;
+}
+
 static void attend_many_unit(void *context, long unit)
 {
     attending *t = context;
     const attention *a = t->of;
-    const long b = unit / a->key_heads, h = unit % a->key_heads, all = align_up(a->keys, STEP);
+    const long part = t->parts - 1 - unit / (a->batch * a->key_heads), pair = unit % (a->batch * a->key_heads);
+    const long b = pair / a->key_heads, h = pair % a->key_heads, all = align_up(a->keys, STEP);
     const long key_bytes = all * a->size * 2, value_bytes = all * align_up(a->value_size, STEP) * 2;
     char *memory = scratch(key_bytes + value_bytes + TALL * all * (4 + 2) + TALL * PANEL * 4);
     if (!memory) {
@@ -102,12 +115,21 @@ static void attend_many_unit(void *context, long unit)
     float *scores = (float *)(weights + TALL * all * 2), *sums = scores + TALL * all;
     pack_keys(t->k + (b * a->k_batch + h * a->k_head) * 2, a->k_row * 2, a->keys, a->size, memory);
     pack_pairs(t->v + (b * a->v_batch + h * a->v_head) * 2, a->v_row * 2, a->keys, a->value_size, all / 2, values);
-    for (long head = h * a->group; head < (h + 1) * a->group; head++)
-        for (long r = 0; r < a->rows; r += TALL)
-            attend_tile(t, b, head, r, a->rows - r < TALL ? (int)(a->rows - r) : TALL, memory, values, scores, weights, sums);
+    /* Tiles in the order of their rows: the last parts of a causal prompt see the most keys, and are begun first. */
+    const long tiles = (a->rows + TALL - 1) / TALL * a->group;
+    for (long i = tiles * part / t->parts; i < tiles * (part + 1) / t->parts; i++) {
+        const long head = h * a->group + i % a->group, r = i / a->group * TALL;
+        attend_tile(t, b, head, r, a->rows - r < TALL ? (int)(a->rows - r) : TALL, memory, values, scores, weights, sums);
+    }
 }
 #else
-static void attend_many_unit(void *context, long unit) 
+static long many_parts(const attention *a, int threads)
+{
+    (void)a, (void)threads;
+    return 1;
+}
+
+static void attend_many_unit(void *context, long unit)
 {
     (void)unit;
     ((attending *)context)->failed = 1;
