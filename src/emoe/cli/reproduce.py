@@ -81,9 +81,11 @@ def run(args: argparse.Namespace) -> int:
 
     pyplot()  # says what to install before the work, not after it
     bars_on_terminals_only()
+    from emoe.bench.reproduce.asked import Settings
+    from emoe.bench.reproduce.keeping import forget
     from emoe.bench.reproduce.page import PAGE
     from emoe.bench.reproduce.running import run_all
-    from emoe.bench.reproduce.workbench import Settings, Workbench, forget
+    from emoe.bench.reproduce.workbench import Workbench
     from emoe.cli.profile import StepLine
 
     out = args.out or Path(f"{Path(args.model or 'emoe-nano').name}-reproduction")

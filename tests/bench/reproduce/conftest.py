@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from emoe.bench.reproduce.workbench import Settings, Workbench
+from emoe.bench.reproduce.asked import Settings
+from emoe.bench.reproduce.workbench import Workbench
 from tests.families import make_checkpoint, write_tokenizer
 
 Open = Callable[..., Workbench]

@@ -14,11 +14,12 @@ import pytest
 from emoe import nano
 from emoe.bench.reproduce import accuracy, judging
 from emoe.bench.reproduce.accuracy import Accuracy, Gap, Judged, Similar, gap
+from emoe.bench.reproduce.asked import Settings
 from emoe.bench.reproduce.experiments import fig5, fig10, fig13, fig15
 from emoe.bench.reproduce.findings import read_finding, write_finding
 from emoe.bench.reproduce.judging import AGNOSTIC, FULL, OURS, Texts, Way, judged, similar
 from emoe.bench.reproduce.rivals import ByScore, Random, rivals
-from emoe.bench.reproduce.workbench import Settings, Workbench
+from emoe.bench.reproduce.workbench import Workbench
 from emoe.errors import UsageError
 from emoe.prediction.protocol import RoutingShape
 from emoe.prediction.registry import PREDICTORS
@@ -190,6 +191,20 @@ def test_a_difference_that_prompts_do_not_tell_is_undecided() -> None:
         (60, "random, p = 1"): _similar(0, 80, 0, 80, 0, 80),
     }
     assert fig15._random(found, (60,), 1, "why").verdict == "undecided"
+
+
+def test_a_loss_that_prompts_do_not_tell_is_none() -> None:
+    """Points decide nothing where the interval includes no difference."""
+    clear, unclear = _similar(90, 80, 90, 80, 90, 80), _similar(0, 80, 0, 80, 0, 90)
+    worse, other = _similar(70, 70, 70, 70, 70, 70), _similar(90, 0, 90, 0, 90, 0)
+    found = {(40, "ours, p = 1"): clear, (40, fig15.INFINITY): worse}
+    found |= {(60, "ours, p = 1"): unclear, (60, fig15.INFINITY): other}
+    unsure = gap(unclear, other)
+    assert unsure is not None and unsure.points < 0 and not unsure.tells
+    assert fig15._infinity(found, (40, 60)).verdict == "holds"
+    found[60, fig15.INFINITY] = _similar(90, 90, 90, 90, 90, 100)
+    assert fig15._infinity(found, (40, 60)).verdict == "partly"
+    assert fig15._infinity(found, (60,)).verdict == "does not hold"
 
 
 def test_few_prompts_have_no_interval_and_decide_nothing() -> None:

@@ -12,10 +12,11 @@ import pytest
 
 from emoe import nano
 from emoe.bench.reproduce.accuracy import Accuracy, Judged, Similar
+from emoe.bench.reproduce.asked import Settings
 from emoe.bench.reproduce.experiment import experiment
 from emoe.bench.reproduce.findings import Finding, write_finding
 from emoe.bench.reproduce.judging import Request
-from emoe.bench.reproduce.workbench import Settings, Workbench
+from emoe.bench.reproduce.workbench import Workbench
 
 JUDGED = ("fig10", "fig13", "fig14", "fig15", "table3", "sec57")
 TASKS = ("classify", "compare", "converse", "qa", "summarise")

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 import emoe.nano
+from emoe.bench.reproduce.asked import Settings
 from emoe.bench.reproduce.experiment import Experiment, experiment
 from emoe.bench.reproduce.experiments import fig16
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, read_finding
+from emoe.bench.reproduce.keeping import forget
 from emoe.bench.reproduce.running import run_all
 from emoe.bench.reproduce.ways import STORES
-from emoe.bench.reproduce.workbench import Settings, Workbench, forget
+from emoe.bench.reproduce.workbench import Workbench
 from emoe.cli import main
 from emoe.errors import UsageError
 from emoe.tasks.profile import Profile

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from emoe import nano
 from emoe.bench.reproduce import latency, load, peaks, ways
+from emoe.bench.reproduce.asked import Settings
 from emoe.bench.reproduce.experiments import fig1, fig2, fig12, fig16, fig17, fig18, fig19
 from emoe.bench.reproduce.findings import Finding, write_finding
 from emoe.bench.reproduce.ways import ALL, BARE, DEMAND, MATCHING, NEXT_GATE, OURS, STORES, Request, Store
-from emoe.bench.reproduce.workbench import Settings, Workbench
+from emoe.bench.reproduce.workbench import Workbench
 from emoe.bench.serve.comparing import Outcome
 from emoe.errors import BudgetError
 from emoe.planner import facts_of

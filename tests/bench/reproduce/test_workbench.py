@@ -15,8 +15,10 @@ import pytest
 import emoe.bench.reproduce.workbench
 import emoe.profiling.record
 from emoe.bench.reproduce import room
+from emoe.bench.reproduce.asked import QUICK_PROMPTS, Settings
+from emoe.bench.reproduce.keeping import forget
 from emoe.bench.reproduce.sources import by_task, left_out, sources
-from emoe.bench.reproduce.workbench import QUICK_PROMPTS, Settings, Workbench, forget
+from emoe.bench.reproduce.workbench import Workbench
 from emoe.errors import UsageError
 from emoe.prediction.protocol import RoutingShape
 from emoe.routing.counts import PromptCounts

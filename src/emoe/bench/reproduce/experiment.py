@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Kind = Literal["routing", "quality", "speed"]
 """What it needs: recorded routes alone, runs of the model, or times (a quiet machine)."""
 
+KEPT = "the share of the experts that --share gives (the paper's 60 %)"
+"""What speed experiments keep, for `Experiment.method`."""
+
 NAMES = (
     "table1",
     "fig1",

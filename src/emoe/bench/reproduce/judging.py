@@ -22,6 +22,7 @@ import torch
 
 import emoe
 from emoe.bench.reproduce.accuracy import Accuracy, Judged, Similar
+from emoe.bench.reproduce.needs import references
 from emoe.bench.reproduce.rivals import AT_ONCE, rivals
 from emoe.bench.reproduce.room import refusal
 from emoe.bench.reproduce.workbench import Workbench
@@ -149,6 +150,8 @@ def items(bench: Workbench, texts: Texts) -> list[Item]:
     Raises:
         UsageError: no prompt has a reference, and references are asked for.
     """
+    if texts.kind == "references":
+        references(bench, texts.per_task)
     prompts, ids = bench.prompts["score"], bench.ids("score")
     _, answers = bench.recorded("score")
     tokenizer = bench.tokenizer if texts.kind == "references" else None
@@ -161,8 +164,6 @@ def items(bench: Workbench, texts: Texts) -> list[Item]:
             text = tokenizer.encode(prompt.reference, add_special_tokens=False) if prompt.reference else []
         if text:
             found.append(Item(prompt.task, ids[index], text[: texts.tokens], given))
-    if not found:
-        raise UsageError('no prompt to score has a reference: give --prompts with "reference" in its lines.')
     random.Random(bench.settings.seed).shuffle(found)
     if texts.order == "blocks":
         found.sort(key=lambda item: bench.tasks.index(item.task))  # stable: still shuffled within a task

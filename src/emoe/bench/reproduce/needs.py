@@ -6,15 +6,18 @@ from emoe.bench.reproduce.sources import enough
 from emoe.bench.reproduce.workbench import Workbench
 from emoe.errors import UsageError
 from emoe.prediction.fitting import LEAST_PROMPTS
+from emoe.profiling.prompts import first_of_each
 
 
-def references(bench: Workbench) -> None:
-    """For one that reads reference answers.
+def references(bench: Workbench, per_task: int | None = None) -> None:
+    """For one that reads reference answers; per_task: those of the first so many prompts of each task.
 
     Raises:
         UsageError: no prompt to score has one.
     """
-    if not any(prompt.reference for prompt in bench.prompts["score"]):
+    prompts = bench.prompts["score"]
+    read = range(len(prompts)) if per_task is None else first_of_each(prompts, per_task)
+    if not any(prompts[index].reference for index in read):
         raise UsageError('no prompt to score has a reference: give --prompts with "reference" in its lines.')
 
 

@@ -81,16 +81,6 @@ def page(found: Sequence[tuple[Experiment, Kept]]) -> str:
     )
 
 
-def headline(found: Sequence[tuple[Experiment, Kept]]) -> str:
-    """Claims as a Markdown table: claim, paper, here, verdict."""
-    rows = ["| | claim | paper | here | verdict |", "|---|---|---|---|---|"]
-    for what, kept in found:
-        for claim in kept.claims:
-            cells = (what.title.partition(":")[0], claim.text, claim.paper, claim.here, claim.verdict)
-            rows.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-    return "\n".join(rows)
-
-
 def _legend() -> str:
     """What each verdict means, with how the page marks it."""
     rows = "".join(f"<dt>{_MARKS[each]} {each}</dt><dd>{escape(MEANINGS[each])}</dd>" for each in VERDICTS)

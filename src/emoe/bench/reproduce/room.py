@@ -7,6 +7,7 @@ resident needs that.
 
 from __future__ import annotations
 
+from emoe.bench.reproduce.asked import PAPER_SHARE
 from emoe.bench.reproduce.workbench import Workbench
 from emoe.config import format_bytes
 from emoe.errors import BudgetError
@@ -63,7 +64,7 @@ def sixty_resident(bench: Workbench) -> None:
     Raises:
         BudgetError: they do not fit.
     """
-    _refuse(refusal(bench, "60%"))
+    _refuse(refusal(bench, PAPER_SHARE))
 
 
 def _refuse(why: str | None) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emoe.bench.reproduce.workbench import Workbench, routes_digest
+from emoe.bench.reproduce.keeping import routes_digest
+from emoe.bench.reproduce.workbench import Workbench
 from emoe.errors import UsageError
 from emoe.prediction.scoring import halves, sides
 from emoe.routing.counts import PromptCounts

@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import hashlib
-import json
 import os
 import platform
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -30,67 +24,32 @@ import emoe
 from emoe import nano
 from emoe.bench.plant.card import CARD
 from emoe.bench.plant.card import LABEL as CARD_LABEL
+from emoe.bench.reproduce.asked import PAPER_SHARE, Settings, Side, other_routes, two_sides
+from emoe.bench.reproduce.keeping import Cells, Step, file_digest, routes_digest
 from emoe.checkpoint.fingerprint import fingerprint
 from emoe.checkpoint.source import resolve
-from emoe.checkpoint.whole import write_whole
 from emoe.config import format_bytes
 from emoe.errors import BudgetError, UsageError
 from emoe.model import close
 from emoe.model.encoding import encode
 from emoe.planner import Plan, facts_of, plan
 from emoe.profiling.kept import cores, processor
-from emoe.profiling.prompts import Prompt, digest, first_of_each, read_prompts, tasks_of
+from emoe.profiling.prompts import digest, tasks_of
 from emoe.profiling.record import read_recorded, record
 from emoe.profiling.running import Answer
-from emoe.routing.counts import PromptCounts, holds_counts, read_counts
 from emoe.routing.trace import Trace
 from emoe.tasks.profile import Profile
 
-Side = Literal["learn", "score"]
-Step = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 T = TypeVar("T")
 
-WORK = "work"
-JOB = "job.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-BEGUN = "begun"
-PAPER_SHARE = "60%"
-"""Of the experts, in sections 5.5 and 5.6."""
-QUICK_PROMPTS = 4
-"""Prompts of each task on each side of a quick pass."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a run is of.
-
-    model: a folder or hub id, None for emoe-nano; prompts: JSON lines as `emoe profile` reads them, None for those
-    shipped with emoe-nano; learn: prompts to learn from, None for half of `prompts`; traces: other models' routes by
-    name; arrivals: a file of request arrivals; prompt_tokens: longer prompts lose their middle; new_tokens: of an
-    answer; threads: of torch; share: of the experts that the speed experiments keep; memory: bytes that the process may
-    use, None for what the machine has free.
-    """
-
-    out: Path
-    model: str | None = None
-    quick: bool = False
-    seed: int = 0
-    prompts: Path | None = None
-    learn: Path | None = None
-    traces: tuple[tuple[str, Path], ...] = ()
-    arrivals: Path | None = None
-    prompt_tokens: int = 384
-    new_tokens: int = 48
-    threads: int = 1
-    share: str = PAPER_SHARE
-    memory: int | None = None
-
-
-class Workbench:
+class Workbench(Cells):
     """Opened once for a run; see the module's text. mark: a hash of what the run is of, another one for every run that
     began anew: a finding with this mark need not be made again. traces: other models' routes by name, or where the
-    file holds no more than that, tokens per expert by prompt. frozen: nothing is measured, only read (`--rejudge`).
+    file holds no more than that, tokens per expert by prompt.
 
     Raises:
         UsageError: no such model, prompts or traces, or OUT holds a run of something else.
@@ -98,22 +57,20 @@ class Workbench:
 
     def __init__(self, settings: Settings, step: Step, say: Say) -> None:
         """Read the prompts, and note what the run is of; the model is loaded when it is first needed."""
+        super().__init__(settings.out, step)
         self.settings = settings
-        self.step, self.say = step, say
+        self.say = say
         self.folder = nano.path() if settings.model is None else resolve(settings.model)
         self.name = "emoe-nano" if settings.model is None else Path(settings.model).name
         self.fingerprint = fingerprint(self.folder)
-        self.prompts = _sides(settings)
+        self.prompts = two_sides(settings)
         self.tasks = tasks_of(self.prompts["score"])
         self.traces = {name: other_routes(path) for name, path in settings.traces}
-        self.work = settings.out / WORK
         self.share = settings.share
-        self.frozen = False
         self._recorded: dict[Side, tuple[Trace, list[Answer]]] = {}
         self._ids: dict[Side, list[list[int]]] = {}
         self._plans: dict[str | int | None, Plan] = {}
-        self.mark = ""
-        self._begin()
+        self.mark = self.begin(self._job(), self._added())
 
     def pick(self, quick: T, full: T) -> T:
         """One value for a quick pass, another for a full one."""
@@ -128,7 +85,7 @@ class Workbench:
         Raises:
             UsageError: the checkpoint has no tokenizer.
         """
-        self._not_frozen("runs of the model")
+        self.not_frozen("runs of the model")
         torch.set_num_threads(self.settings.threads)
         gc.collect()  # the model before this one lies in cycles of references, and is as large
         model, tokenizer = emoe.load(self.settings.model, **options)
@@ -257,42 +214,6 @@ class Workbench:
         states = train(names, trace, self.work / "predictors", self.settings.seed, self.say)
         return dataclasses.replace(self.profile, predictors=PredictorStates({**self.profile.predictors, **states}))
 
-    # -- cells ------------------------------------------------------------------------------------------------
-
-    def cell(self, of: str, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
-        """A JSON value that `compute` makes once: the run that goes on, and other experiments, find it kept.
-
-        of: what it belongs to (an experiment's name, or a measurement that several share); key: everything that the
-        value depends on beside the run's settings.
-        """
-        text = json.dumps(dict(key), sort_keys=True)
-        file = self.work / "cells" / of / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-        try:
-            return json.loads(file.read_bytes())["value"]
-        except FileNotFoundError:
-            pass
-        self._not_frozen(f"{of!r} ({text})")
-        value = compute()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps({"key": dict(key), "value": value}, indent=1).encode())
-        return json.loads(file.read_bytes())["value"]
-
-    def cells(self, of: str, keys: Sequence[Mapping[str, Any]], compute: Callable[..., Any]) -> list[Any]:
-        """A cell for each key, with progress; `compute(**key)` makes one."""
-        values: list[Any] = []
-        for number, key in enumerate(keys):
-            self.step(of, number, len(keys))
-            values.append(self.cell(of, key, lambda key=key: compute(**key)))  # type: ignore[misc]
-        self.step(of, len(keys), len(keys))
-        return values
-
-    def _not_frozen(self, what: str) -> None:
-        """Raise UsageError where nothing may be measured."""
-        if self.frozen:
-            raise UsageError(
-                f"{self.settings.out} does not hold {what}, and --rejudge measures nothing: leave it out to measure."
-            )
-
     # -- what the run is of -------------------------------------------------------------------------------------
 
     def about(self) -> dict[str, Any]:
@@ -321,97 +242,24 @@ class Workbench:
         """What a planted checkpoint says of itself; None for a trained one."""
         return CARD_LABEL if (self.folder / CARD).is_file() else None
 
-    def _begin(self) -> None:
-        """Note what the run is of; one that goes on must be of the same."""
+    def _job(self) -> dict[str, Any]:
+        """What a run that goes on must have in common with what is kept."""
         plain = dataclasses.asdict(self.settings)
         kept = {name: plain[name] for name in ("quick", "seed", "prompt_tokens", "new_tokens", "threads")}
-        job = {
+        return {
             "model": self.fingerprint,
             "prompts": {side: digest(prompts) for side, prompts in self.prompts.items()},
             **kept,
             **({} if self.share == PAPER_SHARE else {"share": self.share}),
         }
-        file = self.work / JOB
-        if file.is_file():
-            before = json.loads(file.read_bytes())
-            begun = before.pop(BEGUN, "")
-            other = [name for name in {**before, **job} if before.get(name) != job.get(name)]
-            if other:
-                raise UsageError(
-                    f"{self.settings.out} holds a run with other {' and '.join(other)}: give another --out, the same "
-                    f"options, or --fresh to begin anew."
-                )
-        else:
-            begun = uuid.uuid4().hex
-            self.work.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps({**job, BEGUN: begun}, indent=1).encode())
-        # Traces, arrivals and memory may be added to a run: what it computed stays, its findings are made anew.
-        added = {
+
+    def _added(self) -> dict[str, Any]:
+        """What may be added to a run."""
+        return {
             "traces": {name: routes_digest(routes) for name, routes in self.traces.items()},
-            "arrivals": None if self.settings.arrivals is None else _file_digest(self.settings.arrivals),
+            "arrivals": None if self.settings.arrivals is None else file_digest(self.settings.arrivals),
             **({} if self.settings.memory is None else {"memory": str(self.settings.memory)}),
         }
-        text = json.dumps({**job, BEGUN: begun, **added}, sort_keys=True)
-        self.mark = hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def other_routes(path: Path) -> Trace | PromptCounts:
-    """A trace, or the counts of a file that holds no order of tokens, less what prompts of a label begin with alike.
-
-    Raises:
-        TraceError: the file is neither, or damaged.
-    """
-    return read_counts(path).without_prefix() if holds_counts(path) else Trace.read(path)
-
-
-def routes_digest(routes: Trace | PromptCounts) -> str:
-    """A hash of routes and labels, to tell whether something was computed from the same ones."""
-    arrays = (routes.counts,) if isinstance(routes, PromptCounts) else (routes.experts, routes.offsets)
-    found = hashlib.sha256(json.dumps([routes.tasks, [list(array.shape) for array in arrays]]).encode())
-    for array in (*arrays, routes.task):
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()[:24]
-
-
-def forget(out: Path) -> None:
-    """Remove the cells, routes and profile that an earlier run kept; its findings stay until they are made anew."""
-    shutil.rmtree(out / WORK, ignore_errors=True)
-
-
-def _sides(settings: Settings) -> dict[Side, list[Prompt]]:
-    """Prompts to learn from and to score; without prompts to learn from, of each task every other one."""
-    given = nano.path().parent / "prompts.jsonl" if settings.prompts is None else settings.prompts
-    if settings.prompts is None and settings.model is not None:
-        raise UsageError(
-            "experiments on a model of your own need prompts of its tasks: give --prompts FILE, JSON lines such as "
-            '{"task": "maths", "prompt": "What is 2 + 2?", "reference": "4"}.'
-        )
-    score = read_prompts(given)
-    if settings.learn is not None:
-        learn = read_prompts(settings.learn)
-    else:
-        seen: dict[str, int] = {}
-        sides: tuple[list[Prompt], list[Prompt]] = ([], [])
-        for prompt in score:
-            number = seen[prompt.task] = seen.get(prompt.task, -1) + 1
-            sides[number % 2].append(prompt)
-        learn, score = sides[1], sides[0]
-    found: dict[Side, list[Prompt]] = {"learn": learn, "score": score}
-    if settings.quick:
-        found = {side: [rows[i] for i in first_of_each(rows, QUICK_PROMPTS)] for side, rows in found.items()}
-    missing = sorted(set(tasks_of(found["score"])) - set(tasks_of(found["learn"])))
-    if missing:
-        raise UsageError(
-            f"no prompt to learn from is of the task {missing[0]!r}: give at least two of each task, or --learn FILE."
-        )
-    return found
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _memory_gib() -> float:

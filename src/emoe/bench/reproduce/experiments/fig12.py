@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from emoe.bench.reproduce import drawing
-from emoe.bench.reproduce.experiment import Experiment
+from emoe.bench.reproduce.experiment import KEPT, Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
 from emoe.bench.reproduce.latency import at_most
 from emoe.bench.reproduce.load import (
@@ -107,16 +107,13 @@ def run(bench: Workbench) -> Finding:
     notes = (
         about_stores(bench),
         f"Load 1 is {rate:.2f} requests/s: there fifo, simulated, meets the targets (5 times what a request takes "
-        f"alone) "
-        f"of {MET:.0%} of the requests. At most {RUNNING} run at once. The simulator's costs are those that the "
-        f"engine's "
-        f"cost model learned here: {costs}.",
+        f"alone) of {MET:.0%} of the requests. At most {RUNNING} run at once. The simulator's costs are those that the "
+        f"engine's cost model learned here: {costs}.",
     )
     caption = (
         "Mean latency, the share of requests that met their targets, and mean latency over fifo's with the same "
         "requests, by load: medians, shaded from the least to the greatest of the seeds. Dashed: the paper's 9 and "
-        "17 % "
-        "below its rival."
+        "17 % below its rival."
     )
     return Finding(
         tuple(claims),
@@ -196,8 +193,7 @@ def _claim(judged: Sweep, sweeps: Sequence[Sweep], system: str, base: str, text:
     else:
         why += (
             "Targets for the first token are nearly alike here, so ordering by them is nearly the order of arrival; "
-            "what "
-            "is left is not admitting who would hurt others."
+            "what is left is not admitting who would hurt others."
         )
     paper = (
         "up to 17 % lower (8x22B), 9 % (TinyMixtral)"
@@ -244,10 +240,9 @@ EXPERIMENT = Experiment(
     title="Figure 12: latency against arrival rate",
     question="Does eMoE answer faster than plain continuous batching as requests come faster?",
     method=(
-        "Poisson arrivals, tasks drawn uniformly, store slowed; Algorithm 1 (emoe), affinity and fifo with 60 % of the "
-        "experts on one engine, and fifo with all of them. Simulated with costs measured here; the full pass also "
-        "sends "
-        "the load to `emoe serve`, there also with rerouting. With --arrivals also a file's arrivals, simulated."
+        f"Poisson arrivals, tasks drawn uniformly, store slowed; Algorithm 1 (emoe), affinity and fifo with {KEPT} on "
+        "one engine, and fifo with all of them. Simulated with costs measured here; the full pass also sends the load "
+        "to `emoe serve`, there also with rerouting. With --arrivals also a file's arrivals, simulated."
     ),
     expected="Up to 17 % below DeepSpeed-FastGen (8x22B), 9 % (TinyMixtral); vLLM slowest.",
     kind="speed",

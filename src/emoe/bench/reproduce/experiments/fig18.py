@@ -6,7 +6,7 @@ from typing import Any
 
 from emoe.bench.reach import largest_batch
 from emoe.bench.reproduce import drawing
-from emoe.bench.reproduce.experiment import Experiment
+from emoe.bench.reproduce.experiment import KEPT, Experiment
 from emoe.bench.reproduce.experiments.fig17 import MIB, mib
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
 from emoe.bench.reproduce.latency import at_least
@@ -116,8 +116,8 @@ EXPERIMENT = Experiment(
     title="Figure 18: the largest batch and its throughput",
     question="How much larger a batch fits in the memory that all experts need, and is it faster?",
     method=(
-        "The planner finds the largest batch with 60 % of the experts in the memory of the full model's batch of 4. It "
-        "is run, and smaller ones until the measured peak fits; the throughput of that one is measured beside the full "
+        f"The planner finds the largest batch with {KEPT} in the memory of the full model's batch of {BATCH}. It is "
+        "run, and smaller ones until the measured peak fits; the throughput of that one is measured beside the full "
         "model's; rounds alternate."
     ),
     expected="2 times the batch on OpenMoE, 4.5 times on Mixtral; throughput 1.3 to 1.5 times.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from emoe.bench.reproduce import drawing
-from emoe.bench.reproduce.experiment import Experiment
+from emoe.bench.reproduce.experiment import KEPT, Experiment
 from emoe.bench.reproduce.findings import Claim, Finding, Picture, Table
 from emoe.bench.reproduce.latency import at_most
 from emoe.bench.reproduce.load import live_runs, simulated, usual_rate
@@ -107,8 +107,7 @@ def run(bench: Workbench) -> Finding:
 
     caption = (
         f"Mean latency over that of the same requests with right labels, at {rate:.2f} requests/s: medians of the "
-        f"seeds, "
-        f"shaded from the least to the greatest."
+        f"seeds, shaded from the least to the greatest."
     )
     table = Table("labels", "Latency by the share of wrong labels", columns, rows)
     return Finding(claims, (table,), (Picture("labels", caption, draw),), (about_stores(bench),))
@@ -148,8 +147,7 @@ EXPERIMENT = Experiment(
     question="How much latency do wrong task labels cost?",
     method=(
         "The same requests are served with 0 to 100 % of their labels exchanged for another task's, by Algorithm 1 "
-        "and by "
-        "affinity, 60 % of the experts, store slowed; simulated, and in the full pass by `emoe serve` too."
+        f"and by affinity, with {KEPT}, store slowed; simulated, and in the full pass by `emoe serve` too."
     ),
     expected="20 % wrong labels cost under 10 % latency; then a plateau.",
     kind="speed",

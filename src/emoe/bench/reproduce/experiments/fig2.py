@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from emoe.bench.reproduce.experiment import Experiment
+from emoe.bench.reproduce.experiment import KEPT, Experiment
 from emoe.bench.reproduce.experiments.fig1 import SPREAD
 from emoe.bench.reproduce.findings import Claim, Finding
 from emoe.bench.reproduce.latency import at_least, at_most, by_round, latency, means, requests_picture, requests_table
@@ -83,8 +83,8 @@ EXPERIMENT = Experiment(
     title="Figure 2: prefetching",
     question="Does prefetching hide what loading on demand costs?",
     method=(
-        "The requests of Figure 1, with 60 % of the experts kept and prefetched by the next layer's gate or by like "
-        "prompts (MoE-Infinity's way), beside loading on demand, eMoE (resident mode) and all experts resident."
+        f"The requests of Figure 1, with {KEPT} kept and prefetched by the next layer's gate or by like prompts "
+        "(MoE-Infinity's way), beside loading on demand, eMoE (resident mode) and all experts resident."
     ),
     expected="Prefetching by the next gate takes 2.5 to 3.5 times eMoE's latency, MoE-Infinity 1.25 to 1.5 times.",
     kind="speed",

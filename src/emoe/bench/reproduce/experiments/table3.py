@@ -56,7 +56,7 @@ def run(bench: Workbench) -> Finding:
         )
         for (name, _, _, memory), each, text in zip(asked, found, likely, strict=True)
     )
-    columns = ("experts", "experts' bytes, measured (MiB)", *COLUMNS, "perplexity of the references")
+    columns = ("experts", "experts' bytes at the peak of the run (MiB)", *COLUMNS, "perplexity of the references")
     table = Table("memory", "Accuracy at equal memory", columns, rows)
     by = {name: each for (name, _, _, _), each in zip(asked, found, strict=True)}
 
