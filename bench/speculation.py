@@ -19,6 +19,8 @@ way. All times are given: measure them (`emoe roofline`, `emoe stats`). Lines:
     layer        guesses for the next layer, while the link has nothing else to do
     both
     oracle       both, guessing what will be used: no guess can gain more
+
+and some of them together. The trace's prompts are read as one stream.
 """
 
 from __future__ import annotations
@@ -220,7 +222,7 @@ class Run:
 
     def best(self, chances: Array, most: int) -> list[tuple[int, int]]:
         """The keys [layers, experts] of the highest chances among what is missing."""
-        masked = np.where(self.resident, 0, chances)
+        masked = np.where(self.resident, -np.inf, chances)
         order = np.argsort(-masked, axis=None, kind="stable")[:most]
         return [(int(i) // self.experts, int(i) % self.experts) for i in order if masked.flat[int(i)] >= self.least]
 
@@ -242,21 +244,24 @@ class Run:
             if missing and under_way and self.queue[0] not in [(rank, e) for e in missing]:
                 arrival = t.delay
                 self.spoilt += 1
-            for expert in sorted(missing, key=lambda e: self.left.get((rank, e), t.load)):
+            for number, expert in enumerate(sorted(missing, key=lambda e: self.left.get((rank, e), t.load)), start=1):
                 part = self.left.pop((rank, expert), t.load)
                 if (rank, expert) in self.queue:
                     self.queue.remove((rank, expert))
                 arrival += part
                 self.evict(token, rank, used)
                 self.resident[rank, expert] = True
-                done_first = max(compute, arrival - (1 - t.first) * part) + t.first * t.expert
-                whole = max(compute, arrival) + t.expert
-                compute = max(done_first, arrival) + (1 - t.first) * t.expert if self.early_down else whole
+                if self.early_down and number == len(missing):
+                    # A guess that was begun has read the first projection before the second.
+                    first_there = arrival - min(part, (1 - t.first) * t.load)
+                    compute = max(max(compute, first_there) + t.first * t.expert, arrival) + (1 - t.first) * t.expert
+                else:
+                    compute = max(compute, arrival) + t.expert
             self.queue = [key for key in self.queue if key[0] != rank]  # its layer has passed
             self.left = {key: left for key, left in self.left.items() if key[0] != rank}
             self.now += compute
             if self.layer is not None and rank + 1 < self.layers:
-                only = np.zeros((self.layers, self.experts))
+                only = np.full((self.layers, self.experts), -np.inf)
                 only[rank + 1] = self.layer[token, rank + 1]
                 self.guess(self.best(only, 2), front=True)
             self.idle(max(token - 1, 0), compute - arrival)
@@ -272,12 +277,17 @@ class Run:
 
 
 def precision(chances: Array, used: Array, missing: Array, most: tuple[int, ...], by_layer: bool) -> list[str]:
-    """Share of the n best-ranked missing keys that were used, for each n; and the mean of the missing."""
+    """Share of the n-th best-ranked missing keys that were used, for each n; and of all that were missing."""
     masked = np.where(missing, chances, -np.inf)
     flat = masked.reshape(-1, masked.shape[-1]) if by_layer else masked.reshape(len(masked), -1)
     truth = used.reshape(flat.shape)
     order = np.argsort(-flat, axis=1, kind="stable")
-    cells = [f"{100 * float(np.take_along_axis(truth, order[:, n - 1 : n], 1).mean()):.1f} %" for n in most]
+    cells = []
+    for n in most:
+        at = order[:, n - 1 : n]
+        there = np.take_along_axis(flat, at, 1) > -np.inf  # so many were missing
+        hits = np.take_along_axis(truth, at, 1)[there]
+        cells.append(f"{100 * float(hits.mean()):.1f} %" if len(hits) else "-")
     return [*cells, f"{100 * float(used[missing].mean()):.1f} %"]
 
 
@@ -316,6 +326,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     trace = Trace.read(args.trace)
+    if not trace.top_k <= args.slots < trace.num_experts:
+        parser.error(
+            f"--slots is at least one token's experts ({trace.top_k}) and fewer than a layer has ({trace.num_experts})"
+        )
     trace = like_model(trace, args.layers, trace.num_experts, trace.top_k)
     whole = [n for n, about in enumerate(trace.prompts) if not about.get("repetition")]
     parts = [whole[0::4] + whole[2::4], whole[1::4], whole[3::4]]
@@ -374,7 +388,6 @@ def main() -> None:
         print(table(rows, right=tuple(range(1, len(rows[0])))))
         base = 0.0
         rows = [("", "ms a token", "gain", "demand loads", "guessed", "of them used", "demands delayed")]
-        nowhere = np.zeros_like(mine)
         kinds_of: dict[str, dict[str, Any]] = {
             "none": {},
             "early down": {"early_down": True},
@@ -390,7 +403,7 @@ def main() -> None:
                 "layer": chances["next layer"],
                 "early_down": True,
             },
-            "oracle": {"head": mine + nowhere, "layer": mine + nowhere},
+            "oracle": {"head": mine, "layer": mine},
         }
         for name, settings in kinds_of.items():
             run = Run(mine, order["report"], args.slots, times, least=args.least, **settings)
