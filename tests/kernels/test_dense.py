@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from emoe.kernels.choice import Kernel, kernel_of
-from emoe.kernels.dense import DENSE_ROWS, MANY_ROWS, DenseKernels
+from emoe.kernels.dense import DENSE_MANY_ROWS, DENSE_ROWS, DenseKernels
 from emoe.kernels.native.calls import Calls
 
 
@@ -32,7 +32,7 @@ def layer(columns: int, rows: int, biased: bool, dtype: torch.dtype) -> nn.Linea
 @given(
     columns=st.integers(1, 100),
     rows=st.integers(1, 100),
-    tokens=st.one_of(st.integers(0, DENSE_ROWS + 2), st.integers(MANY_ROWS - 1, MANY_ROWS + 1)),
+    tokens=st.one_of(st.integers(0, DENSE_ROWS + 2), st.integers(DENSE_MANY_ROWS - 1, DENSE_MANY_ROWS + 1)),
     biased=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
@@ -54,7 +54,7 @@ def test_values_shapes_and_bits(
         assert torch.equal(out[:, -1], linear(x[0, -1:].clone()))
         spread = torch.randn(columns, tokens).to(dtype).t()
         assert torch.equal(linear(spread), linear(spread.contiguous()))
-    elif tokens <= MANY_ROWS and dtype is torch.bfloat16 and kernel.calls is not None and kernel.calls.knows_many:
+    elif tokens <= DENSE_MANY_ROWS and dtype is torch.bfloat16 and kernel.calls is not None and kernel.calls.knows_many:
         if tokens > 2 * DENSE_ROWS:
             assert torch.equal(out[:, 5 : 2 * DENSE_ROWS], linear(x[:, 5 : 2 * DENSE_ROWS].clone()))
     else:

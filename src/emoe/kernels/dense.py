@@ -19,7 +19,7 @@ from emoe.kernels.norms import norm_forward, norm_of
 DENSE_ROWS = 8
 """Rows up to which the C kernels read a matrix faster than torch."""
 
-MANY_ROWS = 128
+DENSE_MANY_ROWS = 128
 """Rows of bfloat16 up to which their products are faster, where there are such; beyond, torch computes."""
 
 
@@ -71,7 +71,7 @@ def _forward(linear: nn.Linear, calls: Calls) -> Callable[[torch.Tensor], torch.
     parameters, dtype = linear._parameters, linear.weight.dtype
     columns, rows = linear.in_features, linear.out_features
     few = DENSE_ROWS * columns
-    most = MANY_ROWS * columns if calls.knows_many and dtype is torch.bfloat16 else few
+    most = DENSE_MANY_ROWS * columns if calls.knows_many and dtype is torch.bfloat16 else few
     held = [None if parameters[name] is None else _address(parameters[name]) for name in ("weight", "bias")]
     matrix, shape = Matrix(held[0], None, held[1]), Shape(columns, rows, ROWS, TYPES[dtype])
     matrices = (ctypes.addressof(matrix),)

@@ -274,7 +274,7 @@ EXPORT int emoe_many_products(const shape *s, const matrix *weight, long n, cons
 EXPORT void emoe_unpack(const shape *s, const matrix *from, long first, long rows, char *to, int threads)
 {
     unpacking u = {s, from, to, first, rows};
-    spread(threads, (rows + UNPACKED_ROWS - 1) / UNPACKED_ROWS, unpack_rows, &u);
+    spread(threads, (rows + UNIT_ROWS - 1) / UNIT_ROWS, unpack_rows, &u);
 }
 
 /* out [batch, rows, heads, value_size] = attention of few rows; `mask` and `sinks` (one for each head) may be none. */

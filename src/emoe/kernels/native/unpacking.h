@@ -1,6 +1,6 @@
 /* Quantised matrices as plain ones, for many rows of x: integers times scales in float32, rounded once. */
 
-#define UNPACKED_ROWS 16 /* of a unit of work */
+#define UNIT_ROWS 16 /* of a unit of work */
 
 typedef struct {
     const shape *of;
@@ -44,7 +44,7 @@ static void unpack_rows(void *context, long unit)
 {
     const unpacking *u = context;
     const shape *s = u->of;
-    const long from = unit * UNPACKED_ROWS, to = from + UNPACKED_ROWS < u->rows ? from + UNPACKED_ROWS : u->rows;
+    const long from = unit * UNIT_ROWS, to = from + UNIT_ROWS < u->rows ? from + UNIT_ROWS : u->rows;
     for (long i = from; i < to; i++) {
         const long r = u->first + i;
         char *row = u->to + i * s->in * type_bytes(s->type);
