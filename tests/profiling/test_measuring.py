@@ -74,7 +74,7 @@ def test_thread_counts_double_up_to_the_cores(cores: int) -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"seconds": 0.0}, "positive"), ({"threads": (0,)}, "at least 1"), ({"device": "tpu"}, "not there")],
+    [({"seconds": 0.0}, "positive"), ({"threads": (0,)}, "at least 1"), ({"device": "tpu"}, "no device")],
 )
 def test_what_cannot_be_measured_is_refused(options: dict[str, object], says: str) -> None:
     with pytest.raises(UsageError, match=says):

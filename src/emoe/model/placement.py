@@ -23,6 +23,7 @@ from emoe.model.spreading import PartIndex, measure_spread
 from emoe.residency.bank import Bank
 from emoe.residency.budget import HostPlan, LayerNeed, SlotPlan, plan_host
 from emoe.residency.devices import Device, device_at
+from emoe.residency.gpus import gpu_number
 from emoe.residency.host import HostTier
 from emoe.residency.loader import Loader
 from emoe.residency.pool import ExpertPool, Progress
@@ -134,8 +135,8 @@ def check_device_map(device_map: object) -> None:
     """Refuse, before anything is read, a place that this machine does not have.
 
     Raises:
-        UsageError: accelerate is not installed, which transformers places modules with; no device has that name; there
-            is no such GPU.
+        UsageError: accelerate is not installed, which transformers places modules with; no device that experts can run
+            on has that name; there is no such GPU.
     """
     if device_map is None:
         return
@@ -143,16 +144,7 @@ def check_device_map(device_map: object) -> None:
         raise UsageError("putting a model on a device needs accelerate: pip install accelerate.")
     if not isinstance(device_map, str) or device_map in _SPREAD_BY_ACCELERATE:
         return
-    try:
-        device = torch.device(device_map)
-    except RuntimeError as error:
-        raise UsageError(f"no device is called {device_map!r}: choose cpu, cuda, cuda:1 or auto.") from error
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UsageError(
-            f"there is no device {device_map!r}: torch {torch.__version__} finds {count} CUDA devices here. Leave it "
-            "out to run on the CPU, or install a driver and torch's CUDA build."
-        )
+    gpu_number(device_map, "Leave it out to run on the CPU, or install a driver and torch's CUDA build.")
 
 
 _SPREAD_BY_ACCELERATE = ("auto", "balanced", "balanced_low_0", "sequential")

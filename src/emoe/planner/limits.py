@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from emoe.checkpoint.memory_room import memory_room
 from emoe.config import parse_bytes
 from emoe.errors import UsageError
+from emoe.residency.gpus import gpu_count, gpu_number
 
 CPU = "cpu"
 
@@ -60,15 +61,9 @@ def device_room(device: str) -> tuple[int, str]:
     """
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        asked = list(range(count)) if device == "auto" else [torch.device(device).index or 0]
-    except RuntimeError as error:
-        raise UsageError(f"{device!r} is no device: use cpu, cuda, cuda:1 or auto") from error
-    if not asked or max(asked) >= count:
-        raise UsageError(
-            f"device {device!r} is not here to be asked for its memory (torch {torch.__version__} sees {count}): give "
-            "--memory, what may be used of the device's."
-        )
-    free = sum(int(torch.cuda.mem_get_info(number)[0]) for number in asked)
-    return free, f"free on {device}" + (f" ({count} devices together)" if device == "auto" else "")
+    remedy = "To plan for one that is elsewhere, give --memory, what may be used of the device's."
+    if device == "auto" and (count := gpu_count()):
+        free = sum(int(torch.cuda.mem_get_info(number)[0]) for number in range(count))
+        return free, f"free on auto ({count} devices together)"
+    number = gpu_number("cuda" if device == "auto" else device, remedy)
+    return int(torch.cuda.mem_get_info(number)[0]), f"free on {device}"

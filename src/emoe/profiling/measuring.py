@@ -9,6 +9,7 @@ from pathlib import Path
 from emoe.errors import UsageError
 from emoe.profiling.kept import cores, fingerprint, layout_of
 from emoe.profiling.machine import Machine, Rates
+from emoe.residency.gpus import gpu_number
 
 Say = Callable[[str], None]
 
@@ -41,7 +42,7 @@ def measure(
     if min(counts) < 1:
         raise UsageError(f"thread counts must be at least 1, not {min(counts)}")
     files = tuple(Path(path) for path in paths or ())
-    rates.check_device(device)
+    gpu_number(device, "Use 'cpu', or 'cuda' on a machine with a GPU.")
     notes: list[str] = []
     each = seconds / 2 / (len(counts) * 3 + 1)
     memory = {}

@@ -181,7 +181,7 @@ def _layer_times(reads: ExpertReads, seconds: float) -> dict[int, float]:
 def _dense_s(folder: Path, threads: int) -> float | None:
     """Median seconds of a token after PROMPT_TOKENS others (or half the positions) without its experts; None where
     memory has no room for the dense weights."""
-    smallest = plan(folder, context=1)
+    smallest = plan(folder, context=PROMPT_TOKENS + STEPS, prompt=PROMPT_TOKENS)
     if smallest.smallest_bytes > memory_room(with_own=True).available_bytes:
         return None
     model, _ = load(folder, expert_memory=smallest.floor_bytes)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 
 from emoe.checkpoint.memory_room import memory_room
-from emoe.errors import UsageError
 
 DTYPES = ("float32", "bfloat16", "int8")
 ARRAY_BYTES = 1 << 30
@@ -33,12 +32,6 @@ class Gpu:
 
 
 NO_GPU = Gpu()
-
-
-def check_device(device: str) -> None:
-    """Raises UsageError for a device that torch does not have here."""
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise UsageError(f"device {device!r} is not there; use 'cpu', or 'cuda' on a machine with a GPU.")
 
 
 def memory_bytes_per_s(threads: int, seconds: float) -> float:
