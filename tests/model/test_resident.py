@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,9 +47,9 @@ def test_decode_never_reads_and_runs_only_residents(path: Path, per_layer: int, 
         pool = layer.pool
         original = pool._start
 
-        def start(number: int, expert: int, slot: int, original: object = original) -> object:
+        def start(number: int, expert: int, slot: int, original: Any = original, **more: Any) -> object:
             routes.append((number, [expert]))
-            return original(number, expert, slot)  # type: ignore[operator]
+            return original(number, expert, slot, **more)
 
         pool._start = start  # type: ignore[assignment,method-assign]
         break

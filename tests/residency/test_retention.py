@@ -49,4 +49,4 @@ def test_tokens_find_what_the_end_of_their_prompt_used(monkeypatch: pytest.Monke
     monkeypatch.setattr(replay, "kept_after", lambda *_: frozenset())
     without = after_prompt(trace, 0.5, prompt=40, new=8)
     assert found.miss_rate < 0.7 * without.miss_rate
-    assert sum(found.prompt_loads) <= sum(without.prompt_loads) + 1
+    assert sum(found.prompt_loads) <= sum(without.prompt_loads) + 2

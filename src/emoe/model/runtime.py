@@ -176,10 +176,15 @@ class Runtime:
                 self.observing = self._begin_prompt()
             elif now.phase == "decode":
                 self.observing = False
-            for pool in {id(pool): pool for layer in self.layers.values() for pool in layer.pools}.values():
+            pools = {id(pool): pool for layer in self.layers.values() for pool in layer.pools}.values()
+            for pool in pools:
                 pool.table.begin_pass()
             for start in self.at_pass_start:
                 start(now)
+            if now.phase == "prefill" and (self.mode == "exact" or self.observing):
+                for pool in pools:
+                    if pool.transfers is None:
+                        pool.early.open(now.batch * now.tokens)
 
     def _begin_prompt(self) -> bool:
         """Number a new prompt (or batch of prompts); whether it is read with its own routes."""
@@ -351,7 +356,7 @@ class Runtime:
             keep=keep,
             count=self.counts(layer),
             together=together,
-            ahead=self.mode == "exact",
+            ahead=self.mode == "exact" or wanted is not None,
         )
         try:
             if layer.kernels is not None:

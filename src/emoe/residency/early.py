@@ -1,4 +1,4 @@
-"""Loads that a prompt's running layer begins for the next one, so that the disk works while attention computes.
+"""Loads that a prompt begins for the layer to come, so that the disk works while attention computes.
 
 A prompt of some hundred tokens needs nearly every expert of every layer, so what the next layer will miss is known
 before its router has run. Only slots that experts pass through are used, once the running layer needs none of them any
@@ -8,7 +8,7 @@ more, and nothing here depends on how long anything takes: the same routes give 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
 
 from emoe.errors import ReadError
@@ -18,6 +18,10 @@ from emoe.residency.table import Key, ResidencyTable
 
 MOST_OF = 0.75
 """The share of a layer's experts that a chunk must use before the next layer's are loaded unasked."""
+
+
+SURELY_MOST = 2
+"""Tokens for each expert of the first layer that a chunk must have for loads to begin before its router has run."""
 
 
 class Early:
@@ -47,8 +51,18 @@ class Early:
         self._latest[layer] = experts
         if following is None or len(experts) < MOST_OF * table.experts[layer] or table.below_quota(following):
             return deque()
-        order = self._latest.get(following, range(table.experts[following]))
-        return deque((following, expert) for expert in order if table.find((following, expert)) is None)
+        return self._missing(following)
+
+    def _missing(self, layer: int) -> deque[Key]:
+        """What is not there of what the latest chunk used of `layer`, surest first; before any, of all its experts."""
+        order = self._latest.get(layer, range(self._table.experts[layer]))
+        return deque((layer, expert) for expert in order if self._table.find((layer, expert)) is None)
+
+    def open(self, tokens: int) -> None:
+        """Begin loads for the first layer, as a pass over so many tokens of prompts starts."""
+        first = min(self._table.experts)
+        if tokens >= SURELY_MOST * self._table.experts[first] and not self._table.below_quota(first):
+            self.begin(self._missing(first))
 
     def begin(self, keys: deque[Key]) -> None:
         """Begin loads of `keys`, taken off it, while slots that experts pass through are free."""
@@ -85,6 +99,17 @@ class Early:
             raise
         else:
             self._commit(flight.slot, nbytes)
+
+
+def evenly(experts: Sequence[int]) -> list[int]:
+    """Experts that come with the most tokens first, from the middle outwards: the largest with the smallest in turn.
+
+    Any few of them then take about as long to be computed as any others, and loads, which all take as long, hide behind
+    them. With the largest first the disk stood still at a layer's beginning, for want of slots, and the program at its
+    end (docs/log.md).
+    """
+    middle = (len(experts) - 1) / 2
+    return [experts[place] for place in sorted(range(len(experts)), key=lambda place: abs(place - middle))]
 
 
 def turns(here: int, coming: int, begun: int) -> Iterator[bool]:

@@ -13,7 +13,7 @@ from emoe.checkpoint.index import ExpertIndex
 from emoe.checkpoint.readers import Reader
 from emoe.errors import BudgetError
 from emoe.residency.bank import Bank, used_first
-from emoe.residency.early import Early, turns
+from emoe.residency.early import Early, evenly, turns
 from emoe.residency.loader import DEMAND, Load, Loader
 from emoe.residency.prefetches import Flight, Prefetches, Taking
 from emoe.residency.table import Key, ResidencyTable, SlotState
@@ -212,10 +212,11 @@ class ExpertPool:
             prefill: missing experts pass through transient slots, so that residents stay (unless there is room).
             count: whether hits and misses are counted.
             together: residents make one wave; else every wave is one expert.
-            ahead: while it passes through a prompt, spread the residents among what is loaded, and begin loads of the
-                next layer at the end (`Early`).
+            ahead: while it reads a prompt, spread the residents among what is loaded, and begin loads of the next
+                layer at the end (`Early`).
             keep: these stay after a prompt (at most the layer's quota) in place of residents that are not among them.
-            wanted: when given, exactly these (at most the layer's quota) become residents; others pass through.
+            wanted: when given, exactly these (at most the layer's quota) become residents; others pass through, and
+                residents that are not among them leave, first of all, so that loading need not wait for slots.
 
         Raises:
             ReadError: an expert could not be read; no slot stays pinned or loading.
@@ -229,7 +230,9 @@ class ExpertPool:
             return
         beside = self.prefetches.flying
         before = self.load_wait_s
-        ahead = ahead and prefill and wanted is None and self.transfers is None
+        ahead = ahead and prefill and self.transfers is None
+        if ahead:
+            experts = evenly(experts)
         early = self.early.claim(layer, set(experts))
         hits = [e for e in experts if table.is_resident((layer, e))]
         resident = set(hits)
@@ -243,8 +246,9 @@ class ExpertPool:
             table.counters[layer].hits += len(hits)
             table.counters[layer].misses += len(missing)
         if wanted is not None:
-            missing = deque(sorted(missing, key=lambda e: e not in wanted))
-        keep = wanted if wanted is not None else keep
+            hits.sort(key=lambda e: e in wanted)
+            table.part_with(layer, wanted)
+            keep = wanted
         protect = frozenset((layer, e) for e in keep)
         flights = deque([*early, *self._claim(layer, missing)])
         begun = {flight.key[1] for flight in flights}
@@ -258,14 +262,13 @@ class ExpertPool:
                 expert = missing[0]
                 if not self._room((layer, expert), False):
                     return
-                passing = expert not in wanted if wanted is not None else prefill and not table.below_quota(layer)
-                spared = protect if wanted is not None else frozenset()
-                slot = table.reserve((layer, expert), transient=passing, protect=spared)
+                passing = wanted is not None or (prefill and not table.below_quota(layer))
+                slot = table.reserve((layer, expert), transient=passing)
                 if slot is None:
                     return
                 missing.popleft()
                 demanded.append((layer, expert))
-                flights.append(self._start(layer, expert, slot))
+                flights.append(self._start(layer, expert, slot, passing=passing and expert not in keep))
             if not missing:
                 self.early.begin(following)
 
@@ -297,14 +300,11 @@ class ExpertPool:
                     self.prefetches.cancel()
                     fill()
                 if not flights:
-                    raise BudgetError(
-                        f"no slot could be freed for layer {layer}, which is a defect in emoe: please report it with "
-                        "the output of emoe.stats."
-                    )
+                    raise BudgetError(f"no slot could be freed for layer {layer}: a defect in emoe, please report it.")
                 flight = flights.popleft()
                 self._finish(flight)
                 pinned.add(flight.slot)
-                if wanted is None and flight.key[1] in keep:
+                if flight.key[1] in keep:
                     table.adopt(flight.key, protect)
                 fill()
                 yield [(flight.key[1], flight.slot)]
@@ -367,13 +367,13 @@ class ExpertPool:
         if self.table.slots[slot].state is not SlotState.LOADING:
             self.prefetches.used(key)
 
-    def _submit(self, key: Key, slot: int, priority: int) -> Load:
+    def _submit(self, key: Key, slot: int, priority: int, passing: bool | None = None) -> Load:
         layer, expert = key
         table = self.table
         self.peak_occupied = max(self.peak_occupied, table.occupied)
         what = f"expert {expert} of layer {layer} of {self._index.path}"
         if self.transfers is not None:
-            passing = table.slots[slot].transient
+            passing = table.slots[slot].transient if passing is None else passing
             return self.transfers.start(key, slot, priority, what, passing=passing, evicted=table.evicted)
         views, first = self.bank.views[slot], threading.Event()
         return self._loader.submit(lambda: self.read(key, views, priority, first.set), what, priority, first)
@@ -395,9 +395,9 @@ class ExpertPool:
         if self.transfers is not None:
             self.transfers.lost(slot)
 
-    def _start(self, layer: int, expert: int, slot: int) -> Flight:
+    def _start(self, layer: int, expert: int, slot: int, *, passing: bool | None = None) -> Flight:
         key = (layer, expert)
-        return Flight(key, slot, self._submit(key, slot, DEMAND))
+        return Flight(key, slot, self._submit(key, slot, DEMAND, passing))
 
     def _finish(self, flight: Flight) -> None:
         """Wait for a load; its slot is then pinned, or empty if the load failed."""

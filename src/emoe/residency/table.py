@@ -321,6 +321,13 @@ class ResidencyTable:
             self._mark(self._lowest(np.array(own, dtype=np.int64)), True)
         self._mark(slot, False)
 
+    def part_with(self, layer: int, wanted: frozenset[int]) -> None:
+        """Let the residents of `layer` that are not `wanted` pass: they leave when they have been used."""
+        for slot in self._by_layer[layer] - self._passing:
+            key = self.slots[slot].key
+            if key is not None and key[1] not in wanted:
+                self._mark(slot, True)
+
     # -- choice -------------------------------------------------------------------------------------------
 
     def staying(self, layer: int) -> int:

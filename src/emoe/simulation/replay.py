@@ -116,6 +116,8 @@ def replay(
             _begin(live, trace, rows)
         for pool in pools:
             pool.table.begin_pass()
+            if prefill:
+                pool.early.open(len(rows))
         for rank, layer in enumerate(layers):
             known = computed[rows, rank]
             if live is not None and len(rows) == 1:
