@@ -1,15 +1,25 @@
-"""Huge pages for large memory that is read from end to end: 10 % more bandwidth than 4 KiB pages (docs/log.md)."""
+"""What the system is asked about memory: huge pages for what is read from end to end (10 % more bandwidth than 4 KiB
+pages), and freed memory that stays, so that the next layer does not take it anew page by page (docs/log.md)."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 
 import torch
 
 HUGE_BYTES = 2 << 20
 MADV_HUGEPAGE = 14
+
+FREED_BYTES_KEPT = 32 << 20
+"""Of freed memory, what the process keeps at most; larger pieces go back at once."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+MALLOC_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
+"""Variables of the environment by which someone says himself what is kept."""
 
 
 def prefer_huge_pages(tensor: torch.Tensor) -> None:
@@ -24,6 +34,21 @@ def prefer_huge_pages(tensor: torch.Tensor) -> None:
     end = (tensor.data_ptr() + tensor.nbytes) // HUGE_BYTES * HUGE_BYTES
     if end > start:
         _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_HUGEPAGE)
+
+
+def keep_freed_memory() -> bool:
+    """Ask the C library to keep up to `FREED_BYTES_KEPT` of what is freed; whether it will.
+
+    The activations of a prompt, a few MiB each, otherwise go back to the system and come as new pages for every layer:
+    4,400 page faults a layer of OLMoE with 512 tokens, 3 to 8 % of the prompt's time. These are the limits to which
+    glibc raises its own by itself once larger pieces were freed, so that the peak is no higher; where there is no
+    glibc, or the environment sets such limits, nothing is changed.
+    """
+    told = any(name in os.environ for name in MALLOC_SETTINGS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if told or not sys.platform.startswith("linux") or not hasattr(_libc(), "mallopt"):
+        return False
+    options = (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
+    return all(_libc().mallopt(option, FREED_BYTES_KEPT) == 1 for option in options)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from emoe.checkpoint.index import ExpertIndex
 from emoe.checkpoint.lookup import Lookup
 from emoe.errors import UsageError
-from emoe.kernels.pages import prefer_huge_pages
+from emoe.kernels.pages import keep_freed_memory, prefer_huge_pages
 from emoe.model.embedding import keep_at_rest
 
 METHOD = "emoe_experts_at_rest"
@@ -99,6 +99,7 @@ def load_dense(
     )
     _forget_quantizer(model)
     _own_memory(model)
+    keep_freed_memory()  # only now: weights are pieces of their own, which go back when the model goes
     model.eval()
     model.requires_grad_(False)
     return model
