@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from emoe.config import ExpertMemory
 from emoe.errors import BudgetError
-from emoe.residency.budget import LayerNeed, floor_bytes, plan_slots, popular_quotas, total_bytes, uniform_quotas
+from emoe.residency.budget import (
+    MIN_PASSING,
+    PASSING_BYTES,
+    LayerNeed,
+    PoolPlan,
+    floor_bytes,
+    plan_slots,
+    popular_quotas,
+    total_bytes,
+    uniform_quotas,
+)
 
 
 @st.composite
@@ -67,10 +77,22 @@ def test_experts_per_layer_are_given_to_every_layer(needs: list[LayerNeed], coun
 def test_uniform_quotas_are_even(needs: list[LayerNeed], slots: int) -> None:
     slots = min(slots, sum(need.experts for need in needs))
     quotas = uniform_quotas(slots, needs)
+    if all(need.top_k <= slots // len(needs) for need in needs):
+        assert all(quotas.values())  # an even share holds one token's experts
     if any(quotas.values()):
+        assert all(quotas[need.layer] >= need.top_k for need in needs)
         assert sum(quotas.values()) == slots
         open_layers = [quotas[n.layer] for n in needs if quotas[n.layer] < n.experts]
         assert not open_layers or max(open_layers) - min(open_layers) <= 1
+
+
+@given(st.integers(1, 2000), st.integers(0, 10**9))
+def test_what_passes_through_is_bounded_in_slots_and_in_bytes(slots: int, slot_nbytes: int) -> None:
+    passing = PoolPlan(0, slots, slot_nbytes, {}).passing
+    assert passing >= MIN_PASSING
+    if passing > MIN_PASSING:
+        assert 8 * passing <= slots and passing * slot_nbytes <= PASSING_BYTES
+    assert 8 * (passing + 1) > slots or (passing + 1) * slot_nbytes > PASSING_BYTES
 
 
 @given(models(), st.floats(0.1, 0.9), st.floats(1, 4))

@@ -56,6 +56,7 @@ def test_both_banks_miss_what_the_slot_table_misses(seed: int, layers: int, slot
     rule.values = values.reshape(-1)
     assert contest.loads[SCORES] == misses_of_table(routes, slots, experts, rule)
     assert contest.loads[RECENCY] == misses_of_table(routes, slots, experts, LRU())
+    assert contest.made == contest.loads.tolist()
 
 
 def test_the_better_order_leads_and_the_lead_comes_back() -> None:

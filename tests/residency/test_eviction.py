@@ -51,6 +51,22 @@ def test_scored_orders_by_value_then_by_recency(past: Uses, values: list[float])
     assert np.array_equal(np.argsort(score, kind="stable"), expected)
 
 
+@given(pasts(), st.integers(0, 2))
+def test_each_rule_orders_by_what_it_says(past: Uses, running: int) -> None:
+    now = Now(51, 10, running, 3)
+    missed = [9 - p + (r < running) for p, r in zip(past.last_pass.tolist(), past.rank.tolist(), strict=True)]
+    ahead = [(r - running - 1) % 3 for r in past.rank.tolist()]
+    orders = {
+        "lru": (past.last_tick,),
+        "lfu": (past.last_tick, past.uses),
+        "least-stale": (past.uses, -np.array(ahead), -np.array(missed)),
+    }
+    assert sorted(orders) == sorted(EVICTION_RULES)
+    for name, by in orders.items():
+        score = make_eviction(name).score(past, now)
+        assert np.array_equal(np.argsort(score, kind="stable"), np.lexsort(by)), name
+
+
 def test_an_unknown_rule_is_refused_with_the_choices() -> None:
     with pytest.raises(UsageError, match="choose one of lru, lfu, least-stale"):
         make_eviction("fifo")

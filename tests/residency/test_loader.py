@@ -82,6 +82,7 @@ def test_closing_fails_what_is_queued_and_later_submissions() -> None:
     loader = Loader(threads=0)
     load = loader.submit(lambda: 1, "expert 0 of layer 0")
     loader.close()
+    assert load.done.is_set()  # who watches it rather than waits is told, too
     loader.close()
     with pytest.raises(ReadError, match="the model was closed"):
         loader.wait(load)
@@ -100,4 +101,22 @@ def test_cancelling_drops_what_has_not_started() -> None:
     load = loader.submit(run, "expert 0 of layer 0")
     loader.cancel(load)
     assert load.done.is_set() and not ran
+    loader.close()
+
+
+def test_the_parts_used_first_are_waited_for_only_while_a_thread_reads_the_rest() -> None:
+    loader = Loader(threads=1)
+    first, rest = threading.Event(), threading.Event()
+    load = loader.submit(lambda: 5 if rest.wait(5) else 0, "expert 0 of layer 0", first=first)
+    other = loader.submit(lambda: 1, "expert 1 of layer 0", first=threading.Event())
+    plain = loader.submit(lambda: 1, "expert 2 of layer 0")
+    while not load.claimed:
+        time.sleep(0.001)
+    assert not loader.wait_first(other)  # nobody has started it
+    first.set()
+    assert loader.wait_first(load)
+    rest.set()
+    assert loader.wait(load) == 5
+    assert not loader.wait_first(load)  # nothing left to gain
+    assert loader.wait(plain) == 1 and not loader.wait_first(plain)
     loader.close()

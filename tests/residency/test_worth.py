@@ -145,6 +145,18 @@ def test_it_comes_back_when_it_pays_again_and_does_not_flap_at_break_even() -> N
     assert all(windows(Worth(), 50, 0.0, 0.0))
 
 
+def test_a_small_loss_is_noise() -> None:
+    """Below a millisecond, or a hundredth of the window's time, it stays on, however much more is lost than saved."""
+    assert windows(Worth(), 1, 0.9e-3, 1.8e-3) == [True]
+    assert windows(Worth(), 1, 0.9e-3, 2.1e-3) == [False]
+    for lost, on in ((0.009, True), (0.011, False)):
+        worth = Worth()
+        worth.delay(lost)
+        for _ in range(WINDOW_PASSES):
+            worth.end_pass(1.0 / WINDOW_PASSES)
+        assert worth.active is on
+
+
 def test_time_spent_predicting_counts_as_lost() -> None:
     worth = Worth()
     for _ in range(WINDOW_PASSES):

@@ -172,6 +172,43 @@ def test_affinity_keeps_its_bound() -> None:
     assert admissions <= 2 * owed_from + OWED_EVERY
 
 
+class Whims:
+    """Chooses any of the waiting, or nobody, in any order; remembers what it was asked and what it said."""
+
+    name = "whims"
+
+    def __init__(self, random: random.Random) -> None:
+        self.random = random
+        self.asked: list[tuple[Situation, list[Request]]] = []
+
+    def admit(self, now: Situation) -> list[Request]:
+        chosen = self.random.sample(list(now.waiting), self.random.randint(0, len(now.waiting)))
+        self.asked.append((now, chosen))
+        return chosen
+
+
+@given(now=situations(), random=st.randoms(use_true_random=False))
+@settings(max_examples=120, deadline=None)
+def test_a_scheduler_sees_what_it_may_choose_from_and_is_obeyed(now: Situation, random: random.Random) -> None:
+    whims = Whims(random)
+    taken = admit(whims, now)
+    old = {each.id for each in now.waiting if now.now_s - each.arrived_s >= PATIENCE_S}
+    chosen: list[Request] = []
+    for asked, said in whims.asked:
+        before = taken[: len(asked.running) - len(now.running)]
+        assert list(asked.running) == [*now.running, *before]
+        assert asked.free_kv_tokens == now.free_kv_tokens - sum(map(kv_need, before))
+        assert len({each.priority for each in asked.waiting}) == 1
+        mine = [each for each in now.waiting if each.priority == asked.waiting[0].priority and not each.resumed]
+        assert list(asked.waiting) == [each for each in mine if each.id not in old]
+        chosen += said
+    at_will = [each for each in taken if not each.resumed and each.id not in old]
+    if at_will != chosen[: len(at_will)]:  # else nobody would run: the first in line does
+        line = sorted(now.waiting, key=lambda each: (not each.resumed, not each.resumed and each.priority))
+        assert not now.running and taken == line[:1]
+        assert not chosen or kv_need(chosen[0]) > now.free_kv_tokens
+
+
 def test_a_scheduler_that_names_strangers_is_a_defect() -> None:
     class Broken:
         name = "broken"
