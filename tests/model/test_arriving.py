@@ -46,13 +46,15 @@ def slow(model: Any, fails: bool = False) -> None:
 
     reader._pread = pread
     if fails:
-        whole, told = reader._read_in_two, ReadError("second projections cannot be read")
+        whole, told = reader._read_round, ReadError("second projections cannot be read")
 
-        def in_two(pieces: Any, parts: Any, priority: int, first: Any, reached: Any) -> int:
-            whole(pieces, parts, priority, first, reached)
-            raise told
+        def read_round(early: Any, late: Any, parts: Any, priority: int, reached: Any = None) -> int:
+            nbytes = whole(early, late, parts, priority, reached)
+            if reached is not None:
+                raise told
+            return nbytes
 
-        reader._read_in_two = in_two  # type: ignore[method-assign]
+        reader._read_round = read_round  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -87,7 +89,7 @@ def test_a_second_projection_that_cannot_be_read_ends_the_request_and_leaves_no_
         logits_of(model, batch_of(3, 1, 1), 12)
     for pool in binding_of(model).pools:
         assert {slot.state.value for slot in pool.table.slots} <= {"empty", "ready"}
-    del reader._read_in_two
+    del reader._read_round
     for ours, theirs in zip(logits_of(model, inputs, 6), expected, strict=True):
         assert torch.equal(ours, theirs)
     emoe.close(model)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import heapq
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 Task = Callable[[], object]
@@ -134,3 +135,23 @@ class Crew:
                     self._wake.wait()
             self._do(*taken)
             del taken  # an idle thread keeps nobody's memory alive
+
+
+def counted(tasks: Sequence[Task], ended: Callable[[], None]) -> Iterator[Task]:
+    """The tasks, the last of which to end calls `ended`, on whatever thread it runs; at once where there are none."""
+    lock = threading.Lock()
+    left = len(tasks)
+    if not tasks:
+        ended()
+
+    def run(task: Task) -> None:
+        nonlocal left
+        task()
+        with lock:
+            left -= 1
+            last = not left
+        if last:
+            ended()
+
+    for task in tasks:
+        yield partial(run, task)

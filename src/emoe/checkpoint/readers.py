@@ -14,7 +14,6 @@ import errno
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,21 +24,27 @@ import numpy as np
 import torch
 
 from emoe.checkpoint import direct
-from emoe.checkpoint.crew import Crew
+from emoe.checkpoint.crew import Crew, counted
 from emoe.checkpoint.headers import FileStamp
 from emoe.checkpoint.memory_room import READER_KINDS, MemoryRoom, ReaderKind, choose_reader, memory_room
 from emoe.checkpoint.pieces import Piece
 from emoe.checkpoint.segments import (
     ALIGNMENT,
     Bytes,
-    Segment,
+    Run,
     align_down,
     align_up,
     batches,
+    buffers_of,
+    drop_bytes,
+    ended_early,
     finish,
+    first_bytes,
     gather_nbytes,
     segments_of,
+    tensors_of,
 )
+from emoe.checkpoint.throttle import Throttle
 from emoe.errors import ReadError, UsageError
 
 __all__ = ["MemoryRoom", "Reader", "ReaderKind", "choose_reader", "memory_room", "staging_nbytes"]
@@ -92,7 +97,7 @@ class Reader:
         self.kind: ReaderKind = kind
         self.notice = ""
         self._pread: Preadv = cast("Preadv", os.preadv) if pread is None else pread
-        self._throttle = None if max_bytes_per_s is None else _Throttle(max_bytes_per_s)
+        self._throttle = None if max_bytes_per_s is None else Throttle(max_bytes_per_s)
         self._local = threading.local()
         self._crew = Crew(DIRECT_DEPTH, "emoe-read")
         self._block = ALIGNMENT
@@ -131,53 +136,46 @@ class Reader:
                 raise ReadError("the reader of experts is closed; load the model again.")
             self._reading += 1
         try:
-            total = 0
-            if reached is not None and all(piece.direct for piece in pieces):
-                return self._read_in_two(pieces, parts, priority, first, reached)
-            for batch in batches(segments_of(pieces, parts), self._scratch):
-                nbytes = sum(segment.nbytes for run in batch for segment in run)
-                if self._throttle is not None:
-                    self._throttle.take(nbytes)
-                if self.kind == "direct":
-                    most = min(2 * CHUNK_BYTES, max(CHUNK_BYTES, nbytes // CHUNKS))
-                    self._crew.run([chunk for run in batch for chunk in self._chunks(run, most)], priority)
-                else:
-                    for run in batch:
-                        self._read(run)
-                for run in batch:
-                    for segment in run:
-                        finish(segment, parts)
-                total += nbytes
-            return total
+            if reached is None or not all(piece.direct for piece in pieces):
+                each = batches(segments_of(pieces, parts), self._scratch)
+                return sum(self._read_round(batch, [], parts, priority) for batch in each)
+            # No memory is needed in between: all that is not first is read at once behind it.
+            halves = ([piece for piece in pieces if (piece.part in first) is wanted] for wanted in (True, False))
+            early, late = (
+                [run for batch in batches(segments_of(half, parts), self._scratch) for run in batch] for half in halves
+            )
+            return self._read_round(early, late, parts, priority, reached)
         finally:
             with self._idle:
                 self._reading -= 1
                 self._idle.notify_all()
 
-    def _read_in_two(
+    def _read_round(
         self,
-        pieces: Sequence[Piece],
+        early: list[Run],
+        late: list[Run],
         parts: Mapping[str, torch.Tensor],
         priority: int,
-        first: Collection[str],
-        reached: Callable[[], None],
+        reached: Callable[[], None] | None = None,
     ) -> int:
-        """`read_into` where no memory is needed in between: the `first` parts' runs, then the others', at once."""
-        halves = [[piece for piece in pieces if (piece.part in first) is wanted] for wanted in (True, False)]
-        runs = [[run for batch in batches(segments_of(half, parts), self._scratch) for run in batch] for half in halves]
-        nbytes = sum(segment.nbytes for half in runs for run in half for segment in run)
+        """Read and finish what fits into memory at once, and return its bytes; `reached` when `early` is there."""
+        nbytes = sum(segment.nbytes for run in (*early, *late) for segment in run)
         if self._throttle is not None:
             self._throttle.take(nbytes)
-        if self.kind != "direct":
-            for run in runs[0]:
+        if self.kind == "direct":
+            most = min(2 * CHUNK_BYTES, max(CHUNK_BYTES, nbytes // CHUNKS))
+            begun, then = ([chunk for run in half for chunk in self._chunks(run, most)] for half in (early, late))
+            self._crew.run([*(begun if reached is None else counted(begun, reached)), *then], priority)
+        else:
+            for run in early:
                 self._read(run)
-            reached()
-            for run in runs[1]:
+            if reached is not None:
+                reached()
+            for run in late:
                 self._read(run)
-            return nbytes
-        most = min(2 * CHUNK_BYTES, max(CHUNK_BYTES, nbytes // CHUNKS))
-        early, late = ([chunk for run in half for chunk in self._chunks(run, most)] for half in runs)
-        self._crew.run([*_counted(early, reached), *late], priority)
+        for run in (*early, *late):
+            for segment in run:
+                finish(segment, parts)
         return nbytes
 
     def close(self) -> None:
@@ -253,16 +251,16 @@ class Reader:
                 buffer = self._local.staging = self._spare.pop(0)
         return buffer
 
-    def _descriptor(self, run: Sequence[Segment]) -> int:
+    def _descriptor(self, run: Run) -> int:
         descriptor = self._files.get(run[0].file)
         if descriptor is None:
             raise ReadError(
-                f"{run[0].file} is not among the files this reader was opened on, so {_tensors(run)} cannot be "
+                f"{run[0].file} is not among the files this reader was opened on, so {tensors_of(run)} cannot be "
                 "read; load the model again."
             )
         return descriptor
 
-    def _read(self, run: Sequence[Segment]) -> None:
+    def _read(self, run: Run) -> None:
         """Read adjoining segments of one file through the page cache."""
         descriptor = self._descriptor(run)
         self._read_buffered(run, descriptor)
@@ -270,40 +268,38 @@ class Reader:
             first, last = align_down(run[0].offset), align_up(run[-1].offset + run[-1].nbytes)
             os.posix_fadvise(descriptor, first, last - first, os.POSIX_FADV_DONTNEED)
 
-    def _read_buffered(self, run: Sequence[Segment], descriptor: int) -> None:
+    def _read_buffered(self, run: Run, descriptor: int) -> None:
         """Fill the run's memory."""
-        offset, buffers = run[0].offset, _buffers(run)
+        offset, buffers = run[0].offset, buffers_of(run)
         while buffers:
             got = self._once(run, descriptor, buffers[:_IOV_MAX], offset)
             if got == 0:
-                raise _ended(run, descriptor, offset)
+                raise ended_early(run, descriptor, offset)
             offset += got
-            _drop(buffers, got)
+            drop_bytes(buffers, got)
 
-    def _chunks(self, run: Sequence[Segment], most: int) -> Iterator[Callable[[], None]]:
+    def _chunks(self, run: Run, most: int) -> Iterator[Callable[[], None]]:
         """The run's O_DIRECT reads, of `most` bytes or a little less; all but the first start at a block."""
-        descriptor, buffers = self._descriptor(run), _buffers(run)
+        descriptor, buffers = self._descriptor(run), buffers_of(run)
         start, end = run[0].offset, run[-1].offset + run[-1].nbytes
         step = align_up(-(-(end - start) // -(-(end - start) // most)))
         while start < end:
             stop = min(align_down(start) + step, end)
             if end - stop < ALIGNMENT:  # no read of its own for a few bytes
                 stop = end
-            yield partial(self._read_direct, run, descriptor, start, stop, _first(buffers, stop - start))
-            _drop(buffers, stop - start)
+            yield partial(self._read_direct, run, descriptor, start, stop, first_bytes(buffers, stop - start))
+            drop_bytes(buffers, stop - start)
             start = stop
 
-    def _read_direct(
-        self, run: Sequence[Segment], descriptor: int, offset: int, end: int, buffers: list[Bytes]
-    ) -> None:
+    def _read_direct(self, run: Run, descriptor: int, offset: int, end: int, buffers: list[Bytes]) -> None:
         """Fill `buffers` with the file's bytes from `offset` to `end`."""
         while offset < end:
             straight = self._straight(offset, buffers)
             if straight:
                 got = self._once(run, descriptor, straight, offset)
                 if got == 0:
-                    raise _ended(run, descriptor, offset)
-                _drop(buffers, got)
+                    raise ended_early(run, descriptor, offset)
+                drop_bytes(buffers, got)
                 offset += got
                 continue
             staging = self._staging()
@@ -312,14 +308,14 @@ class Reader:
             # A short read may end anywhere; the next one must start at a block again, so take what is there.
             got = self._once(run, descriptor, [staging[:length]], base)
             if base + got <= offset:
-                raise _ended(run, descriptor, offset)
+                raise ended_early(run, descriptor, offset)
             fresh = staging[offset - base : min(got, end - base)]
             taken = 0
-            for part in _first(buffers, fresh.size):
+            for part in first_bytes(buffers, fresh.size):
                 # Releases the interpreter lock, unlike memoryview.
                 np.copyto(part, fresh[taken : taken + part.size])
                 taken += part.size
-            _drop(buffers, taken)
+            drop_bytes(buffers, taken)
             offset += taken
 
     def _straight(self, offset: int, buffers: Sequence[Bytes]) -> list[Bytes]:
@@ -336,7 +332,7 @@ class Reader:
                 break
         return found
 
-    def _once(self, run: Sequence[Segment], descriptor: int, buffers: Sequence[Bytes], offset: int) -> int:
+    def _once(self, run: Run, descriptor: int, buffers: Sequence[Bytes], offset: int) -> int:
         """One preadv, again where a signal interrupted it."""
         while True:
             try:
@@ -346,87 +342,11 @@ class Reader:
             except OSError as error:
                 nbytes = sum(buffer.size for buffer in buffers)
                 raise ReadError(
-                    f"{run[0].file}: reading {nbytes:,} bytes at byte {offset:,} ({_tensors(run)}) failed: "
+                    f"{run[0].file}: reading {nbytes:,} bytes at byte {offset:,} ({tensors_of(run)}) failed: "
                     f"{error.strerror or error} (errno {error.errno}). Check the disk, then load the model again."
                 ) from error
-
-
-def _buffers(run: Sequence[Segment]) -> list[Bytes]:
-    return [segment.memory for segment in run if segment.memory is not None]
-
-
-def _first(buffers: Sequence[Bytes], nbytes: int) -> list[Bytes]:
-    """The first `nbytes` of the buffers."""
-    found: list[Bytes] = []
-    for buffer in buffers:
-        if nbytes <= 0:
-            break
-        found.append(buffer[:nbytes])
-        nbytes -= buffer.size
-    return found
-
-
-def _drop(buffers: list[Bytes], nbytes: int) -> None:
-    """Take the first `nbytes` away."""
-    while buffers and nbytes >= buffers[0].size:
-        nbytes -= buffers.pop(0).size
-    if nbytes:
-        buffers[0] = buffers[0][nbytes:]
-
-
-def _tensors(run: Sequence[Segment]) -> str:
-    """The tensors a run reads, for errors."""
-    more = len(run) - 1
-    return f"tensor {run[0].tensor!r}" + (f" and {more} more" if more else "")
-
-
-def _ended(run: Sequence[Segment], descriptor: int, offset: int) -> ReadError:
-    """The error for a file that ends before the bytes its header promised."""
-    wanted = next(segment for segment in run if offset < segment.offset + segment.nbytes)
-    missing = wanted.offset + wanted.nbytes - offset
-    return ReadError(
-        f"{wanted.file} ends early: tensor {wanted.tensor!r} wants {missing:,} more bytes from byte {offset:,} on, "
-        f"and the file now has {os.fstat(descriptor).st_size:,}. It was truncated or replaced since it was "
-        "indexed; restore it and load the model again."
-    )
 
 
 def staging_nbytes(kind: ReaderKind, pieces: Sequence[Piece]) -> int:
     """Bytes that each reading thread needs beside the slots to read such an expert."""
     return gather_nbytes(pieces) + (STAGING_BYTES if kind == "direct" else 0)
-
-
-def _counted(tasks: Sequence[Callable[[], None]], ended: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """The tasks, the last of which to end calls `ended`, on whatever thread it runs; at once where there are none."""
-    lock = threading.Lock()
-    left = len(tasks)
-    if not tasks:
-        ended()
-
-    def count(task: Callable[[], None]) -> None:
-        nonlocal left
-        task()
-        with lock:
-            left -= 1
-            last = not left
-        if last:
-            ended()
-
-    for task in tasks:
-        yield partial(count, task)
-
-
-class _Throttle:
-    """Makes all threads together read no faster than a bandwidth."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._lock = threading.Lock()
-        self._free_at = 0.0
-
-    def take(self, nbytes: int) -> None:
-        """Wait until a store of that bandwidth would have delivered `nbytes` more."""
-        with self._lock:
-            self._free_at = max(self._free_at, time.monotonic()) + nbytes / self._bytes_per_s
-            wait = self._free_at - time.monotonic()
-        time.sleep(max(wait, 0))

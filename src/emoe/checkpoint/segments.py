@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from emoe.checkpoint.layout import contiguous_strides
 from emoe.checkpoint.pieces import Piece
 from emoe.checkpoint.skeleton import SLOT_DTYPES
-from emoe.errors import UsageError
+from emoe.errors import ReadError, UsageError
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -33,6 +34,10 @@ class Segment:
     nbytes: int
     memory: Bytes | None
     pieces: list[Piece]
+
+
+Run = list[Segment]
+"""Segments that adjoin in one file: one read, where the system takes so many buffers."""
 
 
 def segments_of(pieces: Sequence[Piece], parts: Mapping[str, torch.Tensor]) -> list[Segment]:
@@ -75,13 +80,13 @@ def gather_nbytes(pieces: Sequence[Piece]) -> int:
     return min(sum(sizes), max(GATHER_BYTES, *sizes, 0))
 
 
-def batches(segments: Sequence[Segment], scratch: Callable[[int], Bytes]) -> Iterator[list[list[Segment]]]:
+def batches(segments: Sequence[Segment], scratch: Callable[[int], Bytes]) -> Iterator[list[Run]]:
     """Runs of segments that adjoin in one file; those without memory of their own are given some.
 
     The runs of a batch may be read at once. Scratch memory is reused by the next batch, so each batch is finished
     before the next is asked for.
     """
-    batch: list[list[Segment]] = []
+    batch: list[Run] = []
     gathered = 0
     for segment in segments:
         size = 0 if segment.memory is not None else align_up(segment.nbytes)
@@ -98,7 +103,7 @@ def batches(segments: Sequence[Segment], scratch: Callable[[int], Bytes]) -> Ite
         yield _with_memory(batch, gathered, scratch)
 
 
-def _with_memory(batch: list[list[Segment]], nbytes: int, scratch: Callable[[int], Bytes]) -> list[list[Segment]]:
+def _with_memory(batch: list[Run], nbytes: int, scratch: Callable[[int], Bytes]) -> list[Run]:
     """The batch, with scratch memory for the segments that have none, each at an aligned place."""
     memory = scratch(nbytes) if nbytes else None
     at = 0
@@ -116,6 +121,47 @@ def finish(segment: Segment, parts: Mapping[str, torch.Tensor]) -> None:
         stored = torch.from_numpy(segment.memory).view(SLOT_DTYPES[piece.dtype])
         view = stored.as_strided(piece.shape, piece.src_strides, piece.src_offset)
         parts[piece.part][piece.dst_index].copy_(view)
+
+
+def buffers_of(run: Run) -> list[Bytes]:
+    """The memory that a run fills, in its order."""
+    return [segment.memory for segment in run if segment.memory is not None]
+
+
+def first_bytes(buffers: Sequence[Bytes], nbytes: int) -> list[Bytes]:
+    """The first `nbytes` of the buffers."""
+    found: list[Bytes] = []
+    for buffer in buffers:
+        if nbytes <= 0:
+            break
+        found.append(buffer[:nbytes])
+        nbytes -= buffer.size
+    return found
+
+
+def drop_bytes(buffers: list[Bytes], nbytes: int) -> None:
+    """Take the first `nbytes` away."""
+    while buffers and nbytes >= buffers[0].size:
+        nbytes -= buffers.pop(0).size
+    if nbytes:
+        buffers[0] = buffers[0][nbytes:]
+
+
+def tensors_of(run: Run) -> str:
+    """The tensors a run reads, for errors."""
+    more = len(run) - 1
+    return f"tensor {run[0].tensor!r}" + (f" and {more} more" if more else "")
+
+
+def ended_early(run: Run, descriptor: int, offset: int) -> ReadError:
+    """The error for a file that ends before the bytes its header promised."""
+    wanted = next(segment for segment in run if offset < segment.offset + segment.nbytes)
+    missing = wanted.offset + wanted.nbytes - offset
+    return ReadError(
+        f"{wanted.file} ends early: tensor {wanted.tensor!r} wants {missing:,} more bytes from byte {offset:,} on, "
+        f"and the file now has {os.fstat(descriptor).st_size:,}. It was truncated or replaced since it was "
+        "indexed; restore it and load the model again."
+    )
 
 
 def align_down(offset: int) -> int:
