@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,10 +19,11 @@ from emoe.checkpoint.skeleton import skeleton
 from emoe.checkpoint.source import resolve
 from emoe.config import Embeddings, ExpertMemory, LayerSplit, Mode, OnMiss, Prefetch, format_bytes, parse_host_memory
 from emoe.errors import BudgetError, UsageError
-from emoe.kernels.choice import Kernel, kernel_of
+from emoe.kernels.choice import kernel_of
 from emoe.kernels.dense import DenseKernels
 from emoe.kernels.experts import ExpertMath
 from emoe.model.attention import choose_attention
+from emoe.model.binding import Binding, binding_of, close, label_task
 from emoe.model.cache import let_grow
 from emoe.model.embedding import RowsOnDisk, choose_embeddings
 from emoe.model.foresight import Ahead
@@ -45,9 +46,9 @@ from emoe.model.tasking import nano_profile, profile_for
 from emoe.model.tracing import record_trace
 from emoe.policies.foresight import Foresight
 from emoe.residency.bank import Bank, slot_nbytes, torch_dtype
-from emoe.residency.budget import HostPlan, LayerNeed, SlotPlan, plan_slots
+from emoe.residency.budget import LayerNeed, SlotPlan, plan_slots
 from emoe.residency.loader import Loader
-from emoe.residency.pool import ExpertPool, Progress
+from emoe.residency.pool import Progress
 from emoe.residency.table import ResidencyTable
 from emoe.routing.rules import rule_for
 from emoe.routing.topk import top_k_of
@@ -56,70 +57,12 @@ from emoe.tasks.profile import Profile
 LOADER_THREADS = {"cached": 2, "direct": 4, "advised": 4}
 """A copy from the page cache is bound by memory, so two threads do; a disk wants several requests under way."""
 
-_CLOSE_S = 1.0
-
 
 class Loaded(NamedTuple):
     """What `load` returns: unpack it as `model, tokenizer`."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-
-
-class Binding:
-    """What emoe keeps beside a model: found by `emoe.stats` and `emoe.close`."""
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        index: ExpertIndex,
-        plan: SlotPlan,
-        reader: Reader,
-        reason: str,
-        loader: Loader,
-        ahead: Ahead,
-    ) -> None:
-        self.runtime = runtime
-        self.index = index
-        self.plan = plan
-        self.reader = reader
-        self.reader_reason = reason
-        self.loader = loader
-        self.ahead = ahead
-        self.host: HostPlan | None = None
-        self.on_miss: OnMiss = "load"
-        self.embedding: RowsOnDisk | None = None
-        self.embeddings_reason = ""
-        self.firsts: dict[int, dict[int, int]] = {}
-        self.spread = ""
-        self.pools: list[ExpertPool] = []
-        self.handles: list[Any] = []
-        self.kernel: Kernel | None = None
-        self.dense: DenseKernels | None = None
-        self.attention = ""
-        self.finishers: list[Callable[[], object]] = []
-
-    @property
-    def lossy(self) -> bool:
-        """Whether the text can differ from the full model's: by the mode, or by how experts are stored."""
-        return self.ahead.lossy or self.index.expert_dtype != NATIVE
-
-    def close(self) -> None:
-        """Stop the threads and finish the trace; the model cannot run afterwards. Safe to call twice."""
-        self.runtime.closed = True
-        if self.runtime.lock.acquire(timeout=_CLOSE_S):  # else a layer is running: its own loads end it
-            for pool in self.pools:
-                pool.prefetches.stop()
-            self.runtime.lock.release()
-        self.loader.close()
-        self.ahead.close()
-        self.reader.close()
-        for pool in self.pools:
-            pool.close()
-        for handle in self.handles:
-            handle.remove()
-        while self.finishers:
-            self.finishers.pop()()
 
 
 def layer_needs(index: ExpertIndex, model: PreTrainedModel, codec: ExpertCodec | None = None) -> list[LayerNeed]:
@@ -301,36 +244,6 @@ def load(
     model.save_pretrained = _refuse_to_save
     weakref.finalize(model, binding.close)
     return Loaded(model, tokenizer)
-
-
-def close(model: PreTrainedModel) -> None:
-    """Stop a model's loader threads and finish its trace. It cannot run afterwards. Safe to call twice.
-
-    Raises:
-        UsageError: the model was not made by `load`.
-    """
-    binding_of(model).close()
-
-
-def label_task(model: PreTrainedModel, task: str | None) -> None:
-    """Label the prompts that follow with their task (traces carry it).
-
-    Raises:
-        UsageError: the model was not made by `load`.
-    """
-    binding_of(model).runtime.task = task
-
-
-def binding_of(model: PreTrainedModel) -> Binding:
-    """Return what `load` keeps beside the model.
-
-    Raises:
-        UsageError: the model was not made by `load`.
-    """
-    binding = getattr(model, "_emoe_binding", None)
-    if not isinstance(binding, Binding):
-        raise UsageError(f"this {type(model).__name__} was not made by emoe.load, so emoe knows nothing about it.")
-    return binding
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
