@@ -8,7 +8,7 @@ import time
 import pytest
 
 from emoe.errors import ReadError
-from emoe.residency.loader import Loader
+from emoe.residency.loader import Load, Loader
 
 
 def test_the_waiting_thread_runs_a_load_nobody_has_started() -> None:
@@ -119,4 +119,46 @@ def test_the_parts_used_first_are_waited_for_only_while_a_thread_reads_the_rest(
     assert loader.wait(load) == 5
     assert not loader.wait_first(load)  # nothing left to gain
     assert loader.wait(plain) == 1 and not loader.wait_first(plain)
+    loader.close()
+
+
+@pytest.mark.parametrize("how", ["wait", "drop", "cancel"])
+def test_a_load_runs_once_at_most_whoever_comes_first(how: str) -> None:
+    """A second run would fill a slot that by then may hold another expert."""
+    loader = Loader(threads=1)
+    gate, ran = threading.Event(), []
+
+    def note(name: str) -> int:
+        ran.append(name)
+        return len(name)
+
+    first = loader.submit(lambda: note("first") if gate.wait(5) else 0, "expert 0 of layer 0")
+    while not first.claimed:
+        time.sleep(0.001)
+    queued = loader.submit(lambda: note("queued"), "expert 1 of layer 0")
+    assert not loader.drop(first)  # a thread runs it
+    if how == "wait":
+        assert loader.wait(queued) == 6
+    elif how == "drop":
+        assert loader.drop(queued) and not loader.drop(queued)
+    else:
+        loader.cancel(queued)
+    threading.Timer(0.05, gate.set).start()
+    loader.cancel(first)  # returns when it has ended
+    assert first.done.is_set() and ran[-1] == "first"
+    assert loader.wait(first) == 5
+    last = loader.submit(lambda: note("last"), "expert 2 of layer 0")
+    assert last.done.wait(5)  # run by the thread, after whatever it finds in the queue before
+    assert ran == [*(["queued"] if how == "wait" else []), "first", "last"]
+    if how != "wait":
+        with pytest.raises(ReadError, match="was cancelled"):
+            loader.wait(queued)
+    loader.close()
+
+
+def test_what_needs_no_reading_has_ended_and_is_nobodys_to_drop() -> None:
+    loader = Loader(threads=0)
+    load = Load.ended("expert 0 of layer 0", 0.25)
+    assert not loader.drop(load)
+    assert loader.wait(load) == 0 and load.seconds == 0.25
     loader.close()
