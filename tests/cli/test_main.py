@@ -14,7 +14,7 @@ import pytest
 
 import emoe
 from emoe import nano
-from emoe.cli import main
+from emoe.cli import build_parser, main, quantise
 from emoe.errors import UsageError
 from tests.conftest import Checkpoints
 
@@ -54,7 +54,16 @@ def test_without_a_command_it_helps_and_fails(capsys: pytest.CaptureFixture[str]
         (["plan", "-c", "1e3"], "whole number"),
         (["generate", "--expert-memory", "140%"], "more than all experts"),
         (["generate", "--mode", "fast"], "invalid choice: 'fast'"),
-        (["frobnicate"], "invalid choice"),
+        (["frobnicate"], "there is no command 'frobnicate': there are plan, generate, "),
+        (["run", "some/model"], "there is no command 'run': `emoe chat MODEL` talks, `emoe generate MODEL -p TEXT`"),
+        (["servee"], "did you mean serve? (`emoe --help`"),
+        (["bench", "decod"], "there is no benchmark 'decod': did you mean decode? (`emoe bench --help`"),
+        (["serve", "-m", "x", "--port", "80"], "emoe serve does not know -m: give MODEL without -m (`emoe serve -"),
+        (["serve", "x", "--ctx-size=9", "-ngl", "3"], "--ctx-size is --max-model-len here; -ngl is --device here"),
+        (["generate", "-c", "9", "x"], "nothing is to be set for -c: the context is the model's"),
+        (["generate", "--expert-memroy", "3"], "did you mean --expert-memory?"),
+        (["generate", "x", "Hello"], "emoe generate does not know Hello: a prompt goes after -p"),
+        (["inspect", "x", "y"], "emoe inspect does not know y ("),
         (["generate", "--seed", "-1"], "from 0 to 4294967295, not '-1'"),
         (["simulate", "--seed", "4294967296"], "from 0 to 4294967295"),
         (["bench", "decode", "--seed", "x"], "from 0 to 4294967295"),
@@ -76,6 +85,10 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     assert printed.err.startswith("emoe: error: ")
     assert printed.err.count("\n") == 1
     return printed.err
+
+
+def test_american_spelling_is_understood() -> None:
+    assert build_parser().parse_args(["quantize", "--expert-dtype", "int8"]).run is quantise.run
 
 
 def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

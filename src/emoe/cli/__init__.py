@@ -12,6 +12,7 @@
     emoe roofline MODEL                  how fast this machine could run it
     emoe bench decode                    measure
     emoe reproduce all                   the paper's figures and tables, done again
+    emoe info                            what a bug report needs to say of the machine
 
 Exit codes: 0 done; 1 a defect; 2 usage; 3 damaged checkpoint; 4 unsupported model; 5 budget too small;
 6 read error while running; 130 interrupted; 141 the reader of the output went away.
@@ -21,13 +22,29 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import NoReturn
 
 import emoe
-from emoe.cli import bench, chat, demo, generate, inspect, plan, profile, quantise, reproduce, roofline, serve, simulate
+from emoe.cli import (
+    bench,
+    chat,
+    demo,
+    generate,
+    hints,
+    info,
+    inspect,
+    plan,
+    profile,
+    quantise,
+    reproduce,
+    roofline,
+    serve,
+    simulate,
+)
 from emoe.cli.output import note
 from emoe.errors import EmoeError, UsageError
 from emoe.plugins import load_plugins
@@ -35,14 +52,19 @@ from emoe.plugins import load_plugins
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
-_COMMANDS = (plan, generate, chat, inspect, demo, serve, profile, quantise, simulate, roofline, bench, reproduce)
+_CHOICE = re.compile(r"argument (COMMAND|BENCHMARK): invalid choice: '(.*?)' \(choose from (.*)\)")
+
+_COMMANDS = (plan, generate, chat, inspect, demo, serve, profile, quantise, simulate, roofline, bench, reproduce, info)
 
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other error: the usage of `emoe generate` is 20 lines long."""
 
     def error(self, message: str) -> NoReturn:
-        """Leave with 2."""
+        """Leave with 2, and with what to type instead where that is known."""
+        if choice := _CHOICE.fullmatch(message):
+            hint = hints.of_command(choice[2], re.findall(r"[\w-]+", choice[3]))
+            message = f"there is no {choice[1].lower()} {choice[2]!r}: {hint}"
         note(f"error: {message} (`{self.prog} --help` lists what there is)")
         self.exit(UsageError.exit_code)
 
@@ -69,10 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         note(f"error: {error}")
         return error.exit_code
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
     if args.command is None:
         parser.print_help(sys.stderr)
         return UsageError.exit_code
+    if unknown:
+        hint = hints.of_options(unknown, args.parser.format_help())
+        args.parser.error(f"{args.parser.prog} does not know {' '.join(unknown)}{hint and ': ' + hint}")
     if not args.debug:
         # Before transformers is imported: its advice on optional packages is no answer to the command.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -28,9 +28,9 @@ READERS = ("auto", "cached", "direct", "advised")
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, **kwargs: Any
 ) -> argparse.ArgumentParser:
-    """Add a command whose namespace has `run` and `debug`."""
+    """Add a command whose namespace has `run`, `debug` and itself as `parser`."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, **kwargs)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and warnings")
     return parser
 

@@ -20,6 +20,7 @@ def add_parser(commands: Any) -> None:
         "quantise",
         run,
         "Store a model's experts as int8 or int4, once, for --expert-dtype of other commands.",
+        aliases=["quantize"],
     )
     add_model(parser)
     parser.add_argument("--expert-dtype", choices=tuple(CODECS), required=True, help="what experts become (lossy)")

@@ -1,0 +1,71 @@
+"""What to type instead: for commands and options that other tools have, and for what is mistyped."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+_COMMANDS = {
+    "run": "`emoe chat MODEL` talks, `emoe generate MODEL -p TEXT` answers one prompt",
+    "complete": "`emoe generate MODEL -p TEXT`",
+    "cli": "`emoe chat MODEL` or `emoe generate MODEL -p TEXT`",
+    "server": "`emoe serve MODEL`",
+    "start": "`emoe serve MODEL`",
+    "pull": "nothing to do: a hub id in the place of MODEL is fetched when it is first used",
+    "convert": "nothing to do: checkpoints are read as they are",
+    "show": "`emoe plan MODEL` or `emoe inspect MODEL`",
+    "version": "`emoe --version`, or `emoe info` for a bug report",
+    "help": "`emoe --help`",
+}
+"""Commands of ollama, vLLM and llama.cpp."""
+
+_OPTIONS = {
+    ("-m",): ("MODEL",),
+    ("--prompt", "--text"): ("--prompt", "MODEL"),
+    ("-c", "--ctx-size", "--num-ctx", "--n-ctx"): ("--context", "--max-model-len"),
+    ("--max-model-len",): ("--context",),
+    ("--n-predict", "--max-tokens", "--num-predict"): ("--max-new-tokens",),
+    ("-s",): ("--seed",),
+    ("-ngl", "--gpu-layers", "--n-gpu-layers"): ("--device",),
+    ("-cmoe", "--cpu-moe", "-ncmoe", "--n-cpu-moe", "-ot", "--override-tensor", "--cpu-offload-gb"): (
+        "--expert-memory",
+    ),
+    ("--gpu-memory-utilization",): ("--memory", "--expert-memory"),
+    ("--quantization", "--load-in-8bit", "--load-in-4bit"): ("--expert-dtype",),
+    ("-tp", "--tensor-parallel-size"): ("--device",),
+    ("-np", "--parallel", "-b", "--batch-size"): ("--max-num-seqs", "--batch"),
+    ("-a", "--alias"): ("--served-model-name",),
+    ("--mlock", "--no-mmap"): ("--reader",),
+}
+"""Options of the same, and which of emoe's do the same; the first that a command has is named."""
+
+_CONTEXT = next(names for names in _OPTIONS if "--ctx-size" in names)
+
+
+def of_command(word: str, known: Iterable[str]) -> str:
+    """What to type instead of the command `word`."""
+    if word in _COMMANDS:
+        return _COMMANDS[word]
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+
+
+def of_options(words: Iterable[str], help_text: str) -> str:
+    """What to type instead of each option among `words`, in a command that has this help; "" where nothing is known."""
+    known = dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w-]*", help_text))
+    found: list[str] = []
+    for word in (word.partition("=")[0] for word in words if word.startswith("-")):
+        same = next((there for here, there in _OPTIONS.items() if word in here), ())
+        theirs = next((name for name in same if name in known or (name == "MODEL" and "[MODEL]" in help_text)), None)
+        if theirs is None and not same:
+            theirs = next(iter(difflib.get_close_matches(word, known, 1, cutoff=0.75)), None)
+        if theirs == "MODEL":
+            found.append(f"give MODEL without {word}")
+        elif theirs is not None:
+            found.append(f"{word} is {theirs} here" if same else f"did you mean {theirs}?")
+        elif word in _CONTEXT:
+            found.append(f"nothing is to be set for {word}: the context is the model's")
+    if not found and "--prompt TEXT" in help_text:
+        found.append("a prompt goes after -p")
+    return "; ".join(dict.fromkeys(found))
