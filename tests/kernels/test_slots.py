@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +16,11 @@ from emoe.kernels.grouping import Grouping
 from emoe.kernels.slots import SlotKernels, available
 from emoe.residency.bank import Bank
 from emoe.residency.devices import CpuDevice, device_at
+from tests.interpreter import no_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
+if no_triton():
+    pytest.skip(no_triton(), allow_module_level=True)
 
 # torch's activations on a CPU round differently at the ends of a tensor that is no multiple of their vectors.
 HIDDEN, INNER, SLOTS = 48, 128, 6
@@ -128,3 +128,20 @@ def test_they_are_chosen_by_device_and_dtype() -> None:
     assert available(bank.stacked())[0] is False
     quantised: dict[str, Any] = {"down_proj": torch.zeros(1, device=DEVICE, dtype=torch.int8)}
     assert available(quantised)[0] is False
+
+
+def test_where_the_first_products_fail_it_is_said_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device with too little shared memory for many rows would else fail in the middle of a prompt."""
+    from emoe.kernels import slots, triton_products
+
+    first = slots._refusal.__wrapped__
+    assert [first(str(DEVICE), dtype) for dtype in MANY_DTYPES] == ["", ""]
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_products, "many_rows", lambda *given: given[-2].fill_(63))
+        assert first(str(DEVICE), torch.float32) == "its products are wrong"
+
+    def refused(*given: Any) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(triton_products, "many_rows", refused)
+    assert "shared memory" in first(str(DEVICE), torch.float32)

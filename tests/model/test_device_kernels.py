@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,11 @@ from emoe.model import placement
 from emoe.model.bind import binding_of
 from emoe.residency.virtual import VirtualDevice
 from tests.families import make_checkpoint
+from tests.interpreter import no_triton
 from tests.model.test_exact import batch_of, logits_of
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
+if no_triton():
+    pytest.skip(no_triton(), allow_module_level=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/cuda runs the kernels themselves")

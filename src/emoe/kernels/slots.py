@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -173,22 +174,30 @@ def available(parts: Mapping[str, torch.Tensor]) -> tuple[bool, str]:
         return False, "quantised experts are computed one at a time"
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed, so experts are computed one at a time"
-    refusal = _refusal(str(device))
+    refusal = next(filter(None, (_refusal(str(device), dtype) for dtype in sorted(dtypes, key=str))), "")
     if refusal:
         return False, f"Triton cannot run here ({refusal}), so experts are computed one at a time"
     return True, "Triton computes many experts in one launch"
 
 
 @functools.cache
-def _refusal(device: str) -> str:
-    """Why a first small product fails, as it does without a C compiler for Triton's launchers; else empty."""
+def _refusal(device: str, dtype: torch.dtype) -> str:
+    """Why first small products fail, as they do without a C compiler for Triton's launchers; else empty.
+
+    Of many rows the largest block is tried, which takes the most shared memory: what a device has too little of would
+    else come to light in the middle of a prompt.
+    """
     from emoe.kernels import triton_products
 
-    ones = torch.ones(1, 16, 16, device=device, dtype=torch.bfloat16)
+    rows = triton_products.block_rows(math.inf)
+    ones = torch.ones(1, rows, 64, device=device, dtype=dtype)
     try:
-        out = ones.new_empty(1, 16)
-        triton_products.few_rows(ones[0, :1], ones, None, torch.zeros(1, dtype=torch.int32, device=device), out)
-        right = bool((out == 16).all())
+        slot = torch.zeros(1, dtype=torch.int32, device=device)
+        few, many = ones.new_empty(1, rows), ones.new_empty(rows, rows)
+        triton_products.few_rows(ones[0, :1], ones, None, slot, few)
+        tile = torch.tensor([[0, 0, 0, rows]], dtype=torch.int32).to(device)
+        triton_products.many_rows(ones[0], ones, None, tile, many, rows)
+        right = bool((few == 64).all()) and bool((many == 64).all())
     except Exception as error:  # whatever compilers raise; said in a warning and in the statistics
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         _log.warning("experts are computed one at a time on %s: Triton cannot run there (%s).", device, reason)

@@ -198,7 +198,7 @@ class CpuDevice:
 
 
 class CudaDevice:
-    """A CUDA device: copies on two side streams, ordered by events.
+    """A CUDA device: copies on three side streams, ordered by events.
 
     Demand copies, copies ahead and copies back have a stream each, so that what is needed now does not queue behind a
     plan and both directions of the link are used. Streams wait for events; the host waits only in `finish`.
@@ -262,15 +262,18 @@ class CudaDevice:
     def free_host(self, held: HostMemory) -> None:
         """Unregister pinned memory, after every copy under way."""
         if held.pinned:
-            torch.cuda.synchronize(self.place)
-            torch.cuda.cudart().cudaHostUnregister(held.memory.data_ptr())  # type: ignore[no-untyped-call]
+            with torch.cuda.device(self.place):
+                torch.cuda.synchronize()
+                torch.cuda.cudart().cudaHostUnregister(held.memory.data_ptr())  # type: ignore[no-untyped-call]
             held.pinned = False
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, after: Sequence[Mark], *, ahead: bool) -> Mark:
         """Copy on a side stream, from and to pinned memory without the host's waiting."""
         stream = self._back if source.is_cuda else self._streams[ahead]
         arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        with self._lock, torch.cuda.stream(stream):
+        # In a loader thread the first device is current: going back to it from a stream of another one, without the
+        # guard, would give it a context (half a GB) that nobody needs.
+        with self._lock, torch.cuda.device(self.place), torch.cuda.stream(stream):
             for mark in after:
                 stream.wait_event(cast("torch.cuda.Event", mark))
             target.copy_(source, non_blocking=True)
