@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 from hypothesis import given, settings
@@ -84,6 +85,26 @@ def situations(draw: Any) -> Situation:
 def test_it_admits_what_the_printed_algorithm_admits(now: Situation) -> None:
     fast = Emoe().admit(now)
     assert [each.id for each in fast] == [each.id for each in algorithm_1(now)]
+
+
+def test_it_agrees_where_a_token_more_or_less_decides() -> None:
+    """Targets about as long as what Equation 3 expects, many requests of equal length: ties, and one admission that
+    decides the next."""
+    draw = random.Random(1)
+    for _ in range(4000):
+
+        def made(number: int, draw: random.Random = draw) -> Request:
+            expected = float(draw.randint(1, 4))
+            within = draw.randint(4, 40) + expected * draw.randint(0, 8) - 0.25 * (expected - 1)
+            return request(
+                number, 100.0, draw.randint(1, 9), expected_tokens=expected, ttft_slo_s=within, tpot_slo_s=0.25
+            )
+
+        waiting, running = ([made(n) for n in range(draw.randint(low, 5))] for low in (1, 0))
+        for each in running:
+            each.admitted_s, each.output_tokens = 100.0 - draw.randint(0, 3), draw.randint(0, 3)
+        now = situation(waiting, running, max_running=9, costs=PlainCosts(1.0, float(draw.randint(0, 2))))
+        assert Emoe().admit(now) == algorithm_1(now)
 
 
 def test_situations_in_which_it_admits_some_and_leaves_others_are_common() -> None:
