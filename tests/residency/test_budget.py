@@ -91,8 +91,8 @@ def test_what_passes_through_is_bounded_in_slots_and_in_bytes(slots: int, slot_n
     passing = PoolPlan(0, slots, slot_nbytes, {}).passing
     assert passing >= MIN_PASSING
     if passing > MIN_PASSING:
-        assert 8 * passing <= slots and passing * slot_nbytes <= PASSING_BYTES
-    assert 8 * (passing + 1) > slots or (passing + 1) * slot_nbytes > PASSING_BYTES
+        assert 4 * passing <= slots and passing * slot_nbytes <= PASSING_BYTES
+    assert 4 * (passing + 1) > slots or (passing + 1) * slot_nbytes > PASSING_BYTES
 
 
 @given(models(), st.floats(0.1, 0.9), st.floats(1, 4))

@@ -247,7 +247,7 @@ class ExpertPool:
             table.counters[layer].misses += len(missing)
         if wanted is not None:
             hits.sort(key=lambda e: e in wanted)
-            table.part_with(layer, wanted)
+            table.make_way(layer, sum(expert in wanted for expert in missing), wanted)
             keep = wanted
         protect = frozenset((layer, e) for e in keep)
         flights = deque([*early, *self._claim(layer, missing)])

@@ -113,6 +113,7 @@ class ResidencyTable:
     _first: dict[int, int] = field(init=False)
     _past: Uses = field(init=False)
     _ready: npt.NDArray[np.bool_] = field(init=False)
+    _transient: npt.NDArray[np.bool_] = field(init=False)
     _champions: Counts = field(init=False)
     _stale: set[int] = field(init=False)
     _quotas: bool = field(init=False)
@@ -133,7 +134,7 @@ class ResidencyTable:
         never = np.full(sum(sizes), -1, dtype=np.int64)
         ranks = np.repeat(np.arange(len(layers)), sizes)
         self._past = Uses(never, never.copy(), np.zeros_like(never), ranks, np.arange(len(never)))
-        self._ready = np.zeros(len(never), dtype=np.bool_)
+        self._ready, self._transient = np.zeros((2, len(never)), dtype=np.bool_)
         self._quotas = any(self.plan.quotas.values())
         # Of each layer, by rank, the number that the rule would evict first, -1 for none; unknown of `stale` layers.
         self._champions = np.full(len(layers), -1, dtype=np.int64)
@@ -299,6 +300,7 @@ class ResidencyTable:
         if entry.transient == transient or entry.key is None:
             return
         entry.transient = transient
+        self._transient[self._number(entry.key)] = transient
         self._kept[entry.key[0]] += -1 if transient else 1
         (self._passing.add if transient else self._passing.discard)(slot)
 
@@ -311,22 +313,23 @@ class ResidencyTable:
         if not self.slots[slot].transient:
             return
         if self._kept[key[0]] >= self.plan.quotas[key[0]]:
-            own = sorted(
-                self._number(held)
-                for s in self._by_layer[key[0]] - self._passing
-                if (held := self.slots[s].key) is not None and held not in protect
-            )
-            if not own:
+            own = self._parting(key[0], protect)
+            if not own.size:
                 return
-            self._mark(self._lowest(np.array(own, dtype=np.int64)), True)
+            self._mark(self._lowest(own), True)
         self._mark(slot, False)
 
-    def part_with(self, layer: int, wanted: frozenset[int]) -> None:
-        """Let the residents of `layer` that are not `wanted` pass: they leave when they have been used."""
-        for slot in self._by_layer[layer] - self._passing:
-            key = self.slots[slot].key
-            if key is not None and key[1] not in wanted:
-                self._mark(slot, True)
+    def make_way(self, layer: int, coming: int, wanted: frozenset[int]) -> None:
+        """Let residents of `layer` that are not `wanted` pass, as many as are `coming`: they leave when used."""
+        for _ in range(coming - max(0, self.plan.quotas[layer] - self._kept[layer])):
+            own = self._parting(layer, frozenset((layer, expert) for expert in wanted))
+            if own.size:
+                self._mark(self._lowest(own), True)
+
+    def _parting(self, layer: int, protect: frozenset[Key]) -> Counts:
+        """Numbers of the residents of `layer` that are not in `protect`, whether they are in use or not, ascending."""
+        own = (self.slots[slot].key for slot in self._by_layer[layer] - self._passing)
+        return np.array(sorted(self._number(key) for key in own if key and key not in protect), dtype=np.int64)
 
     # -- choice -------------------------------------------------------------------------------------------
 
@@ -371,7 +374,7 @@ class ResidencyTable:
         ready = self.ready(layer)
         ready[[key[1] for key in protect if key[0] == layer]] = False
         if not passing:
-            ready[[key[1] for slot in self._passing if (key := self.slots[slot].key) and key[0] == layer]] = False
+            ready &= ~self._transient[self._span(layer)]
         return np.flatnonzero(ready) + self._first[layer]
 
     def _evictable_passing(self, layers: set[int] | None, protect: frozenset[Key]) -> Counts:
@@ -420,10 +423,8 @@ class ResidencyTable:
 
     def _lowest(self, numbers: Counts) -> int:
         """The slot of what goes first: a transient one where there is any, else the rule's choice."""
-        if self._passing:
-            passing = {self._number(key) for slot in self._passing if (key := self.slots[slot].key) is not None}
-            if (found := numbers[np.isin(numbers, list(passing))]).size:
-                numbers = found
+        if self._passing and (found := numbers[self._transient[numbers]]).size:
+            numbers = found
         number = self._best(numbers)
         layer = self._layers[self._past.rank[number]]
         return self._where[layer, number - self._first[layer]]
