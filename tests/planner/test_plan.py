@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,15 @@ from emoe.config import ExpertMemory, parse_host_memory
 from emoe.errors import BudgetError, UsageError
 from emoe.planner import plan, verdict
 from emoe.planner.facts import Activations, CacheLayer, ExpertLayer, Facts, by_size
-from emoe.planner.plan import COMBINE_TOKENS, READ_BUFFER_BYTES, UNPACKED, WORKSPACE_KEPT_BYTES, make_plan
+from emoe.planner.plan import (
+    COMBINE_TOKENS,
+    READ_BUFFER_BYTES,
+    UNPACKED,
+    WORKSPACE_KEPT_BYTES,
+    activation_bytes,
+    make_plan,
+)
+from emoe.residency.budget import padded
 
 parts = st.lists(st.integers(1, 1 << 20), min_size=1, max_size=4).map(by_size)
 
@@ -59,7 +69,14 @@ def test_a_plan_keeps_within_the_memory_or_says_that_it_does_not_fit(
         assert made.resident_bytes >= made.floor_bytes
     if made.fit == "all":
         assert made.resident_experts == made.experts
-    assert verdict(made)
+    share = f"{made.resident_experts / made.experts:.0%} of the experts fit"
+    assert verdict(made).startswith({"all": "Everything fits in", "some": share, "none": "Does not fit in"}[made.fit])
+    if made.fit == "some":
+        assert f"({made.resident_experts / made.layers:.1f} of {made.experts_per_layer} per layer)" in verdict(made)
+    assert verdict(free).startswith("Needs ")
+    asked = ExpertMemory("bytes", made.floor_bytes)
+    given = make_plan(facts, model="m", memory_bytes=memory, context=context, batch=batch, expert_memory=asked)
+    assert verdict(given).startswith("Fits" if given.total_bytes <= memory else "Does not fit")
 
 
 @given(models(), st.integers(0, 1 << 26), st.integers(0, 1 << 26))
@@ -78,6 +95,10 @@ def test_the_smallest_memory_works_and_a_byte_less_does_not(facts: Facts) -> Non
     too_small = make_plan(facts, model="m", memory_bytes=smallest - 1, context=16)
     assert too_small.fit == "none"
     assert "smallest memory that works" in verdict(too_small)
+    sizes = {layer.part_nbytes: 0 for layer in facts.expert_layers}
+    for layer in facts.expert_layers:  # one bank for each kind of parts, of one token's experts at the least
+        sizes[layer.part_nbytes] = min(facts.top_k, layer.experts) * sum(padded(layer.part_nbytes))
+    assert too_small.floor_bytes == sum(sizes.values())
 
 
 @given(models(), st.integers(1, 64), st.integers(1, 4))
@@ -120,6 +141,52 @@ def test_a_process_takes_what_was_planned() -> None:
     planned = plan(expert_memory="40%", context=64).total_bytes
     # What is mapped from files (340 MB of libraries) may leave memory again where a machine reclaims it: 7 % here.
     assert 0.9 * planned <= peak <= 1.03 * planned
+
+
+BY_HAND = Activations(hidden=64, vocabulary=100, expert_inner=32, token_nbytes=8)
+"""Of a model with 2 of 8 experts in 16-bit numbers. For each token its experts then take 2 x 64 rows in and out, each
+rounded up by a quarter, and as many of 2 + 4 bytes to be added; the route 3 x 4 x 8 + 10 x 8 x 2; a block of sums 64 of
+4 + 2 bytes; the hidden states themselves twice 64."""
+WORKSPACE = 5 * 2 * 64 * 2 // 2 + 2 * 64 * 6
+EXPERTS_BY_HAND = 2 * 64 * 2 + (96 + 160) + 64 * 6 + WORKSPACE
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompt", "batch", "before", "expected"),
+    [
+        ({}, 10, 1, 0, 10 * EXPERTS_BY_HAND),
+        ({"expert_inner": 1024}, 10, 1, 0, 10 * (EXPERTS_BY_HAND - 64 * 6 + 2 * 1024 * 2)),
+        ({}, 10, 2, 0, 20 * EXPERTS_BY_HAND + 3 * 200),  # and a mask: sequences are padded
+        ({}, 10, 1, 5, 10 * EXPERTS_BY_HAND + 3 * 10 * 15),  # and one over what was read before
+        ({"masked": True}, 10, 1, 0, 10 * EXPERTS_BY_HAND + 3 * 100),
+        ({"token_nbytes": 4000}, 10, 1, 0, 10 * (4000 + WORKSPACE)),
+        ({"token_nbytes": 4000, "pair_nbytes": 7}, 10, 1, 0, 10 * (4000 + WORKSPACE) + 7 * 100),
+        ({"vocabulary": 5000}, 10, 1, 0, 10 * WORKSPACE + 5000 * (2 + 8)),
+        ({"vocabulary": 50000}, 10, 3, 0, 30 * WORKSPACE + 3 * 50000 * (2 + 8) + 3 * 300),
+    ],
+)
+def test_what_a_pass_holds_by_hand(
+    changes: dict[str, Any], prompt: int, batch: int, before: int, expected: int
+) -> None:
+    def holds(layers: tuple[CacheLayer, ...]) -> int:
+        made = Facts(
+            path=Path("somewhere"),
+            model_type="any",
+            dtype="bfloat16",
+            top_k=2,
+            max_context=None,
+            checkpoint_bytes=1,
+            dense_bytes=1,
+            expert_layers=(ExpertLayer(0, 8, (64,)),),
+            cache_layers=layers,
+            activations=replace(BY_HAND, **changes),
+            source="headers",
+        )
+        return activation_bytes(made, prompt, batch, before)
+
+    assert holds(()) == expected
+    window = CacheLayer(0, "sliding", 48, 4)
+    assert holds((window, CacheLayer(1, "full", 48))) == expected + batch * (prompt - 4) * 48  # until the next step
 
 
 def test_a_context_beyond_the_models_is_told() -> None:
