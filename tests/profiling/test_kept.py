@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +31,7 @@ def test_kept_measurements_are_found_again_and_those_of_another_machine_refused(
     assert known() is None  # another fingerprint: no files
     other = replace(made, fingerprint=made.fingerprint | {"cpu": "another"})
     file.write_text(json.dumps(other.as_dict()))
-    with pytest.raises(UsageError, match=r"measured on another machine \(cpu: another there"):
+    with pytest.raises(UsageError, match=r"measured on another machine \(cpu: another there, [^:]*\)\."):
         known(files)
 
 
@@ -63,3 +65,30 @@ def test_the_file_system_is_named_without_proc(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "read_text", refuse)
     assert kept.file_system(tmp_path).count(":") == 1
     assert kept.processor()
+
+
+def test_the_file_system_is_the_one_that_the_system_says_is_mounted_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = tmp_path.stat().st_dev
+    here = f"{os.major(number)}:{os.minor(number)}"
+    rows = [
+        "21 1 0:99 / /other rw - ext2 /dev/other rw",
+        f"22 1 {here} / /torn rw shared:1",
+        f"23 1 {here} / /short rw - ext3",
+        f"24 1 {here} / /data rw,noatime shared:1 master:2 - ext4 /dev/here rw",
+        f"25 1 {here} /bound /data2 rw - xfs /dev/later rw",
+    ]
+    for count, found in ((5, "ext4 /dev/here"), (3, here), (1, here)):
+        monkeypatch.setattr(Path, "read_text", lambda self, count=count: "\n".join(rows[:count]))
+        assert kept.file_system(tmp_path) == found
+
+
+def test_the_processor_and_its_cores_are_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: "flags: a b\nmodel name\t: Some CPU @ 2 GHz \nmodel name : no")
+    assert kept.processor() == "Some CPU @ 2 GHz"
+    monkeypatch.setattr(Path, "read_text", lambda self: "flags: a b")
+    assert kept.processor() == platform.machine()
+    assert kept.cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert kept.cores() == os.cpu_count()

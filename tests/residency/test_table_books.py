@@ -108,11 +108,14 @@ def tables(draw: st.DrawFn) -> ResidencyTable:
     quotas = dict.fromkeys(EXPERTS, 0) if shared else uniform_quotas(max(3, slots - lane), needs)
     plan = PoolPlan(0, slots, 64, quotas, lane)
     rule = make_eviction(draw(st.sampled_from(sorted(EVICTION_RULES))))
-    return ResidencyTable(plan, EXPERTS, rule, draw(st.integers(1, 3)))
+    given = draw(st.integers(0, 3))
+    table = ResidencyTable(plan, EXPERTS, rule, given)
+    assert table.max_transient == min(lane or given or plan.passing, slots)
+    return table
 
 
 @given(
-    tables(), st.randoms(use_true_random=False), st.lists(st.sampled_from("uuurrrrtttpcax"), min_size=20, max_size=80)
+    tables(), st.randoms(use_true_random=False), st.lists(st.sampled_from("uuurrrrtttpcaxm"), min_size=20, max_size=80)
 )
 @settings(max_examples=80)
 def test_the_books_agree_with_the_slots_and_the_rule_is_followed(
@@ -142,6 +145,8 @@ def test_the_books_agree_with_the_slots_and_the_rule_is_followed(
                 assert table.slots[slot].transient == (move == "t") and table.slots[slot].prefetched == prefetch
                 if random.random() < 0.8:
                     table.commit(slot, 64)
+        elif move == "m":
+            make_way(table, plain, key[0], random.randint(0, 3), frozenset(random.sample(range(6), 2)))
         elif slot is not None:
             state = table.slots[slot].state
             if state is SlotState.LOADING:
@@ -173,3 +178,15 @@ def adopt(table: ResidencyTable, plain: Plain, key: Key, protect: frozenset[Key]
             after = (before - {key}) | {plain.first(spared)}
     table.adopt(key, protect)
     assert set(plain.held(transient=True)) == after
+
+
+def make_way(table: ResidencyTable, plain: Plain, layer: int, coming: int, wanted: frozenset[int]) -> None:
+    """As many of `layer` as come beyond its quota begin to pass through, what the rule evicts first before others."""
+    stay = plain.held(transient=False)
+    own = [key for key in stay if key[0] == layer]
+    gone: list[Key] = []
+    for _ in range(coming - max(0, table.plan.quotas[layer] - len(own))):
+        left = [key for key in own if key[1] not in wanted and key not in gone]
+        gone += [plain.first(left)] if left else []
+    table.make_way(layer, coming, wanted)
+    assert plain.held(transient=False) == [key for key in stay if key not in gone]

@@ -155,6 +155,12 @@ def test_a_small_loss_is_noise() -> None:
         for _ in range(WINDOW_PASSES):
             worth.end_pass(1.0 / WINDOW_PASSES)
         assert worth.active is on
+    worth = Worth()
+    for lost in (0.0, 0.0015):  # a window's time is its own, not that of the one before
+        worth.delay(lost)
+        for _ in range(WINDOW_PASSES):
+            worth.end_pass(10.0 / WINDOW_PASSES if not lost else 0.01 / WINDOW_PASSES)
+    assert not worth.active
 
 
 def test_time_spent_predicting_counts_as_lost() -> None:
@@ -172,7 +178,7 @@ def test_without_a_baseline_it_pauses_for_one_window() -> None:
     worth = prefetches.worth
     prefetches.demanded([(0, 1)], LOAD_S, beside=True, prefill=False)
     assert worth.delayed_s == 0
-    assert windows(worth, 2, 1.0, 0.0) == [False, True]
+    assert windows(worth, 4, 1.0, 0.0) == [False, True, True, True]
     assert not worth.reason
     prefetches.demanded([(0, 2)], LOAD_S, beside=False, prefill=False)
     prefetches.demanded([(0, 3)], 3 * LOAD_S, beside=True, prefill=False)
