@@ -1,8 +1,9 @@
-"""One part of bench/gpu.py, in a process that may fail: copies, or rows of a shape. Prints a JSON object for each."""
+"""One part of bench/gpu.py, in a process that may fail: copies, a check, or rows of a shape. Prints JSON objects."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 import emoe
 from emoe.bench.prompts import prompt_ids
@@ -24,11 +26,21 @@ from emoe.residency.virtual import VirtualDevice
 RESULT = "RESULT "
 """Begins the lines that are results."""
 
+WAITED = "called a synchronizing CUDA operation"
+"""What torch says of a call that waits; once in a process it also says that this is a prototype."""
+
+CHECKED = (96, 24)
+"""Tokens of a checked sequence: read as a prompt, and then one by one."""
+
 
 def main() -> int:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="+", help="`copy BYTES...`, or `rows CHECKPOINT BUDGET:HOST:ON_MISS...`")
+    parser.add_argument(
+        "what",
+        nargs="+",
+        help="`copy BYTES...`, `check CHECKPOINT BUDGET` or `rows CHECKPOINT WAY...`, WAY as BUDGET:HOST:ON_MISS",
+    )
     parser.add_argument("--prompt-tokens", type=int, required=True)
     parser.add_argument("--new-tokens", type=int, required=True)
     parser.add_argument("--rounds", type=int, required=True)
@@ -63,6 +75,44 @@ class Measured:
         device.free_host(held)
         return {"nbytes": nbytes, "pinned": pinned, "pageable": pageable, "notice": held.notice}
 
+    def check(self, path: Path, budget: int) -> dict[str, Any]:
+        """Logits of one sequence: with `budget` % of the experts those of the whole model, bit for bit, and near to
+        transformers' own, by the norm of the difference over their norm, position by position.
+        """
+        plain = AutoModelForCausalLM.from_pretrained(path, dtype="auto", experts_implementation="eager")
+        theirs = self.logits(plain.to(self.place).eval(), path)
+        del plain
+        ours = []
+        for share in (None, f"{budget}%"):
+            model, _ = emoe.load(path, device_map=str(self.place), expert_memory=share)
+            try:
+                ours.append(self.logits(model, path))
+            finally:
+                close(model)
+            del model
+        whole, part = ours
+        errors = (whole.float() - theirs.float()).norm(dim=-1) / theirs.float().norm(dim=-1)
+        return {
+            "budget": budget,
+            "equal": torch.equal(whole, part),
+            "other_positions": int((whole != part).any(dim=-1).sum()),
+            "median_error": float(errors.median()),
+            "worst_error": float(errors.max()),
+            "same_choice": float((whole.argmax(-1) == theirs.argmax(-1)).float().mean()),
+        }
+
+    @torch.inference_mode()
+    def logits(self, model: Any, path: Path) -> torch.Tensor:
+        """[positions, vocabulary] of a sequence that is given: nothing is chosen, so nothing runs away."""
+        prompt, steps = CHECKED
+        ids = torch.tensor([prompt_ids(path, 7, prompt + steps)], device=self.place)
+        out = model(input_ids=ids[:, :prompt], use_cache=True)
+        found = [out.logits[0]]
+        for at in range(prompt, prompt + steps):
+            out = model(input_ids=ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+            found.append(out.logits[0])
+        return torch.cat(found).cpu()
+
     def row(self, path: Path, budget: int, host: str, on_miss: str) -> dict[str, Any]:
         """Load, warm up, measure; medians over rounds."""
         if not self.args.virtual:
@@ -92,6 +142,7 @@ class Measured:
         return {
             "loaded_s": loaded_s,
             "tokens": [token for sample in samples for token in sample["tokens"]],
+            "logits": [sample["logits"] for sample in samples],
             "ttft_s": statistics.median(sample["ttft_s"] for sample in samples),
             "tokens_per_s": statistics.median(steps / sample["decode_s"] for sample in samples),
             "miss_rate": misses / max(1, hits + misses),
@@ -110,7 +161,8 @@ class Measured:
         self.synchronise()
         start = time.perf_counter()
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        tokens = [out.logits[0, -1].argmax()]
+        logits = [out.logits[0, -1]]
+        tokens = [logits[-1].argmax()]
         self.synchronise()
         ttft_s = time.perf_counter() - start
         before = emoe.stats(model)
@@ -118,7 +170,8 @@ class Measured:
             start = time.perf_counter()
             for _ in range(self.args.new_tokens - 1):
                 out = model(input_ids=tokens[-1].view(1, 1), past_key_values=out.past_key_values, use_cache=True)
-                tokens.append(out.logits[0, -1].argmax())
+                logits.append(out.logits[0, -1])
+                tokens.append(logits[-1].argmax())
             self.synchronise()
             decode_s = time.perf_counter() - start
         after = emoe.stats(model)
@@ -126,7 +179,8 @@ class Measured:
         return {
             "ttft_s": ttft_s,
             "decode_s": decode_s,
-            "tokens": [int(token) for token in tokens],
+            "tokens": torch.stack(tokens).tolist(),
+            "logits": hashlib.sha256(torch.stack(logits).cpu().view(torch.uint8).numpy().tobytes()).hexdigest(),
             "decode": {name: after[name] - before[name] for name in names},
             "waits": waits() + after["synchronisations"] - before["synchronisations"],
         }
@@ -144,6 +198,9 @@ def work(args: argparse.Namespace, what: list[str]) -> Iterator[dict[str, Any]]:
         for nbytes in what[1:]:
             yield measured.copy(int(nbytes))
         return
+    if what[0] == "check":
+        yield measured.check(Path(what[1]), int(what[2]))
+        return
     for way in what[2:]:
         budget, host, on_miss = way.split(":")
         yield measured.row(Path(what[1]), int(budget), host, on_miss)
@@ -157,7 +214,7 @@ def counted_waits(count: bool) -> Iterator[Callable[[], int]]:
         if count:
             torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield lambda: sum("synchroniz" in str(warning.message) for warning in caught)
+            yield lambda: sum(WAITED in str(warning.message) for warning in caught)
         finally:
             if count:
                 torch.cuda.set_sync_debug_mode("default")

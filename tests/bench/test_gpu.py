@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,8 +49,12 @@ def test_it_runs_on_a_virtual_device(
     out = tmp_path / "out.json"
     small = ("--prompt-tokens", "24", "--new-tokens", "8", "--rounds", "1", "--budgets", "100", "15")
     assert run(gpu, monkeypatch, "--virtual", "--skip-tests", "--shapes", "tiny", "--out", str(out), *small) == 0
-    assert "times mean nothing" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "times mean nothing" in said and said == out.with_suffix(".md").read_text()
     found = json.loads(out.read_text())
+    (check,) = found["checks"]
+    assert check["equal"] and check["budget"] == 15 and check["worst_error"] < gpu.ERROR
+    assert said.index("bit for bit") < said.index("| experts on the device |")
     assert [(row["budget"], row["host"], row["on_miss"]) for row in found["rows"]] == [
         (100, "auto", "load"),
         (15, "auto", "load"),
@@ -62,17 +68,29 @@ def test_it_runs_on_a_virtual_device(
     assert host["read_per_token"] == 0 < staging["read_per_token"]
 
 
-def test_other_tokens_than_the_resident_models_are_reported(
+def test_other_logits_than_the_resident_models_are_reported(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     turns = iter(range(9))
-    row = {"tokens": [1], "miss_rate": 0.0, "ttft_s": 1.0, "tokens_per_s": 1.0, "copied_per_token": 0.0}
+    row: dict[str, Any] = {
+        "tokens": [1],
+        "logits": ["a"],
+        "miss_rate": 0.0,
+        "ttft_s": 1.0,
+        "tokens_per_s": 1.0,
+        "copied_per_token": 0.0,
+    }
     row |= {"link_share": 0.0, "read_per_token": 0.0, "waits_per_token": 0.0, "device_bytes": 0}
-    monkeypatch.setattr("bench.gpu_part.Measured.row", lambda *args: row | {"tokens": [1 + (next(turns) == 2)]})
+    monkeypatch.setattr("bench.gpu_part.Measured.row", lambda *args: row | {"logits": ["ab"[next(turns) == 2]]})
+    check = {"budget": 40, "equal": False, "other_positions": 3, "same_choice": 0.5}
+    check |= {"median_error": math.nan, "worst_error": math.nan}
+    monkeypatch.setattr("bench.gpu_part.Measured.check", lambda *args: check)
     out = str(tmp_path / "out.json")
     small = ("--virtual", "--skip-tests", "--shapes", "tiny", "--budgets", "100", "40", "--out", out)
     assert run(gpu, monkeypatch, *small) == 1
-    assert "WRONG: tiny at 40 %, host 0: other tokens" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "WRONG: tiny at 40 %, host 0: other logits" in said
+    assert "in 3 positions not those: WRONG" in said and "WRONG: tiny: logits nan% off" in said
 
 
 def test_a_part_that_fails_is_reported_and_the_next_still_runs(
@@ -82,6 +100,7 @@ def test_a_part_that_fails_is_reported_and_the_next_still_runs(
     out = tmp_path / "out.json"
     small = ("--prompt-tokens", "8", "--new-tokens", "2", "--rounds", "1", "--out", str(out))
     monkeypatch.setattr(gpu.Bench, "ways", lambda self: iter([(1, "auto", "load"), (40, "auto", "load")]))
+    monkeypatch.setattr(gpu.Bench, "check", lambda *given: None)  # a process less
     shapes = ("--shapes", "unknown", "tiny")
     assert run(gpu, monkeypatch, "--virtual", "--processes", "--skip-tests", *shapes, *small) == 1
     found = json.loads(out.read_text())
@@ -102,3 +121,17 @@ def test_a_part_that_hangs_is_ended(
     assert run(gpu, monkeypatch, *small) == 1
     assert "took too long" in json.loads(out.read_text())["failed"][0]["error"]
     assert "not run" in capsys.readouterr().out
+
+
+def test_what_the_devices_tests_say_is_kept(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tests = tmp_path / "test_two.py"
+    tests.write_text("def test_good():\n    pass\n\n\ndef test_bad():\n    assert 1 == 2\n")
+    monkeypatch.setattr(gpu, "TESTS", (str(tests),))
+    bench = gpu.Bench(argparse.Namespace(seconds=440, out=tmp_path / "out.json"), tmp_path)
+    bench.test()
+    assert bench.wrong == ["the tests that need a CUDA device failed"]
+    assert "test_good PASSED" in (tmp_path / "out.tests.log").read_text()
+    assert "test_bad FAILED" in capsys.readouterr().out
+    assert "1 failed, 1 passed" in (tmp_path / "out.md").read_text()
