@@ -28,6 +28,7 @@ typedef struct {
 #define TOGETHER 8   /* rows of the matrix, format ROWS */
 #define BESIDE 3     /* rows of x with them */
 #define KEPT 2048    /* columns of them: 32 KiB */
+#define BOTH 1024    /* columns of which the next 8 rows have room in the first-level cache too */
 #define PANEL 256    /* columns of a packed block, format COLUMNS */
 #define DEEP 384     /* its rows at most */
 #define TALL 12      /* rows of x with 32 columns */
@@ -50,10 +51,10 @@ INLINE __m256 eight_sums(const __m512 v[TOGETHER])
 
 INLINE __m512bh pairs_at(const char *p) { return (__m512bh)_mm512_loadu_si512(p); }
 
-/* Rows of x times `rows` (8 or 1) of the matrix, `columns` of them: into or onto sums [tile][8]. Fetches 2 * columns * 2 bytes
- * from `next`. */
-INLINE void dots_of(int rows, int tile, const char *w, long bytes, const char *x, long stride, long columns, const char *next,
-                    int onto, float *sums)
+/* Rows of x times `rows` (8 or 1) of the matrix, `columns` of them: into or onto sums [tile][8]. Fetches two rows, to the
+ * first-level cache (`near`) or to the second. */
+INLINE void dots_of(int rows, int tile, int near, const char *w, long bytes, const char *x, long stride, long columns,
+                    const char *const fetch[2], int onto, float *sums)
 {
     __m512 s[BESIDE][TOGETHER];
     UNROLL for (int t = 0; t < tile; t++) UNROLL for (int r = 0; r < TOGETHER; r++) s[t][r] = _mm512_setzero_ps();
@@ -61,8 +62,10 @@ INLINE void dots_of(int rows, int tile, const char *w, long bytes, const char *x
     for (; c + STEP <= columns; c += STEP) {
         __m512bh a[BESIDE];
         UNROLL for (int t = 0; t < tile; t++) a[t] = pairs_at(x + t * stride + c * 2);
-        _mm_prefetch(next + c * 4, _MM_HINT_T1);
-        _mm_prefetch(next + c * 4 + 64, _MM_HINT_T1);
+        UNROLL for (int i = 0; i < 2; i++) {
+            if (near) _mm_prefetch(fetch[i] + c * 2, _MM_HINT_T0);
+            else _mm_prefetch(fetch[i] + c * 2, _MM_HINT_T1);
+        }
         UNROLL for (int r = 0; r < rows; r++) {
             const __m512bh b = pairs_at(w + r * bytes + c * 2);
             UNROLL for (int t = 0; t < tile; t++) s[t][r] = _mm512_dpbf16_ps(s[t][r], a[t], b);
@@ -84,22 +87,42 @@ INLINE void dots_of(int rows, int tile, const char *w, long bytes, const char *x
     }
 }
 
-/* Outputs r .. r + rows of all rows of x. */
-INLINE void rows_with(int rows, const multiplying *m, long r, const char *next)
+#define MOST_PASSES 16 /* from so many on, a pass fetches a row at most and not all of them do */
+
+/* Which rows of the next 8 a pass over x fetches: each once, evenly, as memory gives them, where there are passes enough,
+ * else again and again: what was turned down or driven out comes back. One that has none names what is `there`. */
+INLINE void to_fetch(long pass, long passes, int again, const char *next, long bytes, const char *there, const char *fetch[2])
+{
+    const long first = again ? pass % 4 * 2 : TOGETHER * pass / passes;
+    const long count = again ? 2 : TOGETHER * (pass + 1) / passes - first;
+    fetch[0] = count > 0 ? next + first * bytes : there;
+    fetch[1] = count > 1 ? next + (first + 1) * bytes : there;
+}
+
+/* Outputs r .. r + rows of all rows of x: to `to` [n][STEP]. */
+INLINE void rows_with(int rows, const multiplying *m, long r, const char *next, char *to)
 {
     const shape *s = m->of;
-    const long bytes = s->in * 2;
+    const long bytes = s->in * 2, passes = (m->n + BESIDE - 1) / BESIDE;
     float sums[MANY_ROWS + BESIDE][TOGETHER];
     const char *w = m->weight->data + r * bytes;
     for (long k = 0; k < s->in; k += KEPT) {
         const long columns = s->in - k < KEPT ? s->in - k : KEPT;
-        for (long t = 0, pass = 0; t < m->n; t += BESIDE, pass++) {
-            const char *x = m->x + t * bytes + k * 2, *at = w + k * 2;
-            const char *ahead = next + (pass % 4 * 2) * bytes + k * 2; /* two rows a pass */
-            switch (m->n - t) {
-            case 1: dots_of(rows, 1, at, bytes, x, bytes, columns, ahead, k > 0, sums[t]); break;
-            case 2: dots_of(rows, 2, at, bytes, x, bytes, columns, ahead, k > 0, sums[t]); break;
-            default: dots_of(rows, 3, at, bytes, x, bytes, columns, ahead, k > 0, sums[t]);
+        const int room = s->in <= BOTH, near = room || passes >= MOST_PASSES;
+        const int again = passes < (room ? MOST_PASSES : TOGETHER);
+        for (long pass = 0; pass < passes; pass++) {
+            const long t = pass * BESIDE;
+            const char *x = m->x + t * bytes + k * 2, *at = w + k * 2, *fetch[2];
+            to_fetch(pass, passes, again, next + k * 2, bytes, at, fetch);
+            switch ((m->n - t < BESIDE ? m->n - t : BESIDE) + near * BESIDE) {
+#define OF(tile, near) dots_of(rows, tile, near, at, bytes, x, bytes, columns, fetch, k > 0, sums[t]); break
+            case 1: OF(1, 0);
+            case 2: OF(2, 0);
+            case 3: OF(3, 0);
+            case 4: OF(1, 1);
+            case 5: OF(2, 1);
+            case 6: OF(3, 1);
+#undef OF
             }
         }
     }
@@ -111,19 +134,25 @@ INLINE void rows_with(int rows, const multiplying *m, long r, const char *next)
     }
     for (long t = 0; t < m->n; t++) {
         const __m128bh out = _mm256_cvtneps_pbh(_mm256_add_ps(_mm256_loadu_ps(sums[t]), bias));
-        _mm_mask_storeu_epi16(m->out + (t * s->out + r) * 2, some, (__m128i)out);
+        _mm_mask_storeu_epi16(to + t * STEP * 2, some, (__m128i)out);
     }
 }
 
+/* At most STEP outputs of all rows of x. They are gathered and written as whole lines: rows of x whose outputs lie a power of
+ * two apart share a few places of the first-level cache, and a quarter of a line at a time cost 2 to 8 %. */
 static void many_by_rows(const multiplying *m, long from, long to)
 {
-    const long bytes = m->of->in * 2;
+    const long bytes = m->of->in * 2, every = m->of->out * 2;
+    char done[MANY_ROWS][STEP * 2] __attribute__((aligned(64)));
     long r = from;
     for (; r + TOGETHER <= to; r += TOGETHER) {
         const long after = r + 2 * TOGETHER <= m->of->out ? r + TOGETHER : r; /* beyond the matrix nothing is fetched */
-        rows_with(TOGETHER, m, r, m->weight->data + after * bytes);
+        rows_with(TOGETHER, m, r, m->weight->data + after * bytes, done[0] + (r - from) * 2);
     }
-    for (; r < to; r++) rows_with(1, m, r, m->weight->data + (r - r % TOGETHER) * bytes);
+    for (; r < to; r++) rows_with(1, m, r, m->weight->data + (r - r % TOGETHER) * bytes, done[0] + (r - from) * 2);
+    const __mmask32 some = to - from < STEP ? (1u << (to - from)) - 1 : ~0u;
+    for (long t = 0; t < m->n; t++)
+        _mm512_mask_storeu_epi16(m->out + t * every + from * 2, some, _mm512_load_si512(done[t]));
 }
 
 /* -- [in, out] ------------------------------------------------------------------------------------------------ */
@@ -246,7 +275,7 @@ static void many_unit(void *context, long number)
 /* out [n, out] = x [n, in] W + bias, n at most MANY_ROWS; for COLUMNS rows of x are `align_up(in, 2)` long. */
 static int many_products(const shape *s, const matrix *weight, const char *x, char *out, long n, int threads)
 {
-    multiplying m = {s, weight, x, out, n, s->format == COLUMNS ? PANEL : 4 * TOGETHER, 0};
+    multiplying m = {s, weight, x, out, n, s->format == COLUMNS ? PANEL : STEP, 0};
     spread(threads, (s->out + m.unit - 1) / m.unit, many_unit, &m);
     return atomic_load(&m.failed) ? -1 : 0;
 }
