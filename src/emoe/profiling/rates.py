@@ -103,6 +103,7 @@ def _product(dtype: str, side: int, device: str) -> Callable[[], object] | None:
 
 @contextmanager
 def using_threads(count: int) -> Iterator[None]:
+    """So many threads of torch inside the block, as many as before after it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
