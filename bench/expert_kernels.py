@@ -23,9 +23,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from emoe.kernels.choice import Kernel, kernel_of
-from emoe.kernels.chunks import many_tokens
+from emoe.kernels.chunks import grouped, many_tokens
 from emoe.kernels.experts import ExpertMath, Weights, one_token
-from emoe.kernels.grouping import Grouping, rounds_rows
 from emoe.kernels.pages import prefer_huge_pages
 from emoe.kernels.quantised import GROUP, QuantisedMatrix
 
@@ -129,7 +128,7 @@ def run_emoe(
     """As a bound model does."""
     if hidden.shape[0] == 1:
         return one_token(math, hidden, [weights[e] for e in ids[0].tolist()], gates)
-    grouping = Grouping(ids, len(weights), rounded=rounds_rows(hidden.device, hidden.dtype))
+    grouping = grouped(math, weights[0], hidden.dtype, ids, len(weights))
     return many_tokens(math, hidden, grouping, ((e, weights[e]) for e in grouping.by_count()), gates)
 
 

@@ -20,9 +20,8 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import emoe
-from emoe.kernels.chunks import many_tokens
+from emoe.kernels.chunks import grouped, many_tokens
 from emoe.kernels.experts import Weights, one_token
-from emoe.kernels.grouping import Grouping, rounds_rows
 from emoe.model import close
 from emoe.model.bind import binding_of
 from emoe.model.runtime import IMPLEMENTATION, LayerRuntime
@@ -35,7 +34,7 @@ def bare_forward(self: nn.Module, hidden: torch.Tensor, ids: torch.Tensor, gates
     layer, weights = cast(LayerRuntime, self._emoe_layer), cast(list[Weights], self._emoe_bare)
     if hidden.shape[0] == 1:
         return one_token(layer.math, hidden, [weights[e] for e in ids.tolist()[0]], gates)
-    grouping = Grouping(ids, layer.experts, rounded=rounds_rows(hidden.device, hidden.dtype))
+    grouping = grouped(layer.math, weights[0], hidden.dtype, ids, layer.experts)
     ready = ((e, weights[e]) for e in grouping.by_count())
     return many_tokens(layer.math, hidden, grouping, ready, gates, layer.owner.workspace)
 

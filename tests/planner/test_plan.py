@@ -16,15 +16,9 @@ from hypothesis import strategies as st
 from emoe.config import ExpertMemory, parse_host_memory
 from emoe.errors import BudgetError, UsageError
 from emoe.planner import plan, verdict
+from emoe.planner.activations import COMBINE_TOKENS, UNPACKED, WORKSPACE_KEPT_BYTES, activation_bytes
 from emoe.planner.facts import Activations, CacheLayer, ExpertLayer, Facts, by_size
-from emoe.planner.plan import (
-    COMBINE_TOKENS,
-    READ_BUFFER_BYTES,
-    UNPACKED,
-    WORKSPACE_KEPT_BYTES,
-    activation_bytes,
-    make_plan,
-)
+from emoe.planner.plan import READ_BUFFER_BYTES, make_plan
 from emoe.residency.budget import padded
 
 parts = st.lists(st.integers(1, 1 << 20), min_size=1, max_size=4).map(by_size)

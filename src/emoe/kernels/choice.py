@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from dataclasses import dataclass, field
 
 import torch
@@ -12,9 +11,9 @@ import torch
 from emoe.errors import UsageError
 from emoe.kernels.native.build import BuildError, built
 from emoe.kernels.native.calls import TYPES, Calls
+from emoe.kernels.processor import BY_TORCH, OTHER_DTYPE, OTHER_PROCESSOR, VARIABLE, wanted_kernels, why_torch
 
-VARIABLE = "EMOE_KERNELS"
-"""auto (the C kernels where they can be compiled), native (an error where they cannot), torch."""
+__all__ = ["VARIABLE", "Kernel", "kernel_of", "native_calls"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,9 +40,9 @@ class Kernel:
         if self.calls is None:
             return f"torch: {self.reason}"
         if dtype is not torch.bfloat16:
-            return "torch: the C kernels for many rows know bfloat16 only"
+            return f"torch: {OTHER_DTYPE}"
         if not self.calls.knows_many:
-            return "torch: this processor does not multiply bfloat16 in pairs, or has AMX, with which torch is faster"
+            return f"torch: {OTHER_PROCESSOR}"
         return "native: this processor multiplies bfloat16 in pairs"
 
 
@@ -53,21 +52,21 @@ def kernel_of(device: torch.device | str, dtype: torch.dtype) -> Kernel:
     Raises:
         UsageError: EMOE_KERNELS is not one of its values, or asks for kernels that cannot be compiled.
     """
-    wanted = os.environ.get(VARIABLE) or "auto"
-    if wanted not in ("auto", "native", "torch"):
-        raise UsageError(f"{VARIABLE} is {wanted!r}; it can be auto, native or torch.")
+    wanted = wanted_kernels()
     if wanted == "torch":
-        return Kernel("torch", f"{VARIABLE} says so")
+        return Kernel("torch", BY_TORCH)
     if torch.device(device).type != "cpu":
         return Kernel("torch", "the C kernels are for CPUs")
     if dtype not in TYPES:
         return Kernel("torch", f"the C kernels know bfloat16 and float32, not {str(dtype).removeprefix('torch.')}")
     calls = _calls()
+    if dtype is torch.bfloat16:
+        _compare(calls)
     if isinstance(calls, Calls):
         return Kernel("native", "compiled for this processor", calls)
     if wanted == "native":
         raise UsageError(f"{VARIABLE} is native, but {calls}.") from calls
-    _say_once(str(calls))
+    _say_once(f"few tokens are computed by torch, at about half the speed: {calls}")
     return Kernel("torch", str(calls))
 
 
@@ -86,6 +85,16 @@ def _calls() -> Calls | BuildError:
         return error
 
 
+def _compare(calls: Calls | BuildError) -> None:
+    """Say so where prompts are computed otherwise than plans suppose."""
+    expected, found = not why_torch("bfloat16"), isinstance(calls, Calls) and calls.knows_many
+    if expected and not found:
+        why = "the compiler used what this processor has otherwise" if isinstance(calls, Calls) else calls
+        _say_once(f"prompts are computed by torch and take more memory than `emoe plan` counts: {why}")
+    elif found and not expected:
+        _say_once(f"prompts take less memory than `emoe plan` counts, which supposed: {why_torch('bfloat16')}")
+
+
 @functools.cache
-def _say_once(why: str) -> None:
-    _log.warning("few tokens are computed by torch, at about half the speed: %s.", why)
+def _say_once(what: str) -> None:
+    _log.warning("%s.", what)

@@ -10,7 +10,8 @@ import torch
 
 from emoe.kernels.combining import Workspace, combine
 from emoe.kernels.experts import ExpertMath, Weights, project
-from emoe.kernels.grouping import Grouping
+from emoe.kernels.fetching import Fetch, at_once
+from emoe.kernels.grouping import Grouping, rounds_rows
 from emoe.kernels.native.calls import TYPES
 from emoe.kernels.quantised import QuantisedMatrix, Unpack, many_rows
 
@@ -22,6 +23,17 @@ QUANTISED_ROWS = 16
 
 UNPACKED_ROWS = 64
 """rows, by torch above: there the C kernels prepare the rows anew for each block, and torch is faster."""
+
+
+def grouped(
+    math: ExpertMath, like: Weights, dtype: torch.dtype, ids: torch.Tensor, experts: int, fetch: Fetch = at_once
+) -> Grouping:
+    """Group a chunk's `ids` [tokens, k] for `many_tokens` over activations of `dtype`; `like`: any of the experts.
+
+    Rows are rounded only for torch: the C kernels take any number of them, and a row's bits are its own.
+    """
+    rounded = rounds_rows(ids.device, dtype) and not math.all_natively(like, dtype)
+    return Grouping(ids, experts, rounded=rounded, fetch=fetch)
 
 
 def many_tokens(

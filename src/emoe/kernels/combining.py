@@ -27,6 +27,8 @@ class Workspace:
         key = (name, dtype, device)
         held = self._held.get(key)
         if held is None or held.numel() < rows * columns:
+            held = None
+            self._held.pop(key, None)  # given back before more is taken
             # Made in inference mode, it could not be written to outside it.
             with torch.inference_mode(False):
                 self._held[key] = held = torch.empty(rows * columns, dtype=dtype, device=device)

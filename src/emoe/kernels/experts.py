@@ -66,6 +66,11 @@ class ExpertMath:
         """The C kernels, if they can run an expert over few rows of `dtype`; where one can, all of its layer can."""
         return self.native if self.native is not None and self.native.takes(weights.native, dtype) else None
 
+    def all_natively(self, weights: Weights, dtype: torch.dtype) -> bool:
+        """Whether the C kernels run such experts over any number of rows of `dtype`, without torch."""
+        native = self.natively(weights, dtype)
+        return native is not None and weights.native is not None and native.runs_many(weights.native, dtype)
+
     def _matrix(self, views: dict[str, torch.Tensor], name: str) -> Matrix:
         scale = views.get(name + SCALE)
         if scale is not None:

@@ -96,5 +96,5 @@ class Grouping:
 
 
 def rounds_rows(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether chunks are computed with rounded rows: where matrix products go through oneDNN."""
+    """Whether torch computes chunks with rounded rows: where its matrix products go through oneDNN."""
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)

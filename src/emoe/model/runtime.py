@@ -16,10 +16,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from emoe.config import Mode
 from emoe.errors import UsageError
-from emoe.kernels.chunks import many_tokens
+from emoe.kernels.chunks import grouped, many_tokens
 from emoe.kernels.combining import Workspace
 from emoe.kernels.experts import ExpertMath, FirstOnly, Weights, one_token, one_token_arriving
-from emoe.kernels.grouping import Grouping, rounds_rows
 from emoe.kernels.slots import SlotKernels, sent
 from emoe.model.hybrid import Hybrid
 from emoe.model.passes import Pass
@@ -334,7 +333,7 @@ class Runtime:
         self, layer: LayerRuntime, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor
     ) -> torch.Tensor:
         fetch = layer.pool.bank.home.fetch
-        grouping = Grouping(ids, layer.experts, rounded=rounds_rows(hidden.device, hidden.dtype), fetch=fetch)
+        grouping = grouped(layer.math, layer.weights[0], hidden.dtype, ids, layer.experts, fetch)
         self._count_noted(layer)
         prefill = self.now.phase == "prefill"
         if layer.spread is not None:

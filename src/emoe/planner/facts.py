@@ -60,6 +60,10 @@ class Activations:
     all where they are so block by block (emoe.kernels.sinks; 0: they are not), `masked` where layers
     need a mask even for a single sequence. `hidden`, `vocabulary` and `expert_inner` (outputs of an expert's first
     product: gate and up together where it has both) are widths in elements.
+
+    Where the C kernels compute norms and attention, each token takes `native_token_nbytes` (0: nobody knows), and
+    `native_cached_nbytes` while its keys join the cache; each takes `head_nbytes` as keys and values of one head in
+    scratch memory. `gate_known`: whether they know what stands between an expert's two products.
     """
 
     hidden: int
@@ -69,6 +73,10 @@ class Activations:
     pair_nbytes: int = 0
     masked: bool = False
     block_nbytes: int = 0
+    native_token_nbytes: int = 0
+    native_cached_nbytes: int = 0
+    head_nbytes: int = 0
+    gate_known: bool = False
 
     def written(self, pairs: int) -> int:
         """Bytes of scores that are written out for that many pairs of tokens."""

@@ -358,7 +358,50 @@ def _activations(
         pair,
         masked,
         SCORES_BLOCK_BYTES if sinks and not latent else 0,
+        *_native(config, layers, hidden, itemsize),
     )
+
+
+def _native(
+    config: Mapping[str, Any], layers: Sequence[_Layer], hidden: int, itemsize: int
+) -> tuple[int, int, int, bool]:
+    """The last four of `Activations`: zeros where some layer is other than projections to queries, keys and values.
+
+    A block holds its tokens three times (the embeddings, what came in, its norm), four times in an MLP, five times in
+    one beside experts. Positions are turned in four copies of the queries; a gated MLP has three of its inner rows.
+    """
+    most = cached = 0
+    head = _head_dim(config, hidden)
+    for layer in layers:
+        sizes = [layer.find(f"{name}_proj.weight") for name in "qkv"]
+        if any(size is None for size in sizes):
+            return 0, 0, 0, False
+        q, k, v = (size[0] for size in sizes if size is not None)
+        inner = max((widest for owner, widest in _widest(layer).items() if "attn" not in owner), default=0)
+        most = max(most, 3 * hidden + 4 * q + k + v, 4 * hidden + 2 * q, 5 * hidden + 3 * inner)
+        cached = max(cached, 3 * hidden + q + 2 * (k + v))
+    # Cosines and sines of positions are in the run dtype; a head's values are padded to 32 columns.
+    return (
+        itemsize * (most + 2 * head),
+        itemsize * (cached + 2 * head),
+        itemsize * (head + -(-head // 32) * 32),
+        config.get("hidden_act") in ("silu", "swish"),
+    )
+
+
+def _head_dim(config: Mapping[str, Any], hidden: int) -> int:
+    stated = config.get("head_dim")
+    return stated if isinstance(stated, int) else hidden // _number(config, "num_attention_heads")
+
+
+def _widest(layer: _Layer) -> dict[str, int]:
+    """Outputs of the widest projection of each module."""
+    widths: dict[str, int] = defaultdict(int)
+    for name, shape in layer.shapes.items():
+        if len(shape) == 2 and name.endswith(".weight"):
+            owner = name.removesuffix(".weight").rpartition(".")[0]
+            widths[owner] = max(widths[owner], shape[0])
+    return widths
 
 
 def _projections(layer: _Layer) -> int:

@@ -10,7 +10,8 @@ from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.checkpoint.memory_room import memory_room
 from emoe.config import AUTO, Embeddings, ExpertMemory
 from emoe.errors import UnsupportedModelError, UsageError
-from emoe.planner.facts import Facts, dtype_bytes, layer_needs
+from emoe.planner.activations import activation_bytes, why_not_native
+from emoe.planner.facts import Facts, layer_needs
 from emoe.planner.limits import CPU
 from emoe.planner.verdict import verdict
 from emoe.residency.budget import LayerNeed, SlotPlan, floor_bytes, plan_host, plan_slots, total_bytes
@@ -26,28 +27,13 @@ READ_BUFFER_BYTES = (4 + 7) * ((1 << 20) + 8192)
 """A buffer of checkpoint.readers.STAGING_BYTES for each of the loader threads of O_DIRECT (model.bind) and of those
 that help them (readers.DIRECT_DEPTH)."""
 
-COMBINE_TOKENS = 128
-"""Tokens whose expert outputs are added at once (emoe.kernels.combining.COMBINE_TOKENS)."""
-
-WORKSPACE_KEPT_BYTES = 32 << 20
-"""The largest workspace that stays between two layers (emoe.kernels.combining.WORKSPACE_KEPT_BYTES)."""
-
 CACHE_STEP = 64
 """Tokens by which the cache of keys and values grows (emoe.model.cache.STEP)."""
-
-WAVE_ROWS = 16384
-"""Rows of one launch on a GPU, whose intermediate lies in memory at once (emoe.kernels.slots.WAVE_ROWS)."""
 
 DEVICE_RUNTIME_BYTES = 640 << 20
 """Taken for what CUDA keeps on a device beside tensors: its context, kernels, cuBLAS's workspace. Not measured here."""
 
 CUDA_ASSUMED = "what CUDA takes for itself, on the device and of the process, is assumed, not measured"
-
-UNPACKED = 1 << 17
-"""Numbers of a quantised matrix unpacked at once (emoe.kernels.quantised.UNPACKED), of 12 bytes on their way."""
-
-MASK_NBYTES = 3
-"""Of a mask for each pair of tokens: as booleans, and in a 16-bit dtype."""
 
 DEFAULT_CONTEXT = 8192
 
@@ -61,7 +47,8 @@ class Plan:
     pinned host memory included, of `process_limit_bytes`.
 
     Experts are counted as `expert_dtype` stores them; natively all of them are `native_expert_bytes`. With `embeddings`
-    on "disk", `dense_bytes` are without the `lookup_bytes` of the input embedding.
+    on "disk", `dense_bytes` are without the `lookup_bytes` of the input embedding. `prompts_by` says whose kernels the
+    activations are counted for, "native" (the C ones) or "torch", and why.
     """
 
     model: str
@@ -105,6 +92,7 @@ class Plan:
     device_runtime_bytes: int = 0
     process_limit_bytes: int | None = None
     process_source: str = ""
+    prompts_by: str = "torch"
 
     @property
     def on_device(self) -> bool:
@@ -217,7 +205,9 @@ def make_plan(
     if chunk is not None and chunk < 1:
         raise UsageError(f"chunk must be at least 1, not {chunk}")
     read = min(prompt, chunk or prompt)
-    activations = activation_bytes(facts, read, batch, prompt - read, on_device=on_device)
+    by_torch = "" if on_device else why_not_native(facts)
+    native = not on_device and not by_torch
+    activations = activation_bytes(facts, read, batch, prompt - read, native=native, on_device=on_device)
     process = READ_BUFFER_BYTES + IMPORT_BYTES + RUNTIME_BYTES
     if embeddings == "disk" and not facts.lookup_bytes:
         raise UnsupportedModelError(f"the input embedding of {model} is tied to another weight: it stays in memory")
@@ -275,6 +265,7 @@ def make_plan(
         device_runtime_bytes=DEVICE_RUNTIME_BYTES if on_device else 0,
         process_limit_bytes=process_limit_bytes if on_device else None,
         process_source=process_source if on_device else "",
+        prompts_by="native" if native else f"torch: {by_torch or 'the C kernels are for CPUs'}",
     )
 
 
@@ -306,66 +297,3 @@ def _fit(slots: SlotPlan, fits: bool) -> Fit:
     if not fits:
         return "none"
     return "all" if slots.all_resident else "some"
-
-
-def activation_bytes(facts: Facts, prompt: int, batch: int, before: int = 0, *, on_device: bool = False) -> int:
-    """Upper bound of what one pass over `batch` prompts of `prompt` tokens, `before` read already, holds at its fullest
-    moment.
-
-    That is inside a decoder layer's attention or dense MLP, or inside its experts, or at the logits of the last token
-    of each sequence (in the run dtype, in float32 and once more for sampling). Beside it, sliding layers keep the whole
-    prompt's keys and values until the next step cuts them, padded sequences have a mask, and the experts' workspace
-    stays while it is small.
-    """
-    a, tokens, itemsize = facts.activations, prompt * batch, dtype_bytes(facts.dtype)
-    pairs = batch * prompt * (before + prompt)
-    # Keys and values that are kept narrow are widened for all tokens in every pass.
-    latent = any(layer.kind == "latent" for layer in facts.cache_layers)
-    widened = tokens + batch * before if latent else tokens
-    block = widened * a.token_nbytes + a.written(pairs)
-    workspace = workspace_bytes(facts, tokens)
-    route = _route_bytes(facts, tokens, _rows_at_once(facts, tokens) if on_device else tokens)
-    experts = 2 * tokens * a.hidden * itemsize + route + workspace + _unpacked_bytes(facts)
-    logits = batch * a.vocabulary * (itemsize + 2 * 4)
-    kept = workspace if workspace <= WORKSPACE_KEPT_BYTES else 0
-    beyond_window = sum(layer.nbytes(prompt, whole=True) - layer.nbytes(prompt) for layer in facts.cache_layers)
-    # A later pass over a prompt has a mask even for one sequence.
-    mask = MASK_NBYTES * pairs if a.masked or batch > 1 or before else 0
-    return max(block + kept, experts, logits + kept) + batch * beyond_window + mask
-
-
-def workspace_bytes(facts: Facts, tokens: int) -> int:
-    """What one layer's experts compute a chunk in (emoe.kernels.combining.Workspace), at worst.
-
-    A row of hidden for each token and choice on the way in and on the way out, in blocks rounded up by a quarter at
-    worst, and the rows of one block of tokens that are being added, once more in float32. (The C kernels for many rows
-    hold 128 of those on the way in, and what lies between their products, in memory of their own: less.)
-    """
-    a, k, itemsize = facts.activations, facts.top_k, dtype_bytes(facts.dtype)
-    rows = 5 * tokens * k * a.hidden * itemsize // 2
-    return rows + min(tokens, COMBINE_TOKENS) * k * a.hidden * (itemsize + 4)
-
-
-def _rows_at_once(facts: Facts, tokens: int) -> int:
-    """Rows whose intermediate a GPU's kernels hold: of one launch, or of one expert where that has more."""
-    return max(min(tokens * facts.top_k, WAVE_ROWS), tokens)
-
-
-def _route_bytes(facts: Facts, tokens: int, rows: int) -> int:
-    """What one layer's experts hold for a chunk beside their workspace (emoe.kernels.chunks.many_tokens).
-
-    The route (probabilities of all experts in float32, the chosen ones as 64-bit numbers, sorted and placed), and the
-    intermediate of `rows` (of one expert, at worst all tokens), or the result and the sum of one block of it.
-    """
-    a, k, itemsize = facts.activations, facts.top_k, dtype_bytes(facts.dtype)
-    route = tokens * (3 * 4 * max(layer.experts for layer in facts.expert_layers) + 10 * 8 * k)
-    inner = 2 * rows * a.expert_inner * itemsize
-    combine = min(tokens, COMBINE_TOKENS) * a.hidden * 4 + tokens * a.hidden * itemsize
-    return route + max(inner, combine)
-
-
-def _unpacked_bytes(facts: Facts) -> int:
-    """What a chunk's kernel unpacks of quantised experts: their largest matrix in the run dtype, block by block."""
-    if facts.expert_dtype == NATIVE:
-        return 0
-    return facts.activations.hidden * facts.activations.expert_inner * dtype_bytes(facts.dtype) + 12 * UNPACKED

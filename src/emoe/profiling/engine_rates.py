@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from emoe.kernels.choice import kernel_of
-from emoe.kernels.chunks import many_tokens
+from emoe.kernels.chunks import grouped, many_tokens
 from emoe.kernels.dense import DenseKernels
 from emoe.kernels.experts import ExpertMath, one_token
-from emoe.kernels.grouping import Grouping, rounds_rows
 from emoe.profiling.machine import PROMPT_TOKENS, EngineRates
 from emoe.profiling.rates import seconds_of, using_threads
 
@@ -75,7 +74,7 @@ def _experts(seconds: float) -> tuple[float, float]:
             one_token(math, hidden[:1], weights[start : start + TOP_K], gates[:1])
 
     ids = torch.arange(PROMPT_TOKENS * TOP_K).view(PROMPT_TOKENS, TOP_K) % EXPERTS
-    grouping = Grouping(ids, EXPERTS, rounded=rounds_rows(hidden.device, dtype))
+    grouping = grouped(math, weights[0], dtype, ids, EXPERTS)
 
     def prefill() -> None:
         many_tokens(math, hidden, grouping, ((e, weights[e]) for e in range(EXPERTS)), gates)

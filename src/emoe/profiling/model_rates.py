@@ -25,9 +25,8 @@ from emoe.checkpoint.memory_room import memory_room
 from emoe.checkpoint.readers import Reader, ReaderKind
 from emoe.checkpoint.skeleton import skeleton
 from emoe.kernels.choice import kernel_of
-from emoe.kernels.chunks import many_tokens
+from emoe.kernels.chunks import grouped, many_tokens
 from emoe.kernels.experts import ExpertMath, FirstOnly, Weights, one_token, one_token_arriving
-from emoe.kernels.grouping import Grouping, rounds_rows
 from emoe.model.bind import LOADER_THREADS, binding_of, close, load
 from emoe.planner import plan
 from emoe.profiling.machine import PROMPT_TOKENS, ModelRates, TokenTimes
@@ -208,7 +207,7 @@ def _flops(reads: ExpertReads, seconds: float) -> float:
     ids = torch.arange(len(weights)).repeat_interleave(rows)[:, None]
     hidden = torch.zeros(len(ids), reads.hidden, dtype=reads.dtype)
     gates = torch.ones(len(ids), 1, dtype=reads.dtype)
-    grouping = Grouping(ids, len(weights), rounded=rounds_rows(hidden.device, reads.dtype))
+    grouping = grouped(reads.math, weights[0], reads.dtype, ids, len(weights))
     elements = sum(each.numel() for each in reads.bank.views[0].values())
 
     def prompt() -> None:
