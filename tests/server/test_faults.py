@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -101,6 +102,23 @@ def test_if_one_choice_is_refused_none_runs(serve: Serve, stream: bool) -> None:
     engine.room = 2
     assert serve(engine).chat(n=3, stream=stream).status_code == 429
     assert set(engine.cancelled) == {"request-1", "request-2"}
+
+
+def test_more_answers_than_may_ever_wait_are_not_asked_for_again(serve: Serve) -> None:
+    engine = ScriptedEngine([*tokens(WORLD), finished()])
+    engine.settings = replace(engine.settings, max_waiting=3)
+    server = serve(engine)
+    assert server.chat(n=3).status_code == 200
+    for reply in (server.chat(n=4), server.post("/v1/completions", {"prompt": ["a", "b"], "n": 2})):
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "n")
+        assert "no more than 3 may wait" in reply.json()["error"]["message"]
+
+
+def test_probes_may_ask_for_the_head(serve: Serve) -> None:
+    server = serve(ScriptedEngine())
+    assert (server.client.head("/health").status_code, server.client.head("/health").text) == (200, "")
+    server.service.draining = True
+    assert server.client.head("/health").status_code == 503
 
 
 def test_a_dead_engine(serve: Serve) -> None:

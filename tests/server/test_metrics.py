@@ -16,7 +16,7 @@ from emoe.engine.interface import TokenEvent
 from emoe.server.log import Reading, status_line
 from emoe.server.metrics import Metrics, layer_group
 from tests.server.conftest import Running, Serve, until
-from tests.server.stand_ins import REPORT, STATS, ScriptedEngine
+from tests.server.stand_ins import REPORT, STATS, ScriptedEngine, finished
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 
@@ -93,6 +93,21 @@ def test_what_is_observed_as_requests_run() -> None:
     assert not any(name[0] == "emoe:slo_total" and "target=tpot" in name for name in found)
     assert (metrics.slo_met, metrics.slo_asked) == (1, 2)
     assert found[("emoe:requests_refused_total", "code=queue_full")] == 1
+
+
+def test_every_refusal_is_counted_and_no_end(serve: Serve) -> None:
+    """Whoever refuses: the routes, the schema, the middleware, the engine. Ends have a counter of their own."""
+    server = serve(ScriptedEngine([finished("timeout")]), api_key="k", max_body_bytes=100)
+    server.client.get("/v1/models")
+    server.client.headers["Authorization"] = "Bearer k"
+    server.client.get("/nowhere")
+    server.client.get("/v1/completions")
+    server.post("/v1/completions", {"prompt": "x", "temperature": 3})
+    server.post("/v1/completions", {"prompt": "x" * 200})
+    assert server.post("/v1/completions", {"prompt": "x"}).status_code == 504
+    codes = ["invalid_api_key", "unknown_url", "method_not_allowed", "invalid_value", "body_too_large"]
+    counted = re.findall(r'requests_refused_total{code="(\w+)".*} 1.0', server.client.get("/metrics").text)
+    assert sorted(counted) == sorted(codes)
 
 
 @pytest.mark.parametrize(

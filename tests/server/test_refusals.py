@@ -97,7 +97,15 @@ def test_fields_at_odds(server: Running, fields: dict[str, Any], message: str) -
 
 
 @pytest.mark.parametrize(
-    "fields", [{"echo": True}, {"best_of": 3}, {"suffix": "x"}, {"logprobs": 6}, {"n": 65, "prompt": ["a", "b"]}]
+    "fields",
+    [
+        {"echo": True},
+        {"best_of": 3},
+        {"best_of": 1, "n": 2},
+        {"suffix": "x"},
+        {"logprobs": 6},
+        {"n": 65, "prompt": ["a", "b"]},
+    ],
 )
 def test_completions_refuse_by_name_too(server: Running, fields: dict[str, Any]) -> None:
     error = error_of(server.post("/v1/completions", {"prompt": "a", **fields}), 400)

@@ -224,12 +224,13 @@ def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
 
 def server_settings(args: argparse.Namespace, generation: Any, task: str | None) -> Any:
     """The HTTP side of the options. What requests leave out comes from the model's generation configuration."""
-    from emoe.server.settings import ServerSettings
+    from emoe.server.settings import MAX_CONNECTIONS, ServerSettings
 
     greedy = generation.do_sample is False
     return ServerSettings(
         api_key=args.api_key,
         cors_origins=tuple(args.cors_origin or ()),
+        max_connections=args.max_connections or max(MAX_CONNECTIONS, 2 * (args.max_queue + args.max_num_seqs)),
         max_body_bytes=args.max_body_size,
         request_timeout_s=args.request_timeout or None,
         keep_alive_s=args.keep_alive,

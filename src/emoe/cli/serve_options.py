@@ -126,6 +126,13 @@ def _add_limits(layers: Layers) -> None:
         help=f"requests that may wait; one more gets 429 (default: {_ENGINE.max_waiting})",
     )
     limits.add_argument(
+        "--max-connections",
+        type=positive,
+        metavar="N",
+        help="open at once; beyond, idle ones are closed, and where none is idle requests get 503, but for /health and "
+        "/metrics (default: twice what may wait and run, at least 512)",
+    )
+    limits.add_argument(
         "--max-body-size", type=size, metavar="SIZE", default=4 << 20, help="of a request (default: 4MiB)"
     )
     limits.add_argument(

@@ -20,7 +20,7 @@ from emoe.server.bridge import EngineLike
 from emoe.server.chat import chat
 from emoe.server.completions import complete
 from emoe.server.errors import ApiError, ErrorBody
-from emoe.server.limits import ApiKey, BodyLimit
+from emoe.server.limits import ApiKey, BodyLimit, CrowdLimit
 from emoe.server.log import log_status
 from emoe.server.metrics import Metrics
 from emoe.server.replies import (
@@ -86,13 +86,15 @@ def create_app(engine: EngineLike, settings: ServerSettings, tokenizer: Any, mod
     _add_tokens(app, service)
     _add_facts(app, service)
     _add_errors(app, service)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    refused = service.metrics.refused
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, refused=refused)
     if settings.api_key is not None:
-        app.add_middleware(ApiKey, key=settings.api_key)
+        app.add_middleware(ApiKey, key=settings.api_key, refused=refused)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
+    app.add_middleware(CrowdLimit, refused=refused)
     return app
 
 
@@ -155,6 +157,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
             "object": "model",
             "created": service.created,
             "owned_by": "emoe",
+            "max_model_len": service.engine_holds(),
             "emoe": {
                 "mode": engine.mode,
                 "lossy": engine.lossy,
@@ -183,6 +186,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         service.check_model(model)
         return JSONResponse(card())
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=Health, responses=FAILS)
     async def health() -> JSONResponse:
         """200 while requests are taken; 503 with the reason otherwise."""
@@ -204,11 +208,11 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     """Every error in OpenAI's shape."""
 
     async def refuse(request: Request, error: Exception) -> Response:
-        if isinstance(error, ApiError):
-            service.metrics.refused(error.code)
-        return await errors.on_api_error(request, error)
+        refusal = errors.as_api_error(request, error)
+        if not refusal.taken:
+            service.metrics.refused(refusal.code)
+        return refusal.response()
 
-    app.add_exception_handler(ApiError, refuse)
-    app.add_exception_handler(HTTPException, errors.on_http_error)
-    app.add_exception_handler(RequestValidationError, errors.on_invalid)
+    for kind in (ApiError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, refuse)
     app.add_exception_handler(Exception, errors.on_defect)

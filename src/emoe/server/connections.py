@@ -1,4 +1,8 @@
-"""A connection whose client has to say what it wants in time: uvicorn itself waits for ever for the end of a header."""
+"""Connections whose clients have to say what they want in time, and of which there are so many at most.
+
+uvicorn itself waits for ever for the end of a header, and its own limit counts connections on which nothing is asked: a
+few hundred that lie idle would keep everybody out, the probes of /health too.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,16 @@ import asyncio
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from emoe.server.limits import CROWDED
+
 HEADER_TIMEOUT_S = 30.0
 """Seconds from a connection's beginning, or from the first byte of its next request, until the header is there."""
 
-_TEXT = b"the request did not come in time"
+RESERVE = 16
+"""Connections beyond the limit, while all others are busy: for whoever asks for /health or /metrics."""
+
+_LATE = b"the request did not come in time"
+_CROWDED = b"too many connections"
 
 
 class TimedProtocol(H11Protocol):
@@ -19,14 +29,23 @@ class TimedProtocol(H11Protocol):
     Owed is the header, and what is left of a body that was answered before it was read. A body that an endpoint waits
     for is the business of `emoe.server.limits.BodyLimit`, and a connection on which nothing was begun that of
     uvicorn's `timeout_keep_alive`.
+
+    Of more than `max_connections` the one goes on which nothing has been asked for the longest time. Where something
+    is under way on all of them, the request of one more is told so (`emoe.server.limits.CrowdLimit`).
     """
 
+    max_connections: int | None = None
     _late: asyncio.TimerHandle | None = None
+    _idle_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there: the time for its first header runs."""
+        self._idle_since = self.loop.time()
+        self.app_state = {**self.app_state, CROWDED: self._crowded}
         super().connection_made(transport)
         self._watch()
+        if self._crowded(RESERVE):
+            self._refuse(503, b"Service Unavailable", _CROWDED)
 
     def data_received(self, data: bytes) -> None:
         """Some of a request has come; the time it may take is not begun anew."""
@@ -38,9 +57,38 @@ class TimedProtocol(H11Protocol):
         self._stop()
         super().connection_lost(exc)
 
+    def on_response_complete(self) -> None:
+        """From here on nothing is asked."""
+        self._idle_since = self.loop.time()
+        super().on_response_complete()
+
+    def shutdown(self) -> None:
+        """The server ends: who still sends a body would wait for a refusal, and is not waited for."""
+        if self._busy and self.cycle.more_body and not self.cycle.response_started:
+            self.transport.close()
+        else:
+            super().shutdown()
+
+    @property
+    def _busy(self) -> bool:
+        """Whether a request is under way."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _crowded(self, beyond: int = 0) -> bool:
+        """Whether there are more connections than may be, and so many `beyond`, and nobody else who could go."""
+        if self.max_connections is None or len(self.connections) <= self.max_connections:
+            return False
+        idle = [each for each in self.connections if each is not self and isinstance(each, TimedProtocol)]
+        idle = [each for each in idle if not each._busy]
+        if not idle:
+            return len(self.connections) > self.max_connections + beyond
+        gone = min(idle, key=lambda each: each._idle_since)
+        self.connections.discard(gone)  # the loop tells it later
+        gone.transport.close()
+        return False
+
     def _watch(self) -> None:
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if answering or self.transport.is_closing():
+        if self._busy or self.transport.is_closing():
             self._stop()
         elif self._late is None:
             self._late = self.loop.call_later(HEADER_TIMEOUT_S, self._hang_up)
@@ -54,9 +102,18 @@ class TimedProtocol(H11Protocol):
         """The time is over."""
         if self.transport.is_closing():
             return
+        self._refuse(408, b"Request Timeout", _LATE)
+
+    def _refuse(self, status: int, reason: bytes, text: bytes) -> None:
+        """Say why, where nothing has been said, and hang up."""
         if self.conn.our_state is h11.IDLE:
             headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-            answer = h11.Response(status_code=408, headers=headers, reason=b"Request Timeout")
-            for event in (answer, h11.Data(data=_TEXT), h11.EndOfMessage()):
+            answer = h11.Response(status_code=status, headers=headers, reason=reason)
+            for event in (answer, h11.Data(data=text), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+
+def limited(max_connections: int) -> type[TimedProtocol]:
+    """The protocol of a server that has so many connections at most."""
+    return type("LimitedProtocol", (TimedProtocol,), {"max_connections": max_connections})

@@ -36,7 +36,10 @@ class ErrorBody(TypedDict):
 
 
 class ApiError(Exception):
-    """An answer that is no success. `headers` go with it where nothing has been sent yet."""
+    """An answer that is no success. `headers` go with it where nothing has been sent yet.
+
+    `taken`: of a request that the engine had begun with, and whose end it counts itself.
+    """
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+        self.taken = False
 
     def body(self) -> ErrorBody:
         """The JSON value."""
@@ -84,6 +88,12 @@ def from_engine(error: EmoeError, param: str | None = None) -> ApiError:
 
 def from_finish(event: FinishedEvent, timeout_s: float | None) -> ApiError:
     """Why a request ended that neither finished nor was given up by its client."""
+    error = _ended(event, timeout_s)
+    error.taken = True
+    return error
+
+
+def _ended(event: FinishedEvent, timeout_s: float | None) -> ApiError:
     if event.error is not None:
         return from_engine(event.error)
     if event.reason == "timeout":
@@ -106,35 +116,30 @@ def from_finish(event: FinishedEvent, timeout_s: float | None) -> ApiError:
     )
 
 
-async def on_api_error(_: Request, error: Exception) -> JSONResponse:
-    """Handler for ApiError."""
-    if not isinstance(error, ApiError):
-        raise error
-    return error.response()
+def as_api_error(request: Request, error: Exception) -> ApiError:
+    """What is answered to what an endpoint, routing or validation refused."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return explain(error.errors())
+    if isinstance(error, HTTPException):
+        return _of_routing(request, error)
+    raise error
 
 
-async def on_http_error(request: Request, error: Exception) -> JSONResponse:
-    """Handler for what routing refuses: paths and methods that do not exist, bodies that cannot be parsed."""
-    if not isinstance(error, HTTPException):
-        raise error
+def _of_routing(request: Request, error: HTTPException) -> ApiError:
+    """Paths and methods that do not exist, bodies that cannot be parsed."""
     where = f"{request.method} {request.url.path}"
     headers = error.headers
     if error.status_code == 404:
-        return ApiError(404, f"unknown request URL: {where}; see /openapi.json", code="unknown_url").response()
+        return ApiError(404, f"unknown request URL: {where}; see /openapi.json", code="unknown_url")
     if error.status_code == 405:
         allowed = (headers or {}).get("Allow", "another")
         message = f"{where} is not allowed; use {allowed}"
-        return ApiError(405, message, code="method_not_allowed", headers=headers).response()
+        return ApiError(405, message, code="method_not_allowed", headers=headers)
     if error.status_code == 400:
-        return ApiError(400, "the body is not valid JSON in UTF-8", code="invalid_json").response()
-    return ApiError(error.status_code, str(error.detail), headers=headers).response()
-
-
-async def on_invalid(_: Request, error: Exception) -> JSONResponse:
-    """Handler for bodies and headers that do not fit their schema."""
-    if not isinstance(error, RequestValidationError):
-        raise error
-    return explain(error.errors()).response()
+        return ApiError(400, "the body is not valid JSON in UTF-8", code="invalid_json")
+    return ApiError(error.status_code, str(error.detail), headers=headers)
 
 
 async def on_defect(_: Request, error: Exception) -> JSONResponse:

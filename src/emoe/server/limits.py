@@ -1,9 +1,10 @@
-"""What the server refuses before anybody looks at it: wrong keys, bodies that are too large or too slow."""
+"""What the server refuses before anybody looks at it: one connection too many, wrong keys, bodies too large or slow."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,6 +13,15 @@ from emoe.config import format_bytes
 from emoe.server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/health"})
+PROBES = frozenset({"/health", "/metrics"})
+"""Answered however many connections there are."""
+
+CROWDED = "crowded"
+"""In the state of a request's scope: what says whether there are more connections than may be."""
+
+Refused = Callable[[str | None], None]
+"""Is told the code of every refusal."""
+
 READ_TIMEOUT_S = 30.0
 """Seconds that a part of a body may take, and a body beyond what `READ_BYTES_PER_S` gives it. A client that has less to
 say holds a connection for nothing."""
@@ -23,12 +33,37 @@ _READ_OUT = 8
 """A refused body of up to this many times the limit is read to its end: who still sends does not read the answer."""
 
 
+class CrowdLimit:
+    """Refuses requests on connections beyond the limit (`emoe.server.connections`), except probes."""
+
+    def __init__(self, app: ASGIApp, refused: Refused) -> None:
+        self._app = app
+        self._refused = refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI side."""
+        crowded = scope.get("state", {}).get(CROWDED)
+        if scope["type"] != "http" or crowded is None or not crowded() or scope["path"] in PROBES:
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(
+            503,
+            "requests are under way on all connections that the server takes; try again, or raise --max-connections",
+            kind="service_unavailable_error",
+            code="too_many_connections",
+            headers={"Retry-After": "1", "Connection": "close"},
+        )
+        self._refused(error.code)
+        await error.response()(scope, receive, send)
+
+
 class ApiKey:
     """Lets requests through that carry `Authorization: Bearer KEY`."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
+    def __init__(self, app: ASGIApp, key: str, refused: Refused) -> None:
         self._app = app
         self._key = key.encode()
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI side."""
@@ -44,6 +79,7 @@ class ApiKey:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
+                self._refused(error.code)
                 await error.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -52,9 +88,10 @@ class ApiKey:
 class BodyLimit:
     """Reads the body of a request, up to a size and within a time, before the endpoint runs."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, read_timeout_s: float = READ_TIMEOUT_S) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, refused: Refused, read_timeout_s: float = READ_TIMEOUT_S) -> None:
         self._app = app
         self._max = max_bytes
+        self._refused = refused
         self._timeout_s = read_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,6 +106,7 @@ class BodyLimit:
                 raise self._too_large()
             body = await self._read(receive)
         except ApiError as error:
+            self._refused(error.code)
             await error.response()(scope, receive, send)
             return
         if body is None:

@@ -125,12 +125,16 @@ class Completion(TypedDict):
 
 
 class ModelCard(TypedDict):
-    """The model that is served. `emoe`: mode, lossy, expert dtype, budget, context, scheduler, KV memory."""
+    """The model that is served. `max_model_len`: the context, as vLLM says it.
+
+    `emoe`: mode, lossy, expert dtype, budget, context, scheduler, KV memory.
+    """
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: int
     emoe: dict[str, Any]
 
 

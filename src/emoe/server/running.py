@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from emoe.errors import UsageError
-from emoe.server.connections import TimedProtocol
+from emoe.server.connections import limited
 from emoe.server.log import LOGGER
 from emoe.server.service import Service
 
 KEEP_ALIVE_S = 30
 """Seconds after which a connection on which nothing has been asked any more is closed."""
+
+FILES_BESIDE = 256
+"""Files that a process has open beside its connections, at most: checkpoints, libraries, sockets of its own."""
 
 FLUSH_S = 5
 """Seconds that connections get for their last bytes once every request has ended."""
@@ -53,14 +57,35 @@ def address_of(bound: socket.socket) -> str:
 
 def serve(app: FastAPI, bound: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM. The engine is drained and stopped then."""
+    allow_files(app.state.service.settings.max_connections + FILES_BESIDE)
     GracefulServer(config_of(app), app.state.service).run([bound])
+
+
+def allow_files(wanted: int) -> None:
+    """Let this process open so many files, where the system limits them to fewer and lets it; else say so."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= wanted:
+        return
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == unlimited else min(wanted, hard), hard))
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft != unlimited and soft < wanted:
+        LOGGER.warning(
+            f"the system lets this process open {soft} files, and --max-connections may need {wanted}: raise "
+            "`ulimit -n`, or lower --max-connections"
+        )
 
 
 def config_of(app: FastAPI, flush_s: int = FLUSH_S) -> uvicorn.Config:
     """How uvicorn runs the application."""
     return uvicorn.Config(
         app,
-        http=TimedProtocol,
+        http=limited(app.state.service.settings.max_connections),
         loop="asyncio",
         ws="none",
         log_config=None,

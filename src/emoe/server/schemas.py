@@ -228,7 +228,7 @@ class CompletionRequest(_Request):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     echo: Annotated[Any, Neutral(False)] = None
-    best_of: Annotated[Any, Neutral(1)] = None
+    best_of: Annotated[int, Field(ge=1, le=CHOICES_AT_MOST)] | None = None
     suffix: Annotated[Any, Neutral("")] = None
 
     @property
@@ -247,6 +247,8 @@ class CompletionRequest(_Request):
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
+        if self.best_of not in {None, self.n or 1}:
+            raise ValueError(f"best_of: {self.best_of} is not supported with n: {self.n or 1}; leave it out")
         if len(self.prompts) * (self.n or 1) > CHOICES_AT_MOST:
             raise ValueError(f"n times the prompts is more than {CHOICES_AT_MOST} answers; send several requests")
         return self

@@ -78,6 +78,15 @@ class Service:
         ttft_ms = extras.slo_ttft_ms if targets.ttft_ms is None else targets.ttft_ms
         tpot_ms = extras.slo_tpot_ms if targets.tpot_ms is None else targets.tpot_ms
         task = self.settings.default_task if body.task is None else body.task
+        answers, room = len(prompts) * (body.n or 1), self.engine.settings.max_waiting
+        if answers > max(1, room):
+            raise ApiError(
+                400,
+                f"the request asks for {answers} answers at once, and no more than {room} may wait; ask for fewer, or "
+                "raise --max-queue",
+                param="n" if (body.n or 1) > 1 else param,
+                code="invalid_value",
+            )
         made: list[Submission] = []
         for ids in prompts:
             most = max_tokens if max_tokens is not None else self._room(ids, param)

@@ -9,6 +9,9 @@ from emoe.errors import UsageError
 MAX_BODY_BYTES = 4 << 20
 """Some 1,000,000 tokens of text; a context that is longer needs --max-body-size."""
 
+MAX_CONNECTIONS = 512
+"""More than may wait and run by default (288), and less than the 1,024 files that systems let a process open."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
@@ -17,6 +20,7 @@ class ServerSettings:
     Attributes:
         api_key: what clients must send as `Authorization: Bearer KEY`; None: everyone may. /health is open always.
         cors_origins: origins whose pages may call the server ("*": all); none by default.
+        max_connections: open at once; beyond, idle ones are closed, and where none is idle requests get 503.
         max_body_bytes: a larger request body is refused with 413.
         request_timeout_s: seconds after which a request ends with an error, its waiting included; None: never.
         keep_alive_s: seconds of silence after which a stream gets a comment, so that nobody takes it for dead.
@@ -30,6 +34,7 @@ class ServerSettings:
 
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
+    max_connections: int = MAX_CONNECTIONS
     max_body_bytes: int = MAX_BODY_BYTES
     request_timeout_s: float | None = 600.0
     keep_alive_s: float = 15.0
@@ -43,7 +48,7 @@ class ServerSettings:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("keep_alive_s", "write_timeout_s", "max_body_bytes"):
+        for name in ("keep_alive_s", "write_timeout_s", "max_body_bytes", "max_connections"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, not {getattr(self, name)}")
         for name in ("shutdown_timeout_s", "status_interval_s"):

@@ -1,6 +1,7 @@
-/* Attention of many query rows in bfloat16: keys and values are packed once for each key head and part of its rows, then products of 12 queries with
- * 32 keys, and of their weights with 32 values, are those of many.h. Keys that no row of the 12 sees are left out. Scores,
- * softmax and sums are float32, weights are rounded to bfloat16. A query's bits do not depend on the other queries. */
+/* Attention of many query rows in bfloat16: keys and values are packed once for each key head, or for each part of its rows,
+ * then products of 12 queries with 32 keys, and of their weights with 32 values, are those of many.h. Keys that no row of the
+ * 12 sees are left out. Scores, softmax and sums are float32, weights are rounded to bfloat16. A query's bits do not depend
+ * on the other queries. */
 
 #if MANY
 /* Keys [n, size] as pairs of columns, 32 keys one after another: to [n / 32][size / 2][32][2]; missing keys are zeros. */
