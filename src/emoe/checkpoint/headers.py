@@ -234,7 +234,7 @@ def stamp_files(entries: Mapping[str, TensorEntry]) -> dict[Path, FileStamp]:
         try:
             stat = file.stat()
         except OSError as error:
-            raise CheckpointError(f"{file} has gone since its header was read: {error}.") from error
+            raise CheckpointError(f"{file} has gone since its header was read: {error}. {REMEDY}") from error
         stamps[file] = FileStamp(stat.st_size, stat.st_mtime_ns)
     return stamps
 

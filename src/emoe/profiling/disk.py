@@ -98,7 +98,7 @@ def cached_bytes_per_s(files: Sequence[Path], seconds: float, most_bytes: int = 
     buffer = memoryview(mmap.mmap(-1, block))
     rates: list[float] = []
     if opened is None:
-        raise ReadError(f"{largest} cannot be opened.")
+        raise ReadError(f"{largest} cannot be opened. Check the file and its permissions.")
     (descriptor, size), *_ = opened
     try:
         end = min(size, most_bytes)
@@ -109,7 +109,7 @@ def cached_bytes_per_s(files: Sequence[Path], seconds: float, most_bytes: int = 
                 done += max(1, os.preadv(descriptor, [buffer[: end - done]], done))
             rates.append(end / (time.perf_counter() - start))
     except OSError as error:
-        raise ReadError(f"{largest} cannot be read: {error.strerror}.") from error
+        raise ReadError(f"{largest} cannot be read: {error.strerror}. Check the disk.") from error
     finally:
         os.close(descriptor)
     return statistics.median(rates[1:])  # the first brought it into the cache
@@ -126,7 +126,9 @@ def _open(files: Sequence[Path], flags: int) -> list[tuple[int, int]] | None:
                 os.close(descriptor)
             if error.errno in _UNSUPPORTED:
                 return None
-            raise ReadError(f"{file} cannot be opened: {error.strerror}.") from error
+            raise ReadError(
+                f"{file} cannot be opened: {error.strerror}. Check the file and its permissions."
+            ) from error
     return opened
 
 

@@ -184,7 +184,9 @@ class Trace:
             with whole_file(path) as file:
                 np.savez_compressed(file, allow_pickle=False, **arrays)
         except OSError as error:
-            raise TraceError(f"{path}: the trace could not be written: {error.strerror or error}") from error
+            raise TraceError(
+                f"{path}: the trace could not be written: {error.strerror or error}. Make room, or give another path."
+            ) from error
         return path
 
     @classmethod

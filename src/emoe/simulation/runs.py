@@ -168,7 +168,7 @@ def halves(prompts: int, seed: int) -> tuple[list[int], list[int]]:
         UsageError: there are fewer than two prompts.
     """
     if prompts < 2:
-        raise UsageError(f"{prompts} prompts cannot be split into two halves.")
+        raise UsageError(f"{prompts} prompts cannot be split into two halves: record at least two.")
     order = np.random.default_rng(seed).permutation(prompts)
     return np.sort(order[: prompts // 2]).tolist(), np.sort(order[prompts // 2 :]).tolist()
 

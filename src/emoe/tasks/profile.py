@@ -240,7 +240,9 @@ class Profile:
             text = json.dumps(header, ensure_ascii=False, indent=1)
             write_whole(directory / FILE, (text + "\n").encode())
         except OSError as error:
-            raise ProfileError(f"the profile {directory} could not be written: {error}.") from error
+            raise ProfileError(
+                f"the profile {directory} could not be written: {error}. Make room there, or give another folder."
+            ) from error
         return directory
 
 

@@ -152,7 +152,7 @@ def sequences(bench: Workbench, batch: int, tokens: int, turn: int = 0) -> list[
     """`batch` rows of `tokens` token ids: the scored prompts one after another, from another place at every `turn`."""
     stream = [token for ids in bench.ids("score") for token in ids]
     if not stream:
-        raise UsageError("the prompts have no tokens.")
+        raise UsageError("the prompts to score have no tokens: give others with --prompts.")
     starts = [(turn * batch + row) * tokens for row in range(batch)]
     return [[stream[(start + at) % len(stream)] for at in range(tokens)] for start in starts]
 

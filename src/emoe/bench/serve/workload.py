@@ -60,10 +60,10 @@ def read_prompts(path: Path | None = None) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read prompts from {path}: {error}") from error
+        raise UsageError(f"cannot read prompts from {path}: {error}. It must be UTF-8 text.") from error
     found = [_prompt(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise UsageError(f"{path} holds no prompts")
+        raise UsageError(f'{path} holds no prompts: it needs a line such as {{"prompt": "What is 2 + 2?"}} for each.')
     return found
 
 

@@ -118,5 +118,7 @@ def _refusal(place: Path) -> str | None:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
             return error.strerror
-        raise CheckpointError(f"{place} cannot be used to keep quantised experts: {error}.") from error
+        raise CheckpointError(
+            f"{place} cannot be used to keep quantised experts: {error}. Give another folder as expert cache."
+        ) from error
     return None
