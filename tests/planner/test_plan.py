@@ -48,14 +48,14 @@ def models(draw: st.DrawFn) -> Facts:
     )
 
 
-@given(models(), st.floats(0, 1.2), st.integers(1, 64), st.integers(1, 4))
+@given(models(), st.floats(-0.2, 1.2), st.integers(1, 64), st.integers(1, 4))
 def test_a_plan_keeps_within_the_memory_or_says_that_it_does_not_fit(
     facts: Facts, at: float, context: int, batch: int
 ) -> None:
     free = make_plan(facts, model="m", context=context, batch=batch)
     assert free.fit == "all"
     assert free.resident_experts == free.experts
-    memory = int(free.full_bytes * at)
+    memory = int(free.rest_bytes + free.expert_bytes * at)
     made = make_plan(facts, model="m", memory_bytes=memory, context=context, batch=batch)
     assert (made.fit == "none") == (memory < made.smallest_bytes)
     if made.fit != "none":
@@ -101,6 +101,10 @@ def test_needs_grow_with_context_and_batch(facts: Facts, context: int, batch: in
     assert make_plan(facts, model="m", context=context + 1, batch=batch).rest_bytes >= small.rest_bytes
     assert make_plan(facts, model="m", context=context, batch=batch + 1).rest_bytes >= small.rest_bytes
     assert make_plan(facts, model="m", context=context, batch=batch, prompt=1).rest_bytes <= small.rest_bytes
+    for chunk in (context, context + 1):  # a prompt that is read at once anyway
+        assert make_plan(facts, model="m", context=context, batch=batch, chunk=chunk) == small
+    read = make_plan(facts, model="m", context=context, batch=batch, chunk=1).activation_bytes
+    assert read == activation_bytes(facts, 1, batch, context - 1)
 
 
 def test_numbers_that_cannot_be_meant() -> None:
@@ -108,6 +112,8 @@ def test_numbers_that_cannot_be_meant() -> None:
         plan(batch=0)
     with pytest.raises(UsageError, match="raise --context"):
         plan(context=10, prompt=11)
+    with pytest.raises(UsageError, match="chunk must be at least 1, not 0"):
+        plan(chunk=0)
     with pytest.raises(UsageError, match="unknown dtype 'int8'"):
         plan(dtype="int8")
     with pytest.raises(BudgetError, match="smallest budget that works"):
@@ -145,6 +151,23 @@ WORKSPACE = 5 * 2 * 64 * 2 // 2 + 2 * 64 * 6
 EXPERTS_BY_HAND = 2 * 64 * 2 + (96 + 160) + 64 * 6 + WORKSPACE
 
 
+def holds(changes: dict[str, Any], layers: tuple[CacheLayer, ...], prompt: int, batch: int, before: int) -> int:
+    made = Facts(
+        path=Path("somewhere"),
+        model_type="any",
+        dtype="bfloat16",
+        top_k=2,
+        max_context=None,
+        checkpoint_bytes=1,
+        dense_bytes=1,
+        expert_layers=(ExpertLayer(0, 8, (64,)),),
+        cache_layers=layers,
+        activations=replace(BY_HAND, **changes),
+        source="headers",
+    )
+    return activation_bytes(made, prompt, batch, before)
+
+
 @pytest.mark.parametrize(
     ("changes", "prompt", "batch", "before", "expected"),
     [
@@ -162,25 +185,17 @@ EXPERTS_BY_HAND = 2 * 64 * 2 + (96 + 160) + 64 * 6 + WORKSPACE
 def test_what_a_pass_holds_by_hand(
     changes: dict[str, Any], prompt: int, batch: int, before: int, expected: int
 ) -> None:
-    def holds(layers: tuple[CacheLayer, ...]) -> int:
-        made = Facts(
-            path=Path("somewhere"),
-            model_type="any",
-            dtype="bfloat16",
-            top_k=2,
-            max_context=None,
-            checkpoint_bytes=1,
-            dense_bytes=1,
-            expert_layers=(ExpertLayer(0, 8, (64,)),),
-            cache_layers=layers,
-            activations=replace(BY_HAND, **changes),
-            source="headers",
-        )
-        return activation_bytes(made, prompt, batch, before)
-
-    assert holds(()) == expected
+    assert holds(changes, (), prompt, batch, before) == expected
     window = CacheLayer(0, "sliding", 48, 4)
-    assert holds((window, CacheLayer(1, "full", 48))) == expected + batch * (prompt - 4) * 48  # until the next step
+    layers = (window, CacheLayer(1, "full", 48))
+    assert holds(changes, layers, prompt, batch, before) == expected + batch * (prompt - 4) * 48  # until the next step
+
+
+@pytest.mark.parametrize(("batch", "before"), [(1, 0), (1, 7), (3, 7)])
+def test_narrow_keys_and_values_are_widened_for_what_was_read_before_too(batch: int, before: int) -> None:
+    mask = 3 * batch * 10 * (before + 10) if batch > 1 or before else 0
+    wide, layers = {"token_nbytes": 4000}, (CacheLayer(0, "latent", 48),)
+    assert holds(wide, layers, 10, batch, before) == batch * (10 * (4000 + WORKSPACE) + before * 4000) + mask
 
 
 def test_a_context_beyond_the_models_is_told() -> None:
@@ -230,7 +245,7 @@ def test_a_device_and_the_process_beside_it_have_each_their_own_limit(
         model="m",
         device="cuda",
         context=32,
-        memory_bytes=int(free.full_bytes * at),
+        memory_bytes=int(free.rest_bytes + free.expert_bytes * (at - 0.4)),
         process_limit_bytes=int(free.process_bytes * beside),
         host_memory=parse_host_memory(host),
     )

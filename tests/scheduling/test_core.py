@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -182,15 +183,21 @@ class Whims:
         self.asked: list[tuple[Situation, list[Request]]] = []
 
     def admit(self, now: Situation) -> list[Request]:
-        chosen = self.random.sample(list(now.waiting), self.random.randint(0, len(now.waiting)))
+        chosen = self.random.sample(list(now.waiting), self.random.choice((0, 0, 1, len(now.waiting))))
         self.asked.append((now, chosen))
         return chosen
 
 
-@given(now=situations(), random=st.randoms(use_true_random=False))
+@given(now=situations(), seed=st.integers(0, 10**6), loose=st.booleans(), alone=st.booleans())
 @settings(max_examples=120, deadline=None)
-def test_a_scheduler_sees_what_it_may_choose_from_and_is_obeyed(now: Situation, random: random.Random) -> None:
-    whims = Whims(random)
+def test_a_scheduler_sees_what_it_may_choose_from_and_is_obeyed(
+    now: Situation, seed: int, loose: bool, alone: bool
+) -> None:
+    whims = Whims(random.Random(seed))
+    if loose:
+        now = replace(now, max_running=20, max_input_tokens=10**6, free_kv_tokens=10**6)
+    if alone:
+        now = replace(now, running=[])
     taken = admit(whims, now)
     old = {each.id for each in now.waiting if now.now_s - each.arrived_s >= PATIENCE_S}
     chosen: list[Request] = []
@@ -207,6 +214,18 @@ def test_a_scheduler_sees_what_it_may_choose_from_and_is_obeyed(now: Situation, 
         line = sorted(now.waiting, key=lambda each: (not each.resumed, not each.resumed and each.priority))
         assert not now.running and taken == line[:1]
         assert not chosen or kv_need(chosen[0]) > now.free_kv_tokens
+
+
+def test_where_a_scheduler_takes_nobody_the_first_in_line_runs_if_nobody_else_does() -> None:
+    class Nobody:
+        name = "nobody"
+
+        def admit(self, now: Situation) -> list[Request]:
+            return []
+
+    waiting = [request(1, 0.0, priority=1), request(2, 1.0), request(3, 2.0)]
+    assert admit(Nobody(), situation(waiting)) == [waiting[1]]
+    assert admit(Nobody(), situation(waiting, [request(9, admitted_s=0.0)])) == []
 
 
 def test_a_scheduler_that_names_strangers_is_a_defect() -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
+from emoe.server.schemas import ChatRequest, TokenizeRequest
 from tests.server.conftest import Running
 
 TURN = [{"role": "user", "content": "Hi"}]
@@ -90,10 +92,28 @@ def test_fields_that_are_refused(server: Running, fields: dict[str, Any], param:
         ({"max_tokens": 1, "max_completion_tokens": 2}, "give one"),
         ({"metadata": {"task": "a"}, "emoe": {"task": "b"}}, "two tasks"),
         ({"metadata": {"task": ""}}, "metadata.task"),
+        ({"metadata": {"task": "a "}}, "metadata.task"),
+        ({"metadata": {"task": "a" * 65}}, "metadata.task"),
     ],
 )
 def test_fields_at_odds(server: Running, fields: dict[str, Any], message: str) -> None:
     assert message in error_of(server.chat(**fields), 400)["message"]
+
+
+def test_fields_that_agree() -> None:
+    def chat(**fields: Any) -> ChatRequest:
+        return ChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}]} | fields)
+
+    task = "a" * 64
+    assert chat(metadata={"task": task}, emoe={"task": task}).task == task
+    assert chat(metadata={"task": "a"}, emoe={}).task == chat(emoe={"task": "a"}).task == "a"
+    assert chat(metadata={"other": " "}).task is None
+    assert (chat().tops, chat(logprobs=True).tops, chat(logprobs=True, top_logprobs=3).tops) == (None, 0, 3)
+    assert TokenizeRequest(prompt="x", add_special_tokens=False).add_special_tokens is False
+    both: dict[str, Any] = {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+    for wrong in ({}, both, {"messages": both["messages"], "add_special_tokens": True}):
+        with pytest.raises(ValidationError, match=r"give either|is for prompts"):
+            TokenizeRequest.model_validate(wrong)
 
 
 @pytest.mark.parametrize(
