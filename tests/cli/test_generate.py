@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from emoe import nano
 from emoe.cli import main
 from emoe.cli.session import _Stream, choose_threads, stop_on_interrupt
 from emoe.routing.trace import Trace
@@ -34,6 +35,30 @@ def test_text_streams_to_stdout_and_figures_go_to_stderr(capsys: pytest.CaptureF
     assert "reader cached" in printed.err
     assert "hits" in printed.err
     assert "LOSSY" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "refuses this conversation: roles must alternate. Mend"),
+        ("{{ messages[0].content ", "refuses this conversation: unexpected end of template"),
+    ],
+)
+def test_a_template_that_refuses_is_named(
+    template: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in nano.path().iterdir():
+        (model / file.name).symlink_to(file)
+    (model / "chat_template.jinja").unlink()
+    (model / "chat_template.jinja").write_text(template)
+    options = ["generate", str(model), "-p", "Hi", "-n", "2", "-q"]
+    assert main(options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"emoe: error: the chat template of {model} ") and error.count("\n") == 1
+    assert said in error and "--raw" in error
+    assert main([*options, "--raw"]) == 0
 
 
 def test_exact_gives_the_text_of_everything_resident(capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,3 +187,11 @@ def test_a_terminal_that_cannot_show_a_character_gets_another(tmp_path: Path) ->
     text, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "mod?le (qwen3_moe" in text
+
+
+def test_a_warning_says_who_warns() -> None:
+    process = emoe_process("generate", "-p", "Hi", "-n", "2", env=os.environ | {"CC": "/nowhere/cc"})
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "emoe: few tokens are computed by torch, " in errors
+    assert all(line.startswith("emoe: ") for line in errors.splitlines())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
+import pickle
 import random
+import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +257,20 @@ def test_saving_would_lose_the_experts_and_is_refused(path: Path, tmp_path: Path
     with pytest.raises(UsageError, match="lose the experts"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_copying_would_need_threads_and_files_and_is_refused(path: Path, copied: Callable[[object], object]) -> None:
+    model, _ = emoe.load(path, expert_memory="50%")
+    with pytest.raises(UsageError, match="cannot be copied or pickled"):
+        copied(model)
+
+
+def test_a_damaged_tokenizer_is_called_that(path: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(path, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot read the tokenizer"):
+        emoe.load(broken, expert_memory="50%")
 
 
 def test_experts_follow_a_cast_of_the_dense_weights(path: Path) -> None:

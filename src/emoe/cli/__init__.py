@@ -21,6 +21,7 @@ Exit codes: 0 done; 1 a defect; 2 usage; 3 damaged checkpoint; 4 unsupported mod
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -67,6 +68,14 @@ class _Parser(argparse.ArgumentParser):
             message = f"there is no {choice[1].lower()} {choice[2]!r}: {hint}"
         note(f"error: {message} (`{self.prog} --help` lists what there is)")
         self.exit(UsageError.exit_code)
+
+
+class _Prefix(logging.Formatter):
+    """Says which package warns, as `note` does."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return "emoe: text"."""
+        return f"{record.name.partition('.')[0]}: {super().format(record)}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -123,4 +132,6 @@ def run() -> NoReturn:
     """The console script. What the terminal's encoding cannot show is shown as "?"."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    if logging.lastResort is not None:  # what shows a library's warning where nothing else is set up for it
+        logging.lastResort.setFormatter(_Prefix())
     sys.exit(main())

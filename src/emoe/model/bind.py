@@ -18,7 +18,7 @@ from emoe.checkpoint.readers import Reader
 from emoe.checkpoint.skeleton import skeleton
 from emoe.checkpoint.source import resolve
 from emoe.config import Embeddings, ExpertMemory, LayerSplit, Mode, OnMiss, Prefetch, format_bytes, parse_host_memory
-from emoe.errors import BudgetError, UsageError
+from emoe.errors import BudgetError, CheckpointError, UsageError
 from emoe.kernels.choice import kernel_of
 from emoe.kernels.dense import DenseKernels
 from emoe.kernels.experts import ExpertMath
@@ -330,11 +330,21 @@ def _refuse_to_save(*args: object, **kwargs: object) -> None:
 
 
 def _tokenizer(path: Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's tokenizer, or None where it has none (a folder of weights alone)."""
+    """The checkpoint's tokenizer, or None where it has none (a folder of weights alone).
+
+    Raises:
+        CheckpointError: transformers cannot read it, with whatever error that shows.
+    """
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     trust = bool(kwargs.get("trust_remote_code", False))
-    return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path, trust_remote_code=trust))
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path, trust_remote_code=trust))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: transformers cannot read the tokenizer ({type(error).__name__}: {error}). Download its "
+            "tokenizer files again."
+        ) from error
 
 
 __all__ = ["Binding", "Loaded", "binding_of", "close", "label_task", "layer_needs", "load"]

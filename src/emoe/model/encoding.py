@@ -8,13 +8,32 @@ from typing import Any
 from emoe.errors import UsageError
 
 
+class TemplateRefusal(UsageError):
+    """A chat template that refuses a conversation, or is damaged. `reason` is the template's own word."""
+
+    def __init__(self, reason: str, name: str) -> None:
+        super().__init__(
+            f"the chat template of {name or 'the model'} refuses this conversation: {reason}. Mend its "
+            "chat_template.jinja, or give the prompt without it (`emoe generate --raw`)."
+        )
+        self.reason = reason
+
+
 def encode(
-    tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], *, raw: bool = False, name: str = ""
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, str]],
+    *,
+    raw: bool = False,
+    name: str = "",
+    generation_prompt: bool = True,
 ) -> list[int]:
     """Token ids of a prompt or conversation, in the chat template unless `raw` or there is none.
 
+    With `generation_prompt` it ends where an answer begins.
+
     Raises:
         UsageError: the model (`name`) has no tokenizer, or the prompt holds bytes that are no text.
+        TemplateRefusal: the template cannot be applied.
     """
     if tokenizer is None:
         raise UsageError(
@@ -28,4 +47,10 @@ def encode(
             raise UsageError(f"the prompt is no UTF-8 text: {error}") from error
     if raw or tokenizer.chat_template is None:
         return list(tokenizer("\n".join(message["content"] for message in messages)).input_ids)
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    from jinja2 import TemplateError
+
+    try:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, return_dict=False)
+    except TemplateError as error:
+        raise TemplateRefusal(str(error).rstrip("."), name) from error
+    return list(ids)

@@ -126,6 +126,13 @@ class Runtime:
         self._announced: Pass | None = None
         self._reading: set[int] = set()  # announced sequences whose prompt is being read with its own routes
 
+    def __reduce_ex__(self, protocol: object) -> str:
+        """Refuse `copy.deepcopy` and pickle, which come by here for every model that emoe loads."""
+        raise UsageError(
+            "a model made by emoe.load reads its experts through threads and open files, which cannot be copied or "
+            "pickled. Call emoe.load again, also in another process."
+        )
+
     # -- passes ---------------------------------------------------------------------------------------------
 
     def watch(self, model: PreTrainedModel) -> None:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from emoe.errors import UsageError
-from emoe.model.encoding import encode
+from emoe.model.encoding import TemplateRefusal, encode
 from emoe.server.errors import ApiError
 from emoe.server.schemas import Message
 
@@ -58,17 +58,12 @@ class Tokens:
         turns = [message.as_turn() for message in messages]
 
         def template() -> list[int]:
-            if generation_prompt:
-                return encode(self._tokenizer, turns, name=self._name)
-            made = self._tokenizer.apply_chat_template(turns, add_generation_prompt=False, return_dict=False)
-            return list(made)
-
-        from jinja2 import TemplateError
+            return encode(self._tokenizer, turns, name=self._name, generation_prompt=generation_prompt)
 
         try:
             return await self._run(template, sum(len(turn["content"]) for turn in turns))
-        except TemplateError as error:
-            message = f"the model's chat template refuses these messages: {error}"
+        except TemplateRefusal as error:
+            message = f"the model's chat template refuses these messages: {error.reason}"
             raise ApiError(400, message, param="messages", code="chat_template_refused") from error
 
     async def text(self, prompt: str, *, special: bool = True) -> list[int]:
