@@ -26,7 +26,7 @@ import torch
 from emoe.checkpoint import direct
 from emoe.checkpoint.crew import Crew, counted
 from emoe.checkpoint.headers import FileStamp
-from emoe.checkpoint.memory_room import READER_KINDS, MemoryRoom, ReaderKind, choose_reader, memory_room
+from emoe.checkpoint.memory_room import READER_KINDS, ReaderKind
 from emoe.checkpoint.pieces import Piece
 from emoe.checkpoint.segments import (
     ALIGNMENT,
@@ -46,8 +46,6 @@ from emoe.checkpoint.segments import (
 )
 from emoe.checkpoint.throttle import Throttle
 from emoe.errors import ReadError, UsageError
-
-__all__ = ["MemoryRoom", "Reader", "ReaderKind", "choose_reader", "memory_room", "staging_nbytes"]
 
 _log = logging.getLogger(__name__)
 

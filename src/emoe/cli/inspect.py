@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_early(args.model, args.expert_memory, args.expert_dtype)
     from emoe import nano
     from emoe.checkpoint.index import build_index, skeleton
-    from emoe.checkpoint.readers import choose_reader
+    from emoe.checkpoint.memory_room import choose_reader
     from emoe.checkpoint.source import resolve
     from emoe.model.bind import layer_needs
     from emoe.residency.budget import plan_slots

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from emoe.checkpoint.index import build_index
-from emoe.checkpoint.memory_room import memory_room
-from emoe.checkpoint.readers import Reader, ReaderKind
+from emoe.checkpoint.memory_room import ReaderKind, memory_room
+from emoe.checkpoint.readers import Reader
 from emoe.checkpoint.skeleton import skeleton
 from emoe.kernels.choice import kernel_of
 from emoe.kernels.chunks import grouped, many_tokens
