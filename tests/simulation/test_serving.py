@@ -81,7 +81,19 @@ def test_every_request_ends_and_nothing_is_lost(
         seen.append((len(simulation.running), int(simulation.now > before)))
         return done
 
+    run = simulation._run
+
+    def within_the_batch(decoding: list[Any], reading: list[tuple[Any, int]]) -> int:
+        jobs = [*decoding, *(job for job, _ in reading)]
+        tokens = len(decoding) + sum(chunk for _, chunk in reading)
+        assert 0 < tokens <= batch and len({id(job) for job in jobs}) == len(jobs)
+        assert all(0 < chunk <= job.to_read - job.read for job, chunk in reading)
+        assert all(any(job is other for other in simulation.running) for job in jobs)
+        assert simulation._counts(decoding, reading).sum() == tokens * SHAPE.layers * SHAPE.top_k
+        return run(decoding, reading)
+
     simulation._step = watched  # type: ignore[method-assign]
+    simulation._run = within_the_batch  # type: ignore[method-assign]
     results = simulation.run(None)
     assert simulation.free_pages == pages
     assert not simulation.running and not simulation.waiting
