@@ -50,6 +50,7 @@ def product(calls: Calls, weight: torch.Tensor, x: torch.Tensor, bias: torch.Ten
 )
 @example(form=ROWS, columns=2100, rows=9, tokens=5, biased=True, seed=0)  # more than what stays in the cache
 @example(form=ROWS, columns=4097, rows=40, tokens=130, biased=False, seed=0)
+@example(form=ROWS, columns=1000, rows=75, tokens=64, biased=True, seed=0)  # room for the next rows in the cache
 @example(form=COLUMNS, columns=1001, rows=600, tokens=130, biased=True, seed=0)
 @example(form=COLUMNS, columns=384, rows=256, tokens=257, biased=False, seed=0)
 def test_products_are_right_whatever_the_threads_and_the_rows(

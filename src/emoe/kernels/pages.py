@@ -42,7 +42,7 @@ def keep_freed_memory() -> bool:
     The activations of a prompt, a few MiB each, otherwise go back to the system and come as new pages for every layer:
     4,400 page faults a layer of OLMoE with 512 tokens, 3 to 8 % of the prompt's time. These are the limits to which
     glibc raises its own by itself once larger pieces were freed, so that the peak is no higher; where there is no
-    glibc, or the environment sets such limits, nothing is changed.
+    glibc, or the environment says something of its own to malloc, nothing is changed.
     """
     told = any(name in os.environ for name in MALLOC_SETTINGS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if told or not sys.platform.startswith("linux") or not hasattr(_libc(), "mallopt"):
