@@ -41,6 +41,9 @@ KEYS_TOGETHER = 32
 MOST_THREADS = 64
 """Of the C kernels (native/pool.h)."""
 
+HOLES_BYTES = 16 << 20
+"""Freed memory between what is in use, at most, and at most a quarter of it: measured on three models (docs/log.md)."""
+
 BLOCKS_BYTES = 32 << 20
 """What attention over more keys holds of one block of rows (emoe.kernels.sinks), or of a head that torch packs."""
 
@@ -111,7 +114,8 @@ def _native_bytes(facts: Facts, prompt: int, batch: int, before: int) -> int:
         if layer.window is not None
     )
     fullest = max(max(block + written, growing, logits, grown) + kept, experts, making + kept + tokens * row)
-    return fullest + masks + beyond + scratch_bytes(facts, keys)
+    made = fullest + masks + beyond
+    return made + min(made // 4, HOLES_BYTES) + scratch_bytes(facts, keys)
 
 
 def _masks_bytes(facts: Facts, prompt: int, batch: int, before: int, by_c: bool) -> tuple[int, int]:

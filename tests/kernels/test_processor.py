@@ -1,0 +1,101 @@
+"""What will compute prompts, as plans know it before anything is compiled."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from emoe.errors import UsageError
+from emoe.kernels import choice
+from emoe.kernels.native.build import BuildError
+from emoe.kernels.processor import BY_TORCH, OTHER_DTYPE, OTHER_PROCESSOR, VARIABLE, usable_threads, why_torch
+
+FLAGS = "fpu avx512f avx512bw avx512vl avx512_bf16"
+
+
+def machine(folder: Path, flags: str) -> Path:
+    path = folder / "cpuinfo"
+    path.write_text(f"processor\t: 0\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t\t: {flags}\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv("CC", sys.executable)  # anything that is there: nothing is compiled
+
+
+def test_who_reads_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pairs = machine(tmp_path, FLAGS)
+    assert why_torch("bfloat16", pairs) == ""
+    assert why_torch("float32", pairs) == OTHER_DTYPE
+    assert why_torch("bfloat16", machine(tmp_path, FLAGS + " amx_bf16")) == OTHER_PROCESSOR
+    assert why_torch("bfloat16", machine(tmp_path, FLAGS.replace(" avx512_bf16", ""))) == OTHER_PROCESSOR
+    assert why_torch("bfloat16", tmp_path / "none") == OTHER_PROCESSOR
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "no C compiler was found (no-such-compiler)" in why_torch("bfloat16", machine(tmp_path, FLAGS))
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert why_torch("bfloat16", pairs) == BY_TORCH
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(UsageError, match="EMOE_KERNELS is 'fast'"):
+        why_torch("bfloat16", pairs)
+
+
+def test_what_was_compiled_is_what_was_expected() -> None:
+    os.environ.pop("CC")  # monkeypatch gives it back
+    calls = choice.native_calls()
+    if calls is not None:
+        assert calls.knows_many is not bool(why_torch("bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "said"),
+    [
+        ("", BuildError("cc ended with 3"), "take more memory than `emoe plan` counts: cc ended with 3"),
+        ("", SimpleNamespace(knows_many=False), "take more memory than `emoe plan` counts"),
+        (OTHER_PROCESSOR, SimpleNamespace(knows_many=True), "take less memory than `emoe plan` counts"),
+        ("", SimpleNamespace(knows_many=True), ""),
+        (OTHER_PROCESSOR, SimpleNamespace(knows_many=False), ""),
+    ],
+)
+def test_another_outcome_than_the_plans_is_told(
+    expected: str, found: Any, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(choice, "why_torch", lambda dtype: expected)
+    monkeypatch.setattr(choice, "Calls", SimpleNamespace)
+    monkeypatch.setattr(choice, "_calls", lambda: found)
+    choice._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        choice.kernel_of("cpu", torch.float32)  # no prompts of such a type
+        assert "emoe plan" not in caplog.text
+        choice.kernel_of("cpu", torch.bfloat16)
+    choice._say_once.cache_clear()
+    assert said in caplog.text
+    assert ("emoe plan" in caplog.text) == bool(said)
+
+
+def test_threads_are_those_that_torch_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert usable_threads() == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "2,4")
+    assert usable_threads() == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    assert 1 <= usable_threads() <= (os.cpu_count() or 1)
+
+
+def test_a_plan_needs_neither_torch_nor_a_compilation(tmp_path: Path) -> None:
+    program = "import sys; from emoe.planner import plan; print(plan().prompts_by); assert 'torch' not in sys.modules"
+    environment = os.environ | {"EMOE_CACHE": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    assert found.startswith(("native", "torch: "))
+    assert not list(tmp_path.iterdir())
