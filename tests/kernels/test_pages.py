@@ -1,14 +1,19 @@
-"""Memory that is freed stays, so that it does not come back page by page."""
+"""Freed memory stays, and does not come back page by page; huge pages are asked for where a tensor lies."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from emoe.kernels.pages import MALLOC_SETTINGS, keep_freed_memory
+from emoe.kernels import pages
+from emoe.kernels.pages import HUGE_BYTES, MADV_HUGEPAGE, MALLOC_SETTINGS, keep_freed_memory, prefer_huge_pages
 
 PROGRAM = """
 import resource, sys
@@ -50,3 +55,40 @@ def test_what_the_environment_says_is_left_alone(monkeypatch: pytest.MonkeyPatch
             assert not keep_freed_memory()
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072")
     assert not keep_freed_memory()
+
+
+Asked = list[tuple[int, int, int]]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    found: Asked = []
+
+    def madvise(start: ctypes.c_void_p, length: ctypes.c_size_t, advice: int) -> int:
+        found.append((start.value or 0, length.value, advice))
+        return 0
+
+    monkeypatch.setattr(pages, "_libc", lambda: SimpleNamespace(madvise=madvise))
+    monkeypatch.setattr(sys, "platform", "linux")
+    return found
+
+
+def lying(start: int, nbytes: int) -> Any:
+    return SimpleNamespace(device=torch.device("cpu"), nbytes=nbytes, data_ptr=lambda: start)
+
+
+@pytest.mark.parametrize("start", [0, 64, HUGE_BYTES - 64, HUGE_BYTES + 1])
+@pytest.mark.parametrize("nbytes", [2 * HUGE_BYTES, 3 * HUGE_BYTES - 1, 5 * HUGE_BYTES + 64])
+def test_every_whole_huge_page_of_the_tensor_and_no_other(asked: Asked, start: int, nbytes: int) -> None:
+    start += 8 * HUGE_BYTES
+    prefer_huge_pages(lying(start, nbytes))
+    whole = [at for at in range(0, 32 * HUGE_BYTES, HUGE_BYTES) if start <= at and at + HUGE_BYTES <= start + nbytes]
+    assert asked == [(whole[0], len(whole) * HUGE_BYTES, MADV_HUGEPAGE)]
+
+
+def test_small_tensors_and_other_systems_are_left_alone(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer_huge_pages(lying(0, 2 * HUGE_BYTES - 1))
+    prefer_huge_pages(torch.empty(4 * HUGE_BYTES, dtype=torch.uint8, device="meta"))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    prefer_huge_pages(lying(0, 4 * HUGE_BYTES))
+    assert asked == []
