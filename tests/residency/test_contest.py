@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emoe.residency.budget import PoolPlan
-from emoe.residency.contest import RECENCY, SCORES, Contest
+from emoe.residency.contest import MARGIN, RECENCY, SCORES, Contest
 from emoe.residency.eviction import LRU, Eviction, Scored
 from emoe.residency.table import ResidencyTable
 
@@ -75,3 +75,13 @@ def test_the_better_order_leads_and_the_lead_comes_back() -> None:
     assert leads[2999] == RECENCY
     assert leads[5999] == SCORES
     assert contest.switches == 2
+
+
+def test_the_other_order_must_be_clearly_better_to_lead() -> None:
+    """By a hundredth and a load for each layer: noise alone must not change it."""
+    for more, lead in ((0.0, SCORES), (1.0, RECENCY)):
+        contest = Contest([2, 2, 2], 8)
+        contest._keep = 1.0
+        contest.loads[:] = 1000 + MARGIN * 1000 + 3 + more, 1000
+        contest.begin_token()
+        assert (contest.lead, contest.switches) == (lead, int(lead == RECENCY))

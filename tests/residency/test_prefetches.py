@@ -220,6 +220,15 @@ def test_what_is_planned_ends_resident_and_is_begun_in_its_order(
         assert not [slot.key for slot in world.table.slots if slot.transient and slot.key in wanted]
 
 
+def test_a_plan_floods_no_link() -> None:
+    world = World(18)
+    world.ahead.plan(KEYS[:6] + KEYS[6:8])
+    assert len(world.threads.under_way()) == PLAN_DEPTH and world.ahead.queued == 8 - PLAN_DEPTH
+    world.threads.finish(world.threads.begun[0][3])
+    world.ahead.poll()
+    assert len(world.threads.under_way()) == PLAN_DEPTH and world.ahead.queued == 7 - PLAN_DEPTH
+
+
 def test_a_new_plan_replaces_the_old_but_for_what_has_started() -> None:
     world = World(9)
     world.ahead.plan([(0, 0), (0, 1), (0, 2), (1, 0)])
