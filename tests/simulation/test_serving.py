@@ -69,7 +69,7 @@ def test_every_request_ends_and_nothing_is_lost(
         SMALL, scheduler=name, max_running=running, kv_tokens=16 * pages, max_batch_tokens=batch
     )
     simulation = serving._Simulation(calls, ROUTES, limits, None)
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, float]] = []
     step = simulation._step
 
     def watched() -> int:
@@ -78,7 +78,7 @@ def test_every_request_ends_and_nothing_is_lost(
         assert held + simulation.free_pages == pages
         before = simulation.now
         done = step()
-        seen.append((len(simulation.running), int(simulation.now > before)))
+        seen.append((len(simulation.running), simulation.now - before))
         return done
 
     run = simulation._run
@@ -103,7 +103,8 @@ def test_every_request_ends_and_nothing_is_lost(
         assert call.at_s <= served.admitted_s < served.first_token_s <= served.ended_s
     assert results.busy_s <= results.seconds + 1e-9
     assert results.wait_s == pytest.approx(results.loads * COSTS["expert_load_s"])
-    assert all(moved for _, moved in seen)
+    assert all(took > 0 for _, took in seen)
+    assert results.busy_s == pytest.approx(sum(took for _, took in seen))
 
 
 @pytest.mark.parametrize("name", NAMES)
