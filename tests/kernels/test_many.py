@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from emoe.kernels.choice import Kernel
-from emoe.kernels.chunks import NATIVE_ROWS, many_tokens
+from emoe.kernels.chunks import NATIVE_ROWS, grouped, many_tokens
 from emoe.kernels.experts import ExpertMath
 from emoe.kernels.grouping import Grouping
 from emoe.kernels.native import build
@@ -110,6 +110,26 @@ def test_an_expert_gives_what_transformers_gives(
     expected, exact = module(x, ids, gates), module.double()(x.double(), ids, gates.double())
     off, scale = (expected.double() - exact).abs().max(), float(exact.abs().max())
     assert (found[0].double() - exact).abs().max() <= 1.5 * off + 2**-7 * scale
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_rows_are_rounded_only_for_torch(calls: Calls, family: str) -> None:
+    module = theirs(family, 64, 48, 2, torch.bfloat16)
+    math = ExpertMath(module, kernel(calls))
+    weights = bound(math, module, 2)
+    x, gates = torch.randn(150, 64).bfloat16(), torch.rand(150, 1).bfloat16()
+    ids = (torch.arange(150).view(-1, 1) % 5 > 0).long()  # 30 rows and 120, which torch would make 32 and 128
+    plain, by_torch = (
+        grouped(math, weights[0], x.dtype, ids, 2),
+        grouped(ExpertMath(module), weights[0], x.dtype, ids, 2),
+    )
+    assert plain.blocks == plain.counts == {0: 30, 1: 120}
+    assert by_torch.blocks == {0: 32, 1: 128}
+    same, theirs_too = (
+        many_tokens(math, x, grouping, ((e, weights[e]) for e in grouping.counts), gates)
+        for grouping in (plain, by_torch)
+    )
+    assert torch.equal(same, theirs_too)
 
 
 def test_what_computes_prompts_is_said(calls: Calls) -> None:

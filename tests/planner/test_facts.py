@@ -145,7 +145,10 @@ def test_a_prompt_takes_what_is_planned_and_not_much_less(
     mask[1:, :7] = 0
     with torch.no_grad(), LiveBytes() as live:
         model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
+    maths = [bound.math for module in model.modules() if (bound := getattr(module, "_emoe_layer", None)) is not None]
     emoe.close(model)
+    if facts.activations.gate_known and kernels == "auto":
+        assert all(math.native is None or math.native.whole for math in maths)
     native = not why_not_native(facts)
     assert not (native and kernels == "torch")
     planned = facts.cache_bytes(240, batch) + activation_bytes(facts, 240, batch, native=native)
