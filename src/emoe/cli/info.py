@@ -72,7 +72,9 @@ def _of_torch() -> dict[str, Any]:
         return {"torch": f"cannot be imported: {error}"}
     try:
         kernel = kernel_of("cpu", torch.bfloat16)
-        kernels = f"{kernel.name}: {kernel.reason}; for prompts {kernel.many_rows(torch.bfloat16)}"
+        kernels = f"{kernel.name}: {kernel.reason}"
+        if kernel.calls is not None:
+            kernels += f"; for prompts {kernel.many_rows(torch.bfloat16)}"
     except UsageError as error:
         kernels = str(error)
     return {
