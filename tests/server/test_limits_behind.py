@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from emoe.server.limits import OPEN_PATHS, ApiKey, BodyLimit
+from emoe.server.limits import CROWDED, OPEN_PATHS, PROBES, ApiKey, BodyLimit, CrowdLimit
 
 Sent = dict[str, Any]
 
@@ -41,6 +41,10 @@ def drive(limit: Any, messages: list[Sent], **scope: Any) -> tuple[list[Sent], l
     return sent, left
 
 
+def never(code: str | None) -> None:
+    raise AssertionError(f"refused: {code}")
+
+
 def parts(*bodies: bytes) -> list[Sent]:
     return [
         {"type": "http.request", "body": body, "more_body": number < len(bodies)}
@@ -52,16 +56,18 @@ def parts(*bodies: bytes) -> list[Sent]:
 def test_without_the_key_nothing_runs_behind_it(given: bytes | None) -> None:
     behind = Behind()
     headers = [] if given is None else [(b"authorization", given)]
-    sent, _ = drive(ApiKey(behind, "right"), [], headers=headers)
+    codes: list[str | None] = []
+    limit = ApiKey(behind, "right", codes.append)
+    sent, _ = drive(limit, [], headers=headers)
     assert sent[0]["status"] == 401 and behind.called == 0
-    drive(ApiKey(behind, "right"), [], headers=[(b"authorization", b"bearer right")])
-    assert behind.called == 1
+    drive(limit, [], headers=[(b"authorization", b"bearer right")])
+    assert behind.called == 1 and codes == ["invalid_api_key"]
 
 
 def test_open_paths_and_the_servers_own_events_need_no_key() -> None:
     for scope in [*({"path": path} for path in OPEN_PATHS), {"type": "lifespan"}]:
         behind = Behind()
-        assert drive(ApiKey(behind, "right"), [], **scope)[0] == [] and behind.called == 1
+        assert drive(ApiKey(behind, "right", never), [], **scope)[0] == [] and behind.called == 1
 
 
 @pytest.mark.parametrize(
@@ -77,8 +83,9 @@ def test_open_paths_and_the_servers_own_events_need_no_key() -> None:
 def test_nothing_runs_behind_a_body_that_is_too_large(length: bytes | None, bodies: list[bytes], unread: int) -> None:
     behind = Behind()
     headers = [] if length is None else [(b"content-length", length)]
-    sent, left = drive(BodyLimit(behind, 10), parts(*bodies), headers=headers)
-    assert sent[0]["status"] == 413 and behind.called == 0
+    codes: list[str | None] = []
+    sent, left = drive(BodyLimit(behind, 10, codes.append), parts(*bodies), headers=headers)
+    assert sent[0]["status"] == 413 and behind.called == 0 and codes == ["body_too_large"]
     assert len(left) == unread
 
 
@@ -87,7 +94,7 @@ def test_a_body_that_fits_comes_whole_and_then_what_follows(length: bytes | None
     behind = Behind()
     headers = [] if length is None else [(b"content-length", length)]
     gone = {"type": "http.disconnect"}
-    sent, _ = drive(BodyLimit(behind, 10), [*parts(b"abc", b"", b"defghij"), gone], headers=headers)
+    sent, _ = drive(BodyLimit(behind, 10, never), [*parts(b"abc", b"", b"defghij"), gone], headers=headers)
     assert sent == [] and behind.called == 1
     assert behind.read == [{"type": "http.request", "body": b"abcdefghij", "more_body": False}, gone]
 
@@ -95,5 +102,23 @@ def test_a_body_that_fits_comes_whole_and_then_what_follows(length: bytes | None
 def test_events_that_are_no_requests_pass_unread() -> None:
     behind = Behind()
     messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}, {"type": "more"}]
-    assert drive(BodyLimit(behind, 10), messages, type="lifespan") == ([], messages[2:])
+    assert drive(BodyLimit(behind, 10, never), messages, type="lifespan") == ([], messages[2:])
     assert behind.called == 1 and behind.read == messages[:2]
+
+
+def test_on_a_connection_too_many_only_probes_and_events_pass() -> None:
+    codes: list[str | None] = []
+    behind, crowd = Behind(), [True]
+
+    def called(**scope: Any) -> list[Sent]:
+        return drive(CrowdLimit(behind, codes.append), [], state={CROWDED: lambda: crowd[0]}, **scope)[0]
+
+    assert called()[0]["status"] == 503 and behind.called == 0 and codes == ["too_many_connections"]
+    for scope in [*({"path": path} for path in sorted(PROBES)), {"type": "lifespan"}]:
+        before = behind.called
+        assert called(**scope) == [] and behind.called == before + 1
+    crowd[0] = False
+    before = behind.called
+    assert called() == [] and behind.called == before + 1
+    drive(CrowdLimit(behind, never), [])  # nothing says how many there are
+    assert behind.called == before + 2 and len(codes) == 1
