@@ -29,6 +29,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -215,6 +216,10 @@ FAMILIES: dict[str, Family] = _families(
         hub_is_fused=True,
     ),
 )
+
+
+NOT_ASKED = {"jamba"} if Version(transformers.__version__) < Version("5.23") else set()
+"""Families whose router the next gate cannot ask: with transformers 5.17 that of Jamba is no module of its own."""
 
 
 def make_config(name: str, **overrides: Any) -> PretrainedConfig:

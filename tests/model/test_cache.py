@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.version import Version
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -19,7 +21,9 @@ from emoe.model.cache import STEP, GrowingLayer, rounded
 from emoe.planner import plan
 from tests.conftest import Checkpoints
 
-OPERATIONS = ("crop", "reorder", "repeat", "select", "reset", "copy", "deepcopy")
+OPERATIONS = ["crop", "reorder", "repeat", "select", "copy", "deepcopy"]
+if Version(transformers.__version__) >= Version("5.23"):
+    OPERATIONS.append("reset")  # transformers 5.17 writes zeros over what it has given out, and keeps the length
 
 
 def states(batch: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
