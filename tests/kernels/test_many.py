@@ -109,7 +109,9 @@ def test_an_expert_gives_what_transformers_gives(
     assert torch.equal(*found)
     expected, exact = module(x, ids, gates), module.double()(x.double(), ids, gates.double())
     off, scale = (expected.double() - exact).abs().max(), float(exact.abs().max())
-    assert (found[0].double() - exact).abs().max() <= 1.5 * off + 2**-7 * scale
+    assert (
+        found[0].double() - exact
+    ).abs().max() <= 1.5 * off + 2**-6 * scale  # rounded five times, as in test_native.py
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])

@@ -83,6 +83,9 @@ def test_another_outcome_than_the_plans_is_told(
 
 
 def test_threads_are_those_that_torch_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert usable_threads() == 7
+    monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert usable_threads() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "2,4")

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 from emoe.checkpoint.index import PartSpec
 from emoe.config import ExpertMemory, parse_host_memory
-from emoe.errors import ReadError, UsageError
+from emoe.errors import BudgetError, ReadError, UsageError
 from emoe.model.placement import make_pool
+from emoe.residency import host as host_tier
 from emoe.residency.bank import Bank
 from emoe.residency.budget import HostPlan, LayerNeed, PoolPlan, plan_host, plan_slots, uniform_quotas
 from emoe.residency.devices import Device
 from emoe.residency.eviction import make_eviction
 from emoe.residency.loader import Loader
 from emoe.residency.pool import ExpertPool
-from emoe.residency.table import Key, ResidencyTable
+from emoe.residency.table import Key, ResidencyTable, SlotState
 from emoe.residency.virtual import VirtualDevice
 
 PARTS = (PartSpec("w", (64, 8), "float32"),)
@@ -251,3 +252,37 @@ def test_two_small_tiers_hold_different_experts_and_a_floor_keeps_nothing() -> N
         for e in range(0, 8, 2):
             pool.release(pool.take(0, [e, e + 1]))
     assert pool.transfers is not None and pool.transfers.bytes_back == 0
+
+
+def test_where_host_memory_runs_out_nothing_is_lost_and_nothing_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new block of host memory cannot be had while an expert moves there: the request fails, the next ones do not."""
+    monkeypatch.setattr(host_tier, "BLOCK_BYTES", SLOT)
+    pool, _, _ = make(8, 10)
+    transfers = pool.transfers
+    assert transfers is not None
+
+    def run(layer: int, experts: Sequence[int]) -> None:
+        slots = pool.take(layer, experts)
+        assert all(holds(pool, slot, (layer, expert)) for expert, slot in zip(experts, slots, strict=True))
+        pool.release(slots)
+
+    for experts in ([0, 1], [2, 3]):
+        run(0, experts)
+        run(1, experts)
+    memory, calls = transfers.host.memory, []
+
+    def refused(place: int) -> Any:
+        calls.append(place)
+        raise BudgetError("no memory")
+
+    monkeypatch.setattr(transfers.host, "memory", refused)
+    for layer in (0, 1, 0, 1):
+        with pytest.raises(BudgetError, match="no memory"):
+            run(layer, [4, 5])
+    monkeypatch.setattr(transfers.host, "memory", memory)
+    assert calls and transfers.host.reading == 0
+    for table in (pool.table, transfers.host.table):
+        assert {slot.state for slot in table.slots} <= {SlotState.EMPTY, SlotState.READY}
+    for expert in range(8):
+        run(0, [expert])
+        run(1, [expert])

@@ -70,8 +70,9 @@ def engine() -> ScriptedEngine:
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /hea", GET.format("/health").encode()])
-def test_the_longest_idle_connection_goes(serve: Serve, said: bytes) -> None:
+def test_the_longest_idle_connection_goes(serve: Serve, said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it never said anything, began to, or was answered before."""
+    monkeypatch.setattr(connections, "YOUNG_S", 0.0)
     server = serve(engine(), max_connections=MOST)
     with opened(server, MOST, said) as idle:
         if said.endswith(b"\r\n\r\n"):
@@ -81,6 +82,25 @@ def test_the_longest_idle_connection_goes(serve: Serve, said: bytes) -> None:
             assert ask(server, GET.format(path).encode()).startswith(b"HTTP/1.1 200")
         assert is_closed(idle[0])
         assert is_open(server, idle[-1])  # it came last
+
+
+def test_a_burst_is_answered_or_refused_and_never_cut(serve: Serve) -> None:
+    """Clients that connect at once have asked before the server has read anything of theirs."""
+    server = serve(engine(), max_connections=MOST)
+    with opened(server, 8 * MOST, raw_post("/v1/completions", {"prompt": "x", "stream": True})) as clients:
+        answers = [client.recv(65536) for client in clients]
+    assert sum(answer.startswith(b"HTTP/1.1 200") for answer in answers) == MOST
+    assert sum(answer.startswith(b"HTTP/1.1 503") for answer in answers) == 7 * MOST
+
+
+def test_who_does_not_take_an_answer_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "STALLED_S", 0.2)
+    server = serve(engine(), max_connections=MOST)
+    asked = GET.format("/metrics").encode() * 2000
+    with opened(server, 1) as (client,):
+        client.setblocking(False)
+        sent = client.send(asked)
+        assert sent > 0 and until(lambda: count(server) == 0)
 
 
 @pytest.mark.parametrize("body", [True, False])
@@ -103,8 +123,9 @@ def test_where_all_are_busy_only_probes_are_answered(serve: Serve, body: bool) -
         assert ask(server, stream).startswith(b"HTTP/1.1 200")
 
 
-def test_beyond_the_reserve_nobody_is_heard(serve: Serve) -> None:
+def test_beyond_the_reserve_nobody_is_heard(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Busy connections are bounded too, whatever they ask for."""
+    monkeypatch.setattr(connections, "RESERVE", 16)
     server = serve(engine(), max_connections=1)
     half = HEAD.replace(b"/v1/completions", b"/health") + b"Content-Length: 9\r\n\r\n{"
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +23,9 @@ PACKAGES = (
     *("torch", "transformers", "safetensors", "huggingface_hub", "numpy", "accelerate", "triton"),
     *("fastapi", "uvicorn", "prometheus_client", "psutil", "matplotlib"),
 )
-_VARIABLES = ("EMOE_", "OMP_", "MKL_", "HF_", "CUDA_", "PYTORCH_", "CC")
-_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+_VARIABLES = ("EMOE_", "OMP_", "MKL_", "HF_", "CUDA_", "PYTORCH_")
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "AUTH", "CRED")
+_USER = re.compile(r"//[^/@]*@")
 
 
 def add_parser(commands: Any) -> None:
@@ -58,7 +60,7 @@ def facts() -> dict[str, Any]:
         **_of_torch(),
         "cache": _cache(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "variables": {name: _value(name) for name in sorted(os.environ) if name.startswith(_VARIABLES)},
+        "variables": {name: _value(name) for name in sorted(os.environ) if name == "CC" or name.startswith(_VARIABLES)},
     }
 
 
@@ -79,9 +81,17 @@ def _of_torch() -> dict[str, Any]:
         kernels = str(error)
     return {
         "threads": torch.get_num_threads(),
-        "devices": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
+        "devices": _devices(torch),
         "kernels": kernels,
     }
+
+
+def _devices(torch: Any) -> list[str]:
+    """Their names; what CUDA says where it cannot give them."""
+    try:
+        return [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    except RuntimeError as error:
+        return [f"CUDA fails: {error}"]
 
 
 def _cache() -> str:
@@ -99,7 +109,7 @@ def _version(name: str) -> str | None:
 
 def _value(name: str) -> str:
     """Its value, unless it may be a secret."""
-    return "(set)" if any(word in name.upper() for word in _SECRET) else os.environ[name]
+    return "(set)" if any(word in name.upper() for word in _SECRET) else _USER.sub("//...@", os.environ[name])
 
 
 def _shown(name: str, value: Any) -> str:

@@ -19,10 +19,10 @@ NATIVE_ROWS = 8
 """Rows of one expert up to which the C kernels run it, whose results do not depend on how many rows there are."""
 
 QUANTISED_ROWS = 16
-"""The same for quantised experts. Beyond, a matrix is unpacked block by block, and multiplied in C up to"""
+"""The same for quantised experts: beyond, a matrix is unpacked block by block."""
 
 UNPACKED_ROWS = 64
-"""rows, by torch above: there the C kernels prepare the rows anew for each block, and torch is faster."""
+"""Rows up to which the C kernels multiply such blocks; beyond, torch is faster, as C prepares the rows for each anew."""
 
 
 def grouped(

@@ -14,7 +14,7 @@ HUGE_BYTES = 2 << 20
 MADV_HUGEPAGE = 14
 
 FREED_BYTES_KEPT = 32 << 20
-"""Of freed memory, what the process keeps at most; larger pieces go back at once."""
+"""Of freed memory at the heap's end, what the process keeps at most; larger pieces go back at once."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 

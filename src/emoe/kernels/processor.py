@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from emoe.errors import UsageError
@@ -63,7 +64,9 @@ def multiplies_pairs(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def usable_threads() -> int:
-    """Threads that computing will have, unless it is told otherwise: OMP_NUM_THREADS, else this process's cores."""
+    """Threads that computing will have: torch's where it is there, else OMP_NUM_THREADS, else this process's cores."""
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "get_num_threads"):
+        return int(torch.get_num_threads())
     stated = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if stated.isdecimal() and int(stated) > 0:
         return int(stated)

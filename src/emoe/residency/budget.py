@@ -87,7 +87,7 @@ class PoolPlan:
 
         At 40 % memory a prompt of 512 tokens takes 12 % less time with 8 experts of 50 MB (gpt-oss) than with 4, and
         17 and 21 % less with 16 and 32 of 12.6 MB (OLMoE); decoding misses as before. At 20 % a quarter of the slots is
-        8 % faster than an eighth, and decoding misses 1 % more (docs/log.md).
+        4 to 6 % faster than an eighth, and decoding misses up to 0.6 % more (docs/log.md).
         """
         return max(MIN_PASSING, min(PASSING_BYTES // max(1, self.slot_nbytes), self.slots // 4))
 

@@ -42,11 +42,11 @@ class Early:
         self._commit = commit
         self._abort = abort
         self._following = dict(pairwise(sorted(table.experts)))
-        self._latest: dict[int, list[int]] = {}  # what each layer's latest chunk used, most tokens first
+        self._latest: dict[int, list[int]] = {}  # what each layer's latest chunk used, as `evenly` orders it
         self._flights: dict[Key, Flight] = {}
 
     def guess(self, layer: int, experts: list[int]) -> deque[Key]:
-        """What the layer after `layer` will probably miss, surest first, after a chunk that used `experts` of this."""
+        """What the layer after `layer` will probably miss, after a chunk that used `experts` of this, in that order."""
         table, following = self._table, self._following.get(layer)
         self._latest[layer] = experts
         if following is None or len(experts) < MOST_OF * table.experts[layer] or table.below_quota(following):
@@ -54,7 +54,7 @@ class Early:
         return self._missing(following)
 
     def _missing(self, layer: int) -> deque[Key]:
-        """What is not there of what the latest chunk used of `layer`, surest first; before any, of all its experts."""
+        """What is not there of what the latest chunk used of `layer`, in its order; before any, of all its experts."""
         order = self._latest.get(layer, range(self._table.experts[layer]))
         return deque((layer, expert) for expert in order if self._table.find((layer, expert)) is None)
 

@@ -60,11 +60,15 @@ class Filling:
         table = self.table
         self.peak_occupied = max(self.peak_occupied, table.occupied)
         what = f"expert {expert} of layer {layer} of {self._index.path}"
-        if self.transfers is not None:
-            passing = table.slots[slot].transient if passing is None else passing
-            return self.transfers.start(key, slot, priority, what, passing=passing, evicted=table.evicted)
-        views, first = self.bank.views[slot], threading.Event()
-        return self._loader.submit(lambda: self.read(key, views, priority, first.set), what, priority, first)
+        try:
+            if self.transfers is not None:
+                passing = table.slots[slot].transient if passing is None else passing
+                return self.transfers.start(key, slot, priority, what, passing=passing, evicted=table.evicted)
+            views, first = self.bank.views[slot], threading.Event()
+            return self._loader.submit(lambda: self.read(key, views, priority, first.set), what, priority, first)
+        except BaseException:  # there is no load that somebody could wait for or cancel
+            table.abort(slot)
+            raise
 
     def _room(self, key: Key, ahead: bool) -> bool:
         """Whether a load could begin now: on the way to a device it passes through host memory."""

@@ -66,14 +66,18 @@ class Transfers:
         held = host.seek(key)
         hit = held is not None
         fetch = self._fetches[slot] = _Fetch(key, held if held is not None else host.reserve(key, passing=passing), hit)
-        if evicted is not None:
-            self._save(evicted, slot, key, passing=passing)
         ahead = priority != DEMAND
-        if hit:
-            self._copy(fetch, slot, ahead)
-            host.given(fetch.host_slot)
-            return Load.ended(what, self.link_s)
-        return self._loader.submit(partial(self._bring, fetch, slot, ahead), what, priority)
+        try:
+            if evicted is not None:
+                self._save(evicted, slot, key, passing=passing)
+            if hit:
+                self._copy(fetch, slot, ahead)
+                host.given(fetch.host_slot)
+                return Load.ended(what, self.link_s)
+            return self._loader.submit(partial(self._bring, fetch, slot, ahead), what, priority)
+        except BaseException:
+            self.lost(slot)
+            raise
 
     def landed(self, slot: int, nbytes: int, counters: LayerCounters) -> None:
         """Note that a load ended: what uses the slot will wait for its copy."""
@@ -115,8 +119,13 @@ class Transfers:
         place = self.host.place_for(key, coming, passing=passing)
         if place is None:
             return
-        after = [*self._after(slot), *self.host.busy(place)]
-        back = self.device.copy(self._bank.memories[slot], self.host.memory(place), after, ahead=False)
+        try:
+            memory = self.host.memory(place)  # its block may be taken only now, and there may be no room for it
+            after = [*self._after(slot), *self.host.busy(place)]
+            back = self.device.copy(self._bank.memories[slot], memory, after, ahead=False)
+        except BaseException:
+            self.host.table.evict(place)
+            raise
         self.host.fill(place, back)
         self._last[slot] = back
         self.bytes_back += self._bank.slot_nbytes

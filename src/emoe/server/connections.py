@@ -16,8 +16,14 @@ from emoe.server.limits import CROWDED
 HEADER_TIMEOUT_S = 30.0
 """Seconds from a connection's beginning, or from the first byte of its next request, until the header is there."""
 
-RESERVE = 16
-"""Connections beyond the limit, while all others are busy: for whoever asks for /health or /metrics."""
+RESERVE = 128
+"""Connections beyond the limit, while nobody else can go: there only /health and /metrics are answered."""
+
+YOUNG_S = 1.0
+"""A connection on which nothing has been asked is left alone for so long: its request may be on its way already."""
+
+STALLED_S = 120.0
+"""A client that takes nothing of an answer for so long is given up."""
 
 _LATE = b"the request did not come in time"
 _CROWDED = b"too many connections"
@@ -31,20 +37,24 @@ class TimedProtocol(H11Protocol):
     uvicorn's `timeout_keep_alive`.
 
     Of more than `max_connections` the one goes on which nothing has been asked for the longest time. Where something
-    is under way on all of them, the request of one more is told so (`emoe.server.limits.CrowdLimit`).
+    is under way on all of them, what is asked on one more is refused (`emoe.server.limits.CrowdLimit`), also in a burst
+    of connections that come at once.
     """
 
     max_connections: int | None = None
     _late: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
     _idle_since = 0.0
+    _beyond = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there: the time for its first header runs."""
         self._idle_since = self.loop.time()
-        self.app_state = {**self.app_state, CROWDED: self._crowded}
+        self.app_state = {**self.app_state, CROWDED: self._turned_away}
         super().connection_made(transport)
         self._watch()
-        if self._crowded(RESERVE):
+        self._beyond = not self._has_place()
+        if self._beyond and len(self.connections) > (self.max_connections or 0) + RESERVE:
             self._refuse(503, b"Service Unavailable", _CROWDED)
 
     def data_received(self, data: bytes) -> None:
@@ -55,7 +65,19 @@ class TimedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
         self._stop()
+        self._go_on()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client takes nothing."""
+        super().pause_writing()
+        if self._stalled is None:
+            self._stalled = self.loop.call_later(STALLED_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It does again."""
+        self._go_on()
+        super().resume_writing()
 
     def on_response_complete(self) -> None:
         """From here on nothing is asked."""
@@ -74,18 +96,36 @@ class TimedProtocol(H11Protocol):
         """Whether a request is under way."""
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _crowded(self, beyond: int = 0) -> bool:
-        """Whether there are more connections than may be, and so many `beyond`, and nobody else who could go."""
-        if self.max_connections is None or len(self.connections) <= self.max_connections:
+    @property
+    def _may_go(self) -> bool:
+        """Whether it can be closed without anybody missing something."""
+        if self._busy or self.transport.is_closing() or self.transport.get_write_buffer_size():
             return False
-        idle = [each for each in self.connections if each is not self and isinstance(each, TimedProtocol)]
-        idle = [each for each in idle if not each._busy]
+        return self.cycle is not None or self.loop.time() - self._idle_since >= YOUNG_S
+
+    def _has_place(self) -> bool:
+        """Whether it is one of those that there may be, perhaps because another one goes."""
+        others = [each for each in self.connections if each is not self and isinstance(each, TimedProtocol)]
+        others = [each for each in others if not each._beyond]
+        if self.max_connections is None or len(others) < self.max_connections:
+            return True
+        idle = [each for each in others if each._may_go]
         if not idle:
-            return len(self.connections) > self.max_connections + beyond
+            return False
         gone = min(idle, key=lambda each: each._idle_since)
         self.connections.discard(gone)  # the loop tells it later
         gone.transport.close()
-        return False
+        return True
+
+    def _turned_away(self) -> bool:
+        """Whether there was no place when it came, nor is now."""
+        self._beyond = self._beyond and not self._has_place()
+        return self._beyond
+
+    def _go_on(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def _watch(self) -> None:
         if self._busy or self.transport.is_closing():

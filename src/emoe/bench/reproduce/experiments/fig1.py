@@ -97,9 +97,9 @@ EXPERIMENT = Experiment(
     title="Figure 1: loading experts during inference",
     question="Is loading the routed experts on demand, during inference, viable?",
     method=(
-        "The same requests, one after another, with all experts resident, loaded on demand with one layer's k kept, "
-        f"loaded on demand with {KEPT} kept, and with as many as eMoE; rounds alternate. The store is slowed so that "
-        "a load costs what it does on Mixtral over PCIe; with the store as it is (the page cache) besides."
+        "The same requests, one after another, with all experts resident, loaded on demand with nothing but one "
+        f"layer's k kept, loaded on demand with {KEPT} kept, and with as many as eMoE; rounds alternate. The store is "
+        "slowed so that a load costs what it does on Mixtral over PCIe; with the store as it is (the page cache) besides."
     ),
     expected=(
         "On demand costs 3.2 and 5 times the latency of all experts resident; the transfer alone takes 2.2 and 3.6 "
