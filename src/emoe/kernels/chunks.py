@@ -22,7 +22,7 @@ QUANTISED_ROWS = 16
 """The same for quantised experts: beyond, a matrix is unpacked block by block."""
 
 UNPACKED_ROWS = 64
-"""Rows up to which the C kernels multiply such blocks; beyond, torch is faster, as C prepares the rows for each anew."""
+"""Rows up to which the C kernels multiply such blocks; beyond, torch is faster: C prepares the rows for each anew."""
 
 
 def grouped(

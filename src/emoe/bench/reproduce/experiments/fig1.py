@@ -99,7 +99,8 @@ EXPERIMENT = Experiment(
     method=(
         "The same requests, one after another, with all experts resident, loaded on demand with nothing but one "
         f"layer's k kept, loaded on demand with {KEPT} kept, and with as many as eMoE; rounds alternate. The store is "
-        "slowed so that a load costs what it does on Mixtral over PCIe; with the store as it is (the page cache) besides."
+        "slowed so that a load costs what it does on Mixtral over PCIe; with the store as it is (the page cache) "
+        "besides."
     ),
     expected=(
         "On demand costs 3.2 and 5 times the latency of all experts resident; the transfer alone takes 2.2 and 3.6 "
