@@ -59,7 +59,10 @@ def test_without_a_command_it_helps_and_fails(capsys: pytest.CaptureFixture[str]
         (["servee"], "did you mean serve? (`emoe --help`"),
         (["bench", "decod"], "there is no benchmark 'decod': did you mean decode? (`emoe bench --help`"),
         (["serve", "-m", "x", "--port", "80"], "emoe serve does not know -m: give MODEL without -m (`emoe serve -"),
-        (["serve", "x", "--ctx-size=9", "-ngl", "3"], "--ctx-size is --max-model-len here; -ngl is --device here"),
+        (
+            ["serve", "x", "--ctx-size=9", "-ngl", "3"],
+            "for --ctx-size there is --max-model-len here; for -ngl there is --device here",
+        ),
         (["generate", "-c", "9", "x"], "nothing is to be set for -c: the context is the model's"),
         (["generate", "--expert-memroy", "3"], "did you mean --expert-memory?"),
         (["generate", "x", "Hello"], "emoe generate does not know Hello: a prompt goes after -p"),

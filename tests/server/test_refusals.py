@@ -94,6 +94,9 @@ def test_fields_that_are_refused(server: Running, fields: dict[str, Any], param:
         ({"metadata": {"task": ""}}, "metadata.task"),
         ({"metadata": {"task": "a "}}, "metadata.task"),
         ({"metadata": {"task": "a" * 65}}, "metadata.task"),
+        ({"metadata": {"task": "a\nb"}}, "metadata.task"),
+        ({"metadata": {"task": "a\x00b"}}, "metadata.task"),
+        ({"emoe": {"task": "a\rb"}}, "cannot be printed"),
     ],
 )
 def test_fields_at_odds(server: Running, fields: dict[str, Any], message: str) -> None:

@@ -33,8 +33,9 @@ _OPTIONS = {
     ),
     ("--gpu-memory-utilization",): ("--memory", "--expert-memory"),
     ("--quantization", "--load-in-8bit", "--load-in-4bit"): ("--expert-dtype",),
-    ("-tp", "--tensor-parallel-size"): ("--device",),
-    ("-np", "--parallel", "-b", "--batch-size"): ("--max-num-seqs", "--batch"),
+    ("-tp", "--tensor-parallel-size"): ("--expert-devices", "--device"),
+    ("-np", "--parallel"): ("--max-num-seqs", "--batch"),
+    ("-b", "--batch-size"): ("--max-num-batched-tokens",),
     ("-a", "--alias"): ("--served-model-name",),
     ("--mlock", "--no-mmap"): ("--reader",),
 }
@@ -63,7 +64,7 @@ def of_options(words: Iterable[str], help_text: str) -> str:
         if theirs == "MODEL":
             found.append(f"give MODEL without {word}")
         elif theirs is not None:
-            found.append(f"{word} is {theirs} here" if same else f"did you mean {theirs}?")
+            found.append(f"for {word} there is {theirs} here" if same else f"did you mean {theirs}?")
         elif word in _CONTEXT:
             found.append(f"nothing is to be set for {word}: the context is the model's")
     if not found and "--prompt TEXT" in help_text:

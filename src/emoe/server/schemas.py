@@ -60,11 +60,18 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 
 
+def _printable(text: str) -> str:
+    """A label comes back in a header, which cannot hold line breaks and the like."""
+    if not text.isprintable():
+        raise ValueError("has characters that cannot be printed, line breaks for example: leave them out")
+    return text
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
-Label = Annotated[Text, Field(min_length=1, max_length=64, pattern=r"^\S(.*\S)?$")]
+Label = Annotated[Text, Field(min_length=1, max_length=64, pattern=r"^\S(.*\S)?$"), AfterValidator(_printable)]
 Milliseconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Stop = Annotated[Text, Field(min_length=1, max_length=1024)]
 
@@ -141,6 +148,8 @@ class _Request(_Body):
         if labelled is not None:
             if not labelled or labelled != labelled.strip() or len(labelled) > 64:
                 raise ValueError("metadata.task must be a label of 1 to 64 characters without spaces around it")
+            if not labelled.isprintable():
+                raise ValueError("metadata.task has characters that cannot be printed: leave them out")
             if self.emoe is not None and self.emoe.task not in {None, labelled}:
                 raise ValueError("metadata.task and emoe.task name two tasks; give one")
         return self
