@@ -18,12 +18,15 @@ def test_it_says_what_runs_and_keeps_secrets(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_abc")
     monkeypatch.setenv("EMOE_API_KEY", "sk-abc")
+    monkeypatch.setenv("CUDA_DB_PASSWD", "abc")
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:abc@mirror.example/models")
     monkeypatch.setenv("EMOE_CACHE", str(tmp_path / "not" / "yet"))
     assert main(["info", "--json"]) == 0
     printed = capsys.readouterr().out
     found = json.loads(printed)
     assert "abc" not in printed
     assert found["variables"]["HF_TOKEN"] == found["variables"]["EMOE_API_KEY"] == "(set)"
+    assert found["variables"]["HF_ENDPOINT"] == "https://...@mirror.example/models"
     assert found["emoe"].startswith(emoe.__version__)
     assert found["packages"]["torch"] == torch.__version__
     assert found["cache"] == str(tmp_path / "not" / "yet")
@@ -42,3 +45,13 @@ def test_it_tells_of_a_torch_and_of_kernels_that_do_not_work(
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["info"]) == 0
     assert "torch       cannot be imported: " in capsys.readouterr().out
+
+
+def test_it_tells_of_a_cuda_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(number: int) -> str:
+        raise RuntimeError("CUDA unknown error")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", fails)
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["devices"] == ["CUDA fails: CUDA unknown error"]

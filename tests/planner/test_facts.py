@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import emoe
@@ -19,17 +20,21 @@ from emoe.checkpoint.skeleton import skeleton
 from emoe.errors import CheckpointError, UnsupportedModelError, UsageError
 from emoe.kernels.choice import VARIABLE
 from emoe.planner import facts_of
-from emoe.planner.activations import MASK_NBYTES, activation_bytes, scratch_bytes, why_not_native
+from emoe.planner.activations import HOLES_BYTES, MASK_NBYTES, activation_bytes, scratch_bytes, why_not_native
 from emoe.planner.dry_run import facts_by_dry_run
 from emoe.planner.facts import ExpertLayer, Facts, by_size
-from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
+from emoe.planner.from_headers import MEASURED, Unsure, facts_from_headers, read_config
 from emoe.planner.live_bytes import LiveBytes
 from emoe.planner.plan import cache_tokens
 from tests.conftest import Checkpoints
-from tests.families import FAMILIES, make_config
+from tests.families import FAMILIES, make_checkpoint, make_config
 
 # Families whose caches or names headers alone do not settle. A family that leaves this list is good news.
 DRY_RUN_ONLY = {"inkling2_text", "jamba", "minimax", "nemotron_h"}
+WIDE: dict[str, Any] = {
+    **{"hidden_size": 1024, "intermediate_size": 256, "moe_intermediate_size": 128, "head_dim": 128},
+    **{"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096},
+}
 FUSED = ("aria_text", "gpt_oss", "granitemoe", "mixtral", "qwen3_moe")
 
 
@@ -158,6 +163,27 @@ def test_a_prompt_takes_what_is_planned_and_not_much_less(
     # The C kernels write no scores out for keys and values of unequal size.
     if native or kernels == "torch":
         assert planned < (2.2 if native else 3) * live.peak
+
+
+@pytest.mark.parametrize("family", sorted(MEASURED))
+def test_no_tensor_is_missing_of_a_family_that_is_planned_as_the_c_kernels_read_it(family: str, tmp_path: Path) -> None:
+    """At a width where neither the holes of freed memory nor the route could hide what is not counted."""
+    if family not in FAMILIES:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    known: dict[str, Any] = make_config(family).to_dict()
+    path = make_checkpoint(
+        family, tmp_path, dtype=torch.bfloat16, **{name: WIDE[name] for name in WIDE.keys() & known.keys()}
+    )
+    _, facts = facts_of(path)
+    if why := why_not_native(facts):
+        pytest.skip(why)
+    model, _ = emoe.load(path)
+    with torch.no_grad(), LiveBytes() as live:
+        model(input_ids=torch.randint(5, 100, (1, 1024)), use_cache=True, logits_to_keep=1)
+    emoe.close(model)
+    made = activation_bytes(facts, 1024, 1, native=True) - scratch_bytes(facts, 1024)
+    tensors = max(made - HOLES_BYTES, -(-made * 4 // 5))
+    assert live.peak <= facts.cache_bytes(1024, 1) + tensors
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "glm4_moe", "gemma4_text"])

@@ -362,12 +362,13 @@ def _activations(
     )
 
 
-_MEASURED = (
+MEASURED = (
     *("dots1", "exaone_moe", "glm4_moe", "gpt_oss", "granitemoe", "hunyuan_v1_moe"),
     *("minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"),
 )
-"""Families whose passes were seen to hold no more than `_native` counts. ERNIE-4.5, FlexOlmo and Hunyuan V3 turn
-positions or add experts in float32, up to 1.35 times as much: they and all others are counted as torch computes."""
+"""Families whose passes hold no more than `_native` counts: a test runs each of them, wide. ERNIE-4.5, FlexOlmo and
+Hunyuan V3 turn positions or add experts in float32, up to 1.35 times as much: they and all others are counted as torch
+computes."""
 
 
 def _native(
@@ -379,7 +380,7 @@ def _native(
     A block holds its tokens three times (the embeddings, what came in, its norm), four times in an MLP, five times in
     one beside experts. Positions are turned in four copies of the queries; a gated MLP has three of its inner rows.
     """
-    if config.get("model_type") not in _MEASURED:
+    if config.get("model_type") not in MEASURED:
         return 0, 0, 0, False
     most = cached = 0
     head = _head_dim(config, hidden)
