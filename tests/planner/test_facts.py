@@ -16,6 +16,7 @@ import emoe
 from emoe.checkpoint.codecs.formats import CODECS, ExpertCodec, coded_parts
 from emoe.checkpoint.headers import read_headers
 from emoe.checkpoint.index import build_index
+from emoe.checkpoint.settings import read_config
 from emoe.checkpoint.skeleton import skeleton
 from emoe.errors import CheckpointError, UnsupportedModelError, UsageError
 from emoe.kernels.choice import VARIABLE
@@ -23,9 +24,11 @@ from emoe.planner import facts_of
 from emoe.planner.activations import HOLES_BYTES, MASK_NBYTES, activation_bytes, scratch_bytes, why_not_native
 from emoe.planner.dry_run import facts_by_dry_run
 from emoe.planner.facts import ExpertLayer, Facts, by_size
-from emoe.planner.from_headers import MEASURED, Unsure, facts_from_headers, read_config
+from emoe.planner.from_headers import facts_from_headers
 from emoe.planner.live_bytes import LiveBytes
 from emoe.planner.plan import cache_tokens
+from emoe.planner.tensors import Unsure
+from emoe.planner.widths import MEASURED
 from tests.conftest import Checkpoints
 from tests.families import FAMILIES, make_checkpoint, make_config
 

@@ -117,7 +117,7 @@ class _Bench:
         return made.total_bytes - made.import_bytes
 
     def _check_length(self) -> None:
-        from emoe.planner.from_headers import read_config
+        from emoe.checkpoint.settings import read_config
 
         longest = read_config(self.folder).get("max_position_embeddings")
         wanted = self.settings.positions

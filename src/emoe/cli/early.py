@@ -7,11 +7,13 @@ import argparse
 from emoe import nano
 from emoe.checkpoint.codecs.formats import NATIVE, codec_of
 from emoe.checkpoint.headers import read_headers
+from emoe.checkpoint.settings import read_config
 from emoe.checkpoint.source import resolve
 from emoe.config import ExpertMemory
 from emoe.planner.facts import layer_needs
-from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
+from emoe.planner.from_headers import facts_from_headers
 from emoe.planner.remote import is_hub_id
+from emoe.planner.tensors import Unsure
 from emoe.policies.foresight import Foresight
 from emoe.residency.budget import plan_slots
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from emoe.checkpoint.settings import read_config
 from emoe.errors import UnsupportedModelError, UsageError
 from emoe.planner.facts import Facts
-from emoe.planner.from_headers import read_config
 from emoe.planner.remote import remote_settings
 
 GENERATION = "generation_config.json"

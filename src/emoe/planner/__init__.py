@@ -12,14 +12,16 @@ from typing import Any
 
 from emoe.checkpoint.codecs.formats import NATIVE, ExpertCodec, codec_of
 from emoe.checkpoint.headers import TensorEntry, read_headers
+from emoe.checkpoint.settings import read_config
 from emoe.checkpoint.source import resolve
 from emoe.config import Embeddings, ExpertMemory, parse_host_memory
 from emoe.errors import UnsupportedModelError
 from emoe.planner.facts import Facts
-from emoe.planner.from_headers import Unsure, facts_from_headers, read_config
+from emoe.planner.from_headers import facts_from_headers
 from emoe.planner.limits import find_limits
 from emoe.planner.plan import Plan, make_plan
 from emoe.planner.remote import is_hub_id, remote_checkpoint
+from emoe.planner.tensors import Unsure
 from emoe.planner.verdict import verdict
 
 __all__ = ["Facts", "Plan", "facts_of", "plan", "plan_facts", "verdict"]
