@@ -22,6 +22,7 @@ from emoe.engine.interface import (
     TokenEvent,
 )
 from emoe.errors import EmoeError
+from emoe.tasks.labels import TaskLabels
 
 REPORT = Report(
     id="r",
@@ -95,6 +96,7 @@ class ScriptedEngine:
 
     def __init__(self, script: Script | Callable[[Submission], Script] = ()) -> None:
         self.settings = EngineSettings()
+        self.labels = TaskLabels()
         self.alive = True
         self.failure: EmoeError | None = None
         self.mode: Mode = "exact"

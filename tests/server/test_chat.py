@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from emoe import nano
+from emoe.tasks.labels import TASKS_AT_MOST, TaskLabels
 from tests.server.conftest import Running, raw_post, until
 
 PROMPT = next(each["prompt"] for each in nano.prompts() if each["task"] == "summarise")
@@ -116,6 +117,13 @@ def test_a_label_goes_before_keywords(server: Running) -> None:
         assert (reply.json()["emoe"]["task"], reply.json()["emoe"]["task_source"]) == ("maths", "label")
     streamed = server.chat(PROMPT, max_tokens=1, stream=True, metadata={"task": "mäths"})
     assert streamed.headers["x-emoe-task"] == "m\\xe4ths"
+
+
+def test_a_label_too_many_is_another_in_headers_too(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.service.engine, "labels", TaskLabels(map(str, range(TASKS_AT_MOST))))
+    for stream in (False, True):
+        reply = server.chat(PROMPT, max_tokens=1, stream=stream, metadata={"task": "one too many"})
+        assert reply.headers["x-emoe-task"] == "other" and '"task":"other"' in reply.text
 
 
 def test_several_choices(client: Any) -> None:

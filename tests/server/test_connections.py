@@ -37,6 +37,12 @@ def read_all(connection: socket.socket) -> bytes:
     return reply
 
 
+def to_the_end(connection: socket.socket) -> bytes:
+    """As `read_all`; a reset is an error."""
+    connection.settimeout(20)
+    return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
 def drip(connection: socket.socket, text: bytes, every_s: float = 0.05, times: int = 200) -> None:
     """Send a little again and again, until the server no longer takes it."""
     try:
@@ -53,7 +59,9 @@ def test_a_header_that_does_not_end(serve: Serve, impatient: pytest.MonkeyPatch,
     server = serve(engine())
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(begun)
-        assert read_all(connection).startswith(b"HTTP/1.1 408 Request Timeout")
+        reply = read_all(connection)
+    assert reply.startswith(b"HTTP/1.1 408 Request Timeout") and b'"code":"header_timeout"' in reply
+    assert (b'refused_total{code="header_timeout"' in server.service.metrics.text()) == bool(begun)
     impatient.undo()
     assert server.chat().status_code == 200
 
@@ -106,3 +114,49 @@ def test_answers_may_take_longer(serve: Serve, monkeypatch: pytest.MonkeyPatch) 
     server = serve(ScriptedEngine([*tokens(WORLD), 2.5, *tokens(WORLD), finished()]))
     reply = server.post("/v1/completions", {"prompt": "x", "stream": True})
     assert reply.status_code == 200 and reply.text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"hello\r\n\r\n", b"400 Bad Request", b"invalid_http"),
+        (b"GET /health HTTP/1.1\r\n\r\n", b"400 Bad Request", b"invalid_http"),
+        (HEAD + b"Transfer-Encoding: gzip\r\n\r\n", b"501 Not Implemented", b"invalid_http"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", b"400 Bad Request", b"invalid_http"),
+        (HEAD + b"A: " + b"a" * (4 << 20), b"431 Request Header Fields Too Large", b"header_too_large"),
+    ],
+)
+def test_what_is_no_http_is_answered_and_counted(
+    serve: Serve, sent: bytes, status: bytes, code: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where more is on its way than was read: the connection is not reset before the answer is there."""
+    server = serve(engine())
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(sent)
+        reply = to_the_end(connection)
+    assert reply.startswith(b"HTTP/1.1 " + status) and b'"code":"' + code in reply
+    assert b'refused_total{code="' + code in server.service.metrics.text()
+    assert server.chat().status_code == 200
+    assert "Traceback" not in caplog.text
+
+
+def test_what_is_no_http_after_an_answer_ends_the_connection(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """A body goes wrong that was refused before it was read."""
+    server = serve(engine(), api_key="right")
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        reply = b""
+        while b'"invalid_api_key"}}' not in reply:
+            reply += connection.recv(4096)
+        connection.sendall(b"zz\r\n")
+        assert to_the_end(connection) == b""
+    assert "Traceback" not in caplog.text
+
+
+def test_who_lingers_is_hung_up_on(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "LINGER_S", 0.2)
+    server = serve(engine())
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"hello\r\n\r\n")
+        drip(connection, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert until(lambda: not server.server.server_state.connections)

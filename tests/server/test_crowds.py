@@ -17,7 +17,7 @@ from emoe.server import connections, running
 from emoe.server.settings import MAX_CONNECTIONS
 from tests.server.conftest import Running, Serve, raw_post, until
 from tests.server.stand_ins import ScriptedEngine, finished, tokens
-from tests.server.test_connections import HEAD, WORLD, read_all
+from tests.server.test_connections import HEAD, WORLD, read_all, to_the_end
 
 MOST = 4
 GET = "GET {} HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -106,18 +106,21 @@ def test_who_does_not_take_an_answer_is_given_up(serve: Serve, monkeypatch: pyte
 @pytest.mark.parametrize("body", [True, False])
 def test_where_all_are_busy_only_probes_are_answered(serve: Serve, body: bool) -> None:
     """Streams under way, or bodies that do not come, are not cut for others."""
-    server = serve(engine(), max_connections=MOST)
+    server = serve(engine(), max_connections=MOST, cors_origins=("https://a.example",))
     stream = raw_post("/v1/completions", {"prompt": "x", "stream": True})
     text = HEAD + b"Content-Length: 9\r\n\r\n{" if body else stream
     with opened(server, MOST, text) as clients:
         assert until(lambda: count(server) == MOST and busy(server))
         for path in ("/health", "/metrics"):
             assert ask(server, GET.format(path).encode()).startswith(b"HTTP/1.1 200")
-        with opened(server, 1, stream) as (refused,):
+        with opened(server, 1, stream.replace(b"Host: x", b"Host: x\r\nOrigin: https://a.example")) as (refused,):
             reply = read_all(refused)
+        assert b"access-control-allow-origin: https://a.example" in reply  # a page may read why
         assert reply.startswith(b"HTTP/1.1 503") and b'"code":"too_many_connections"' in reply
         assert b"retry-after: 1" in reply.lower() and b"connection: close" in reply.lower()
         assert b'requests_refused_total{code="too_many_connections"' in server.service.metrics.text()
+        with opened(server, 1, raw_post("/v1/completions", {"prompt": "x" * 3_000_000})) as (refused,):
+            assert to_the_end(refused).startswith(b"HTTP/1.1 503")  # not a reset while it still sends
         clients[0].close()
         assert until(lambda: count(server) == MOST - 1)
         assert ask(server, stream).startswith(b"HTTP/1.1 200")
@@ -132,8 +135,18 @@ def test_beyond_the_reserve_nobody_is_heard(serve: Serve, monkeypatch: pytest.Mo
         for number in range(1 + connections.RESERVE):
             stack.enter_context(opened(server, 1, half))
             assert until(lambda most=number + 1: count(server) == most and busy(server))  # type: ignore[misc]
-        with opened(server, 1) as (one,):
-            assert read_all(one).startswith(b"HTTP/1.1 503 Service Unavailable")
+        for lingering in (connections.LINGERING, 0):
+            monkeypatch.setattr(connections, "LINGERING", lingering)
+            with opened(server, 1) as (one,):
+                reply = to_the_end(one)
+            assert reply.startswith(b"HTTP/1.1 503 Service Unavailable") and b"retry-after: 1" in reply.lower()
+            assert reply.endswith(b'"code":"too_many_connections"}}')
+        monkeypatch.undo()
+        monkeypatch.setattr(connections, "RESERVE", 16)
+        for _ in range(5):  # a request that was on its way resets nothing
+            with opened(server, 1, raw_post("/v1/completions", {"prompt": "x" * 200_000})) as (one,):
+                assert to_the_end(one).startswith(b"HTTP/1.1 503 Service Unavailable")
+    assert b'refused_total{code="too_many_connections",model_name="emoe-nano"} 7.0' in server.service.metrics.text()
 
 
 def test_a_body_that_does_not_come_does_not_hold_up_the_end(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:

@@ -218,6 +218,14 @@ def test_no_chat_template(tokenizer: Any) -> None:
         assert (reply.status_code, reply.json()["error"]["code"]) == (400, "chat_template_missing")
         assert "/v1/completions" in reply.json()["error"]["message"]
         assert server.post("/v1/completions", {"prompt": "x"}).status_code == 200
+        for template, said in (
+            ("{{ 1 + 'a' }}", "TypeError: unsupported operand"),
+            ("{{ none|length }}", "TypeError: "),
+        ):
+            bare.chat_template = template
+            error = server.chat().json()["error"]
+            assert (error["code"], error["param"]) == ("chat_template_refused", "messages")
+            assert said in error["message"]
         bare.chat_template = "{{ raise_exception('roles must alternate') }}"
         assert "roles must alternate" in server.chat().json()["error"]["message"]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from emoe.server import limits
 from emoe.server.limits import CROWDED, OPEN_PATHS, PROBES, ApiKey, BodyLimit, CrowdLimit
 
 Sent = dict[str, Any]
@@ -111,7 +112,7 @@ def test_on_a_connection_too_many_only_probes_and_events_pass() -> None:
     behind, crowd = Behind(), [True]
 
     def called(**scope: Any) -> list[Sent]:
-        return drive(CrowdLimit(behind, codes.append), [], state={CROWDED: lambda: crowd[0]}, **scope)[0]
+        return drive(CrowdLimit(behind, 10, codes.append), [], state={CROWDED: lambda: crowd[0]}, **scope)[0]
 
     assert called()[0]["status"] == 503 and behind.called == 0 and codes == ["too_many_connections"]
     for scope in [*({"path": path} for path in sorted(PROBES)), {"type": "lifespan"}]:
@@ -120,5 +121,40 @@ def test_on_a_connection_too_many_only_probes_and_events_pass() -> None:
     crowd[0] = False
     before = behind.called
     assert called() == [] and behind.called == before + 1
-    drive(CrowdLimit(behind, never), [])  # nothing says how many there are
+    drive(CrowdLimit(behind, 10, never), [])  # nothing says how many there are
     assert behind.called == before + 2 and len(codes) == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "bodies", "unread"),
+    [
+        ({}, [b"x" * 10, b"x" * 70], 0),
+        ({"content-length": "80"}, [b"x" * 10, b"x" * 70], 0),
+        ({"content-length": "81"}, [b"x" * 81], 1),
+        ({}, [b"x" * 81, b"x"], 1),
+        ({"content-length": "11", "expect": "100-Continue"}, [b"x" * 11], 1),  # who asks first has sent nothing
+    ],
+)
+@pytest.mark.parametrize("limit", [CrowdLimit, BodyLimit])
+def test_a_refused_body_is_read_out(limit: Any, headers: dict[str, str], bodies: list[bytes], unread: int) -> None:
+    """Else the client, which still sends, sees a reset in the place of the answer."""
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    made = limit(Behind(), max_bytes=10, refused=lambda code: None)
+    sent, left = drive(made, parts(*bodies), headers=raw, state={CROWDED: lambda: True})
+    assert sent[0]["status"] in {413, 503} and len(left) == unread
+
+
+def test_a_refused_body_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CROWDED_READ_S", 0.05)
+    sent: list[Sent] = []
+
+    async def receive() -> Sent:
+        await asyncio.sleep(60)
+        raise AssertionError("it came")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "state": {CROWDED: lambda: True}}
+    asyncio.run(CrowdLimit(Behind(), 10, lambda code: None)(scope, receive, send))
+    assert sent[0]["status"] == 503

@@ -87,20 +87,22 @@ def test_fields_that_are_refused(server: Running, fields: dict[str, Any], param:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"top_logprobs": 2}, "logprobs: true"),
-        ({"stream_options": {"include_usage": True}}, "set stream to true"),
-        ({"max_tokens": 1, "max_completion_tokens": 2}, "give one"),
-        ({"metadata": {"task": "a"}, "emoe": {"task": "b"}}, "two tasks"),
-        ({"metadata": {"task": ""}}, "metadata.task"),
-        ({"metadata": {"task": "a "}}, "metadata.task"),
-        ({"metadata": {"task": "a" * 65}}, "metadata.task"),
-        ({"metadata": {"task": "a\nb"}}, "metadata.task"),
-        ({"metadata": {"task": "a\x00b"}}, "metadata.task"),
-        ({"emoe": {"task": "a\rb"}}, "cannot be printed"),
+        ({"top_logprobs": 2}, "top_logprobs: needs logprobs: true"),
+        ({"stream_options": {"include_usage": True}}, "stream_options: it is for streams: set stream to true"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens: is the older name of max_completion_tokens"),
+        ({"metadata": {"task": "a"}, "emoe": {"task": "b"}}, "metadata.task: it and emoe.task name two tasks"),
+        ({"metadata": {"task": ""}}, "metadata.task: must be a label"),
+        ({"metadata": {"task": "a "}}, "metadata.task: must be a label"),
+        ({"metadata": {"task": "a" * 65}}, "metadata.task: must be a label"),
+        ({"metadata": {"task": "a\nb"}}, "metadata.task: has characters that cannot be printed"),
+        ({"metadata": {"task": "a\x00b"}}, "metadata.task: has characters that cannot be printed"),
+        ({"emoe": {"task": "a\rb"}}, "emoe.task: has characters that cannot be printed"),
     ],
 )
 def test_fields_at_odds(server: Running, fields: dict[str, Any], message: str) -> None:
-    assert message in error_of(server.chat(**fields), 400)["message"]
+    error = error_of(server.chat(**fields), 400)
+    assert error["message"].startswith(message)
+    assert (error["param"], error["code"]) == (message.partition(":")[0], "invalid_value")
 
 
 def test_fields_that_agree() -> None:
@@ -133,6 +135,7 @@ def test_fields_that_agree() -> None:
 def test_completions_refuse_by_name_too(server: Running, fields: dict[str, Any]) -> None:
     error = error_of(server.post("/v1/completions", {"prompt": "a", **fields}), 400)
     assert next(iter(fields)) in error["message"]
+    assert error["param"] == next(iter(fields))
 
 
 @pytest.mark.parametrize(

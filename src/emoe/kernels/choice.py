@@ -60,13 +60,15 @@ def kernel_of(device: torch.device | str, dtype: torch.dtype) -> Kernel:
     if dtype not in TYPES:
         return Kernel("torch", f"the C kernels know bfloat16 and float32, not {str(dtype).removeprefix('torch.')}")
     calls = _calls()
-    if dtype is torch.bfloat16:
-        _compare(calls)
     if isinstance(calls, Calls):
+        if dtype is torch.bfloat16:
+            _compare(calls)
         return Kernel("native", "compiled for this processor", calls)
     if wanted == "native":
         raise UsageError(f"{VARIABLE} is native, but {calls}.") from calls
-    _say_once(f"few tokens are computed by torch, at about half the speed: {calls}")
+    more = dtype is torch.bfloat16 and not why_torch("bfloat16")
+    prompts = ", and so are prompts, which take more memory than `emoe plan` counts" if more else ""
+    _say_once(f"few tokens are computed by torch, at about half the speed{prompts}: {calls}")
     return Kernel("torch", str(calls))
 
 
@@ -85,13 +87,13 @@ def _calls() -> Calls | BuildError:
         return error
 
 
-def _compare(calls: Calls | BuildError) -> None:
+def _compare(calls: Calls) -> None:
     """Say so where prompts are computed otherwise than plans suppose."""
-    expected, found = not why_torch("bfloat16"), isinstance(calls, Calls) and calls.knows_many
-    if expected and not found:
-        why = "the compiler used what this processor has otherwise" if isinstance(calls, Calls) else calls
+    expected = not why_torch("bfloat16")
+    if expected and not calls.knows_many:
+        why = "the compiler used what this processor has otherwise"
         _say_once(f"prompts are computed by torch and take more memory than `emoe plan` counts: {why}")
-    elif found and not expected:
+    elif calls.knows_many and not expected:
         _say_once(f"prompts take less memory than `emoe plan` counts, which supposed: {why_torch('bfloat16')}")
 
 

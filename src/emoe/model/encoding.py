@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from traceback import walk_tb
 from typing import Any
 
 from emoe.errors import UsageError
@@ -53,4 +54,13 @@ def encode(
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, return_dict=False)
     except TemplateError as error:
         raise TemplateRefusal(str(error).rstrip("."), name) from error
+    except Exception as error:  # a template can raise whatever Python does: None has no length, 1 is no text
+        if not _within_template(error):
+            raise
+        raise TemplateRefusal(f"{type(error).__name__}: {error}".rstrip("."), name) from error
     return list(ids)
+
+
+def _within_template(error: Exception) -> bool:
+    """Whether the error passed through a template's code, which jinja2 compiles under this file name."""
+    return any(frame.f_code.co_filename == "<template>" for frame, _ in walk_tb(error.__traceback__))

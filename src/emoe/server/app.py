@@ -90,11 +90,11 @@ def create_app(engine: EngineLike, settings: ServerSettings, tokenizer: Any, mod
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, refused=refused)
     if settings.api_key is not None:
         app.add_middleware(ApiKey, key=settings.api_key, refused=refused)
-    if settings.cors_origins:
+    app.add_middleware(CrowdLimit, max_bytes=settings.max_body_bytes, refused=refused)
+    if settings.cors_origins:  # last, so that a page may read every refusal
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(CrowdLimit, refused=refused)
     return app
 
 

@@ -13,12 +13,14 @@ from starlette.types import Receive
 from emoe.engine.interface import EngineSettings, Event, FinishedEvent, OnEvent, Submission
 from emoe.errors import EmoeError
 from emoe.server.metrics import Watched
+from emoe.tasks.labels import TaskLabels
 
 
 class EngineLike(Watched, Protocol):
     """What the server asks of an engine (`emoe.engine.engine.Engine`)."""
 
     settings: EngineSettings
+    labels: TaskLabels
 
     @property
     def alive(self) -> bool: ...

@@ -7,11 +7,14 @@ few hundred that lie idle would keep everybody out, the probes of /health too.
 from __future__ import annotations
 
 import asyncio
+import sys
+from http import HTTPStatus
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from emoe.server.limits import CROWDED
+from emoe.server.errors import ApiError
+from emoe.server.limits import CROWDED, Refused, too_many_connections
 
 HEADER_TIMEOUT_S = 30.0
 """Seconds from a connection's beginning, or from the first byte of its next request, until the header is there."""
@@ -25,12 +28,20 @@ YOUNG_S = 1.0
 STALLED_S = 120.0
 """A client that takes nothing of an answer for so long is given up."""
 
-_LATE = b"the request did not come in time"
-_CROWDED = b"too many connections"
+_CLOSE = {"Connection": "close"}
+
+LINGER_S = 1.0
+"""Who was refused before all was read may send on for so long: what comes to a closed socket resets the connection, and
+the client would see that in the place of the answer."""
+
+LINGERING = 64
+"""So many connections beyond `RESERVE` may do so; further ones are closed at once."""
 
 
 class TimedProtocol(H11Protocol):
     """uvicorn's protocol, which hangs up (408) on who owes the rest of a request that nobody waits for any more.
+
+    What it refuses itself is answered as everywhere (`emoe.server.errors`), and counted (`refused`).
 
     Owed is the header, and what is left of a body that was answered before it was read. A body that an endpoint waits
     for is the business of `emoe.server.limits.BodyLimit`, and a connection on which nothing was begun that of
@@ -46,6 +57,11 @@ class TimedProtocol(H11Protocol):
     _stalled: asyncio.TimerHandle | None = None
     _idle_since = 0.0
     _beyond = False
+    _refusal: asyncio.TimerHandle | None = None
+
+    @staticmethod
+    def refused(code: str | None) -> None:
+        """Is told of every refusal (`limited` says who listens)."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there: the time for its first header runs."""
@@ -54,11 +70,14 @@ class TimedProtocol(H11Protocol):
         super().connection_made(transport)
         self._watch()
         self._beyond = not self._has_place()
-        if self._beyond and len(self.connections) > (self.max_connections or 0) + RESERVE:
-            self._refuse(503, b"Service Unavailable", _CROWDED)
+        more = len(self.connections) - (self.max_connections or 0) - RESERVE
+        if self._beyond and more > 0:
+            self._refuse(too_many_connections(), linger=more <= LINGERING)
 
     def data_received(self, data: bytes) -> None:
         """Some of a request has come; the time it may take is not begun anew."""
+        if self._refusal is not None:
+            return
         super().data_received(data)
         self._watch()
 
@@ -66,6 +85,8 @@ class TimedProtocol(H11Protocol):
         """The client is gone."""
         self._stop()
         self._go_on()
+        if self._refusal is not None:
+            self._refusal.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -86,7 +107,7 @@ class TimedProtocol(H11Protocol):
 
     def shutdown(self) -> None:
         """The server ends: who still sends a body would wait for a refusal, and is not waited for."""
-        if self._busy and self.cycle.more_body and not self.cycle.response_started:
+        if self._refusal is not None or (self._busy and self.cycle.more_body and not self.cycle.response_started):
             self.transport.close()
         else:
             super().shutdown()
@@ -128,7 +149,7 @@ class TimedProtocol(H11Protocol):
             self._stalled = None
 
     def _watch(self) -> None:
-        if self._busy or self.transport.is_closing():
+        if self._busy or self._refusal is not None or self.transport.is_closing():
             self._stop()
         elif self._late is None:
             self._late = self.loop.call_later(HEADER_TIMEOUT_S, self._hang_up)
@@ -142,18 +163,42 @@ class TimedProtocol(H11Protocol):
         """The time is over."""
         if self.transport.is_closing():
             return
-        self._refuse(408, b"Request Timeout", _LATE)
+        text = f"the header did not come within {HEADER_TIMEOUT_S:g} s; send it at once"
+        asked = bool(self.conn.trailing_data[0])  # a browser that connects ahead has asked for nothing
+        self._refuse(ApiError(408, text, code="header_timeout", headers=_CLOSE), counted=asked)
 
-    def _refuse(self, status: int, reason: bytes, text: bytes) -> None:
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP: uvicorn would say 400 to everything, also in the middle of an answer."""
+        error = sys.exception()
+        status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+        code = "header_too_large" if status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE else "invalid_http"
+        self._refuse(ApiError(status, f"this is no HTTP request that can be read: {error}", code=code, headers=_CLOSE))
+
+    def _refuse(self, error: ApiError, *, counted: bool = True, linger: bool = True) -> None:
         """Say why, where nothing has been said, and hang up."""
-        if self.conn.our_state is h11.IDLE:
-            headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-            answer = h11.Response(status_code=status, headers=headers, reason=reason)
-            for event in (answer, h11.Data(data=text), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        if self.conn.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
+            self.transport.close()
+            return
+        if counted:
+            self.refused(error.code)
+        reply = error.response()
+        reason = HTTPStatus(reply.status_code).phrase.encode()
+        answer = h11.Response(status_code=reply.status_code, headers=reply.raw_headers, reason=reason)
+        for event in (answer, h11.Data(data=bytes(reply.body)), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None:  # an endpoint that waits for the rest of a body
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self._stop()
+        self._unset_keepalive_if_required()
+        if linger and self.transport.can_write_eof():
+            self.transport.write_eof()
+            self._refusal = self.loop.call_later(LINGER_S, self.transport.close)
+        else:
+            self.transport.close()
 
 
-def limited(max_connections: int) -> type[TimedProtocol]:
-    """The protocol of a server that has so many connections at most."""
-    return type("LimitedProtocol", (TimedProtocol,), {"max_connections": max_connections})
+def limited(max_connections: int, refused: Refused) -> type[TimedProtocol]:
+    """The protocol of a server that has so many connections at most, and counts what it refuses with `refused`."""
+    own = {"max_connections": max_connections, "refused": staticmethod(refused)}
+    return type("LimitedProtocol", (TimedProtocol,), own)

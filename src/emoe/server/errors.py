@@ -158,12 +158,10 @@ def explain(found: Sequence[Mapping[str, Any]]) -> ApiError:
     if kind == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
         return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
-    param = _param(place[1:])
+    param = _param(place[1:]) or str(first.get("ctx", {}).get("field", ""))
     if place[:1] == ("header",):
         param = ".".join(map(str, place[1:2]))
         return ApiError(400, f"header {param}: {_text(first)}", param=param, code="invalid_header")
-    if not param and kind == "value_error":
-        return ApiError(400, _text(first), code="invalid_value")
     if not param:
         return ApiError(400, "the body must be a JSON object (Content-Type: application/json)", code="invalid_json")
     if kind == "extra_forbidden":

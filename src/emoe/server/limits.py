@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Callable
+from contextlib import suppress
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,12 +33,27 @@ READ_BYTES_PER_S = 16 << 10
 _READ_OUT = 8
 """A refused body of up to this many times the limit is read to its end: who still sends does not read the answer."""
 
+CROWDED_READ_S = 5.0
+"""Seconds for that on a connection too many."""
+
+
+def too_many_connections() -> ApiError:
+    """What is said on a connection too many."""
+    return ApiError(
+        503,
+        "requests are under way on all connections that the server takes; try again, or raise --max-connections",
+        kind="service_unavailable_error",
+        code="too_many_connections",
+        headers={"Retry-After": "1", "Connection": "close"},
+    )
+
 
 class CrowdLimit:
     """Refuses requests on connections beyond the limit (`emoe.server.connections`), except probes."""
 
-    def __init__(self, app: ASGIApp, refused: Refused) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, refused: Refused) -> None:
         self._app = app
+        self._max = max_bytes
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,15 +62,29 @@ class CrowdLimit:
         if scope["type"] != "http" or crowded is None or not crowded() or scope["path"] in PROBES:
             await self._app(scope, receive, send)
             return
-        error = ApiError(
-            503,
-            "requests are under way on all connections that the server takes; try again, or raise --max-connections",
-            kind="service_unavailable_error",
-            code="too_many_connections",
-            headers={"Retry-After": "1", "Connection": "close"},
-        )
+        error = too_many_connections()
         self._refused(error.code)
+        size, asks_first = _announced(scope)
+        if size <= self._max * _READ_OUT and not asks_first:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CROWDED_READ_S):
+                    await self._read_out(receive)
         await error.response()(scope, receive, send)
+
+    async def _read_out(self, receive: Receive) -> None:
+        size, more = 0, True
+        while more and size <= self._max * _READ_OUT:
+            message = await receive()
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
+
+
+def _announced(scope: Scope) -> tuple[int, bool]:
+    """The size of a body, as its header says (0: it does not), and whether the client asks before it sends it."""
+    headers = Headers(scope=scope)
+    declared = headers.get("content-length", "0")
+    size = int(declared) if declared.isascii() and declared.isdigit() else 0
+    return size, headers.get("expect", "").lower() == "100-continue"
 
 
 class ApiKey:
@@ -99,10 +129,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "0")
-        size = int(declared) if declared.isascii() and declared.isdigit() else 0
+        size, asks_first = _announced(scope)
         try:
-            if size > self._max * _READ_OUT:
+            if size > self._max * (1 if asks_first else _READ_OUT):
                 raise self._too_large()
             body = await self._read(receive)
         except ApiError as error:

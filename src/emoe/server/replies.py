@@ -208,12 +208,11 @@ def told_of(reports: list[Report]) -> Told:
 def told_headers(said: Told) -> dict[str, str]:
     """The same for clients that look at headers."""
     shown = ("task", "task_source", "queue_ms", "ttft_ms", "slo_met", "experts_loaded", "mode", "lossy")
-    return {
-        f"x-emoe-{name.replace('_', '-')}": _plain(value) for name in shown if (value := said.get(name)) is not None
-    }
+    return {f"x-emoe-{name.replace('_', '-')}": plain(value) for name in shown if (value := said.get(name)) is not None}
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
+    """The value of a header."""
     if isinstance(value, bool):
         return str(value).lower()
     # Task labels may hold any character, headers may not.

@@ -83,9 +83,10 @@ def allow_files(wanted: int) -> None:
 
 def config_of(app: FastAPI, flush_s: int = FLUSH_S) -> uvicorn.Config:
     """How uvicorn runs the application."""
+    service = app.state.service
     return uvicorn.Config(
         app,
-        http=limited(app.state.service.settings.max_connections),
+        http=limited(service.settings.max_connections, service.metrics.refused),
         loop="asyncio",
         ws="none",
         log_config=None,

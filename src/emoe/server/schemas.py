@@ -17,7 +17,7 @@ from pydantic import (
     GetJsonSchemaHandler,
     model_validator,
 )
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 CHOICES_AT_MOST = 128
 STOPS_AT_MOST = 4
@@ -65,6 +65,11 @@ def _printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("has characters that cannot be printed, line breaks for example: leave them out")
     return text
+
+
+def _wrong(field: str, text: str) -> PydanticCustomError:
+    """For what several fields say together: the error of the one that is to change."""
+    return PydanticCustomError("of_field", "{text}", {"field": field, "text": text})
 
 
 class _Body(BaseModel):
@@ -143,15 +148,15 @@ class _Request(_Body):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for streams: set stream to true")
+            raise _wrong("stream_options", "it is for streams: set stream to true")
         labelled = (self.metadata or {}).get("task")
         if labelled is not None:
             if not labelled or labelled != labelled.strip() or len(labelled) > 64:
-                raise ValueError("metadata.task must be a label of 1 to 64 characters without spaces around it")
+                raise _wrong("metadata.task", "must be a label of 1 to 64 characters without spaces around it")
             if not labelled.isprintable():
-                raise ValueError("metadata.task has characters that cannot be printed: leave them out")
+                raise _wrong("metadata.task", "has characters that cannot be printed: leave them out")
             if self.emoe is not None and self.emoe.task not in {None, labelled}:
-                raise ValueError("metadata.task and emoe.task name two tasks; give one")
+                raise _wrong("metadata.task", "it and emoe.task name two tasks; give one")
         return self
 
 
@@ -219,9 +224,9 @@ class ChatRequest(_Request):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise _wrong("top_logprobs", "needs logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens is the older name of max_completion_tokens, and they differ; give one")
+            raise _wrong("max_tokens", "is the older name of max_completion_tokens, and they differ; give one")
         return self
 
 
@@ -257,9 +262,9 @@ class CompletionRequest(_Request):
     @model_validator(mode="after")
     def _bounded(self) -> Self:
         if self.best_of not in {None, self.n or 1}:
-            raise ValueError(f"best_of: {self.best_of} is not supported with n: {self.n or 1}; leave it out")
+            raise _wrong("best_of", f"{self.best_of} is not supported with n: {self.n or 1}; leave it out")
         if len(self.prompts) * (self.n or 1) > CHOICES_AT_MOST:
-            raise ValueError(f"n times the prompts is more than {CHOICES_AT_MOST} answers; send several requests")
+            raise _wrong("n", f"times the prompts is more than {CHOICES_AT_MOST} answers; send several requests")
         return self
 
 
@@ -276,9 +281,9 @@ class TokenizeRequest(_Body):
     @model_validator(mode="after")
     def _one(self) -> Self:
         if (self.prompt is None) is (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise _wrong("prompt", "give either this or messages")
         if self.messages is not None and self.add_special_tokens is not None:
-            raise ValueError("add_special_tokens is for prompts; the chat template has its own")
+            raise _wrong("add_special_tokens", "it is for prompts; the chat template has its own")
         return self
 
 

@@ -10,6 +10,7 @@ from emoe.engine.interface import Sampling, Submission
 from emoe.server.bridge import EngineLike
 from emoe.server.errors import ApiError
 from emoe.server.metrics import Metrics
+from emoe.server.replies import plain
 from emoe.server.schemas import ChatRequest, CompletionRequest, Extras
 from emoe.server.settings import ServerSettings
 from emoe.server.tokens import Tokens
@@ -136,8 +137,8 @@ class Service:
         )
 
     def headers(self, submission: Submission) -> dict[str, str]:
-        """What is known before the first token."""
+        """What is known before the first token of a request that the engine has taken."""
         known = {"x-emoe-mode": self.engine.mode, "x-emoe-lossy": str(self.engine.lossy).lower()}
         if submission.task is not None:
-            known["x-emoe-task"] = submission.task.encode("ascii", "backslashreplace").decode()
+            known["x-emoe-task"] = plain(self.engine.labels(submission.task))
         return known
