@@ -229,3 +229,18 @@ def test_a_fifth_is_held_out_and_at_least_one_sample() -> None:
         trained, held = fitting.split(samples, np.random.default_rng(0))
         assert sorted([*trained, *held]) == list(range(samples))
         assert len(held) == max(1, samples // 5)
+
+
+@pytest.mark.parametrize("name", ["emoe-a", "emoe-l"])
+def test_training_starts_at_the_popularity_of_the_history(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert that the history never used has a share, too: a small one, and no NaN."""
+    monkeypatch.setattr(fitting, "train", lambda *args: None)
+    rng = np.random.default_rng(0)
+    routes = [routes_by_task(rng, SHAPE, 20, 1) % 7 for _ in range(30)]
+    predictor: Any = make_predictor(name, SHAPE)
+    predictor.fit(trace_of(SHAPE, routes, ["a"] * 30))
+    popular = np.bincount(np.concatenate(routes)[:, 0].ravel(), minlength=8)
+    found = predictor.predict("a")
+    assert np.isfinite(found).all() and (found > 0).all()
+    assert np.argmax(found[0]) == np.argmax(popular)
+    assert found[0, 7] < 0.01 < found[0].max() - 1 / 4

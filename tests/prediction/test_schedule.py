@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from emoe.errors import UsageError
 from emoe.prediction.protocol import RoutingShape
-from emoe.prediction.schedule import Adaptive, Every, RecentShares, drift, make_schedule
+from emoe.prediction.schedule import DEFAULT_PROMPTS, Adaptive, Every, RecentShares, drift, make_schedule
 from tests.prediction.histories import Array, random_routes
 
 SHAPE = RoutingShape(3, 8, 2)
@@ -57,6 +57,10 @@ def test_drift_of_strangers_is_one_and_unseen_layers_do_not_count() -> None:
     other[0] = [2, 0, 0, 0]
     assert drift(one, other) == 0
     assert drift(np.zeros((2, 4)), other) == 0
+    other[0] = [0, 0, 0, 2]
+    assert Adaptive(0.5).due(3, one, other), "of layers that were seen"
+    assert not Adaptive(0.5).due(3, np.zeros((2, 4)), other)
+    assert Adaptive().horizon == Every().horizon == DEFAULT_PROMPTS
 
 
 @given(seed=st.integers(0, 999), low=st.floats(0, 1), high=st.floats(0, 1))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from emoe.residency.budget import PoolPlan
-from emoe.residency.contest import MARGIN, RECENCY, SCORES, Contest
+from emoe.residency.contest import HALF_LIFE_TOKENS, MARGIN, RECENCY, SCORES, Contest
 from emoe.residency.eviction import LRU, Eviction, Scored
 from emoe.residency.table import ResidencyTable
 
@@ -85,3 +86,11 @@ def test_the_other_order_must_be_clearly_better_to_lead() -> None:
         contest.loads[:] = 1000 + MARGIN * 1000 + 3 + more, 1000
         contest.begin_token()
         assert (contest.lead, contest.switches) == (lead, int(lead == RECENCY))
+
+
+def test_a_load_counts_half_after_its_half_life() -> None:
+    contest = Contest([9] * 9, 16)
+    contest.loads[:] = 12, 8
+    for _ in range(int(HALF_LIFE_TOKENS)):
+        contest.begin_token()
+    assert contest.loads.tolist() == pytest.approx([6, 4])

@@ -51,6 +51,7 @@ def test_a_folder_or_its_file_is_read(tmp_path: Path) -> None:
         ({"n_tokens": np.array([4, 4, 3])}, "do not add up to n_tokens x 1"),
         ({"n_tokens": np.array([4, 4])}, "do not fit"),
         ({"counts": COUNTS.astype(float)}, "do not fit"),
+        ({"counts": COUNTS[:, 0]}, "do not fit"),
         ({"subject": np.array([0, 0, 2])}, "does not name one of 2 subjects"),
         ({"subjects": None}, "does not name one of 0 subjects"),
         ({"subject": np.array([0, 1])}, "does not name one of 2 subjects for 3 prompts"),
@@ -75,6 +76,7 @@ def test_what_all_prompts_of_a_label_share_is_subtracted() -> None:
     assert counts.counts[:2].tolist() == [[[1, 1, 0], [2, 0, 0]], [[0, 0, 2], [0, 0, 2]]]
     assert not counts.counts[2].any(), "a single prompt shares all it has with itself"
     assert counts.without_tasks().task_of(0) is None
+    assert counts.without_tasks().as_trace().task_of(0) is None
     assert np.array_equal(counts.select([1, 0]).counts, counts.counts[[1, 0]])
 
 
@@ -91,7 +93,24 @@ def test_the_tokens_made_up_add_up_to_the_counts(case: tuple[int, list[Any]]) ->
     trace = PromptCounts(counts, np.full(len(counts), -1), (), top_k).as_trace(seed=3)
     assert np.array_equal(trace.counts(), counts)
     assert trace.top_k == top_k and trace.num_experts == 4
+    least = [max(-(-each.sum(axis=1).max() // top_k), each.max()) for each in counts]
+    assert np.diff(trace.offsets).tolist() == least, "a prompt has no more tokens than its counts need"
     for token in trace.experts.tolist():
         for layer in token:
             named = [expert for expert in layer if expert != 255]
             assert len(named) == len(set(named)), "no token names an expert twice"
+
+
+@given(st.integers(1, 3), st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 999))
+def test_counts_of_whole_routes_are_read_back(tmp_path_factory: Any, top_k: int, lengths: list[int], seed: int) -> None:
+    """However many tokens each prompt has; a file in which nobody has any says nothing."""
+    rng = np.random.default_rng(seed)
+    routes = [np.argsort(rng.random((length, 2, 4)), axis=2)[:, :, :top_k] for length in lengths]
+    counts = np.array([[np.bincount(one[:, layer].ravel(), minlength=4) for layer in range(2)] for one in routes])
+    path = write(tmp_path_factory.mktemp("counts"), counts=counts, n_tokens=np.array(lengths), subject=None)
+    if not any(lengths):
+        with pytest.raises(TraceError, match="do not add up"):
+            read_counts(path)
+        return
+    found = read_counts(path)
+    assert found.top_k == top_k and np.array_equal(found.counts, counts)

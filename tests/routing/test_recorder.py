@@ -104,6 +104,8 @@ def test_finishing_twice_writes_once(tmp_path: Path) -> None:
     path.unlink()
     assert writer.finish() == path
     assert not path.exists()
+    with pytest.raises(UsageError, match="is finished"):
+        writer.trace()
 
 
 def writer_with_a_pass(tmp_path: Path) -> TraceWriter:
@@ -123,6 +125,10 @@ def writer_with_a_pass(tmp_path: Path) -> TraceWriter:
         (lambda w: (w.end_pass(), w.record(0, *ids_and_weights(2, 2, 0))), "begin_pass must come before"),
         (lambda w: w.begin_pass([1], "prefill"), r"prompts \[1\] were not all announced; 1 were"),
         (lambda w: w.begin_pass([0], "warmup"), "phase must be one of prefill, decode"),
+        (lambda w: w.begin_pass([0, 0], ["decode", "warmup"]), "phase must be one of prefill, decode"),
+        (lambda w: w.begin_pass([0, 0], ["decode"]), "or one for each prompt"),
+        (lambda w: w.record(0, torch.zeros(2, 2, 1), torch.zeros(2, 2, 1)), r"must both be \[2, at most 2\]"),
+        (lambda w: w.record(0, torch.zeros(2, 2), torch.zeros(2, 1)), r"must both be \[2, at most 2\]"),
         (lambda w: w.begin_pass([0], "decode", mask=np.ones(3)), "mask has 3 entries for a pass of 1 tokens"),
         (lambda w: w.add_prompt(path=Path("x")), "about of a trace must hold JSON values"),
     ],

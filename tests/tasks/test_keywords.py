@@ -54,6 +54,7 @@ def test_json_and_back(weights: dict[str, dict[str, float]]) -> None:
 def test_ties_and_no_match_go_to_other() -> None:
     keywords = Keywords({"maths": {"sum": 0.1, "count": 0.2}, "chat": {"story": 0.3, "tell me": 2.0}})
     assert keywords.extract("Tell ME, please.").task == "chat"
+    assert keywords.extract("Tell me: tell me, and tell me!").scores == {"chat": 2.0}, "each counts once"
     assert keywords.extract("tell a, me").task == OTHER
     assert keywords.extract("a story of a sum to count").task == OTHER  # 0.1 + 0.2 against 0.3
     assert keywords.extract("").task == OTHER

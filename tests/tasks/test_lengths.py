@@ -32,6 +32,8 @@ def test_what_remains_is_never_less_than_a_token_nor_more_than_the_longest(count
     if generated == 0:
         assert left == lengths.mean
     elif generated < max(counts):
+        longer = [tokens for tokens in lengths.quantiles.values() if tokens > generated]
+        assert left == pytest.approx(sum(longer) / len(longer) - generated)
         assert 0 < left <= max(counts) - generated
     else:
         assert left == 1

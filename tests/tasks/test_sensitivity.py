@@ -61,6 +61,7 @@ def test_curves_that_do_not_fit_are_refused() -> None:
 
 @given(CURVES)
 def test_json_and_back(curve: np.ndarray) -> None:
-    again = Sensitivity.from_json(json.loads(json.dumps(made(curve).as_json())), 4)
-    assert again.measure == "agreement"
+    first = Sensitivity("agreement", {"agreement": {"qa": curve}}, len(curve), 0.7, {"qa": 12})
+    again = Sensitivity.from_json(json.loads(json.dumps(first.as_json())), 4)
+    assert (again.measure, again.threshold, again.prompts) == ("agreement", 0.7, {"qa": 12})
     assert again.curves["agreement"]["qa"] == pytest.approx(curve, abs=1e-5)

@@ -133,7 +133,8 @@ def read_counts(path: Path | str) -> PromptCounts:
     if counts.ndim != 3 or counts.dtype.kind not in "iu" or tokens.shape != counts.shape[:1]:
         raise TraceError(f"{file}: counts {counts.dtype} {list(counts.shape)} do not fit {list(tokens.shape)} n_tokens")
     sums = counts.sum(axis=2, dtype=np.int64)
-    top_k = int(sums[0, 0] // max(1, int(tokens[0]))) if sums.size else 0
+    first = int(np.argmax(tokens > 0)) if sums.size else 0  # prompts without a token say nothing of k
+    top_k = int(sums[first, 0] // max(1, int(tokens[first]))) if sums.size else 0
     if top_k < 1 or bool((sums != tokens[:, None] * top_k).any()):
         raise TraceError(f"{file}: counts do not add up to n_tokens x {top_k} in every layer; the file is damaged")
     task = arrays.get("subject", np.full(len(counts), -1))
