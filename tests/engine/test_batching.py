@@ -21,6 +21,7 @@ from emoe.engine import batching
 from emoe.engine.batching import Batcher, Slice
 from emoe.engine.moved import check, moved
 from emoe.errors import UnsupportedModelError
+from emoe.model.attention import FEW_ROWS_SDPA
 from emoe.model.bind import binding_of
 from tests.conftest import Checkpoints
 from tests.engine.running import alone, prompt
@@ -193,9 +194,66 @@ def test_only_some_run(model: PreTrainedModel) -> None:
     batcher.run()
     batcher.finish()
     assert [part.id for part in batcher.prepare()] == ["b", "a", "c"], MOVED
+    batcher.run()
+    batcher.finish()
+    assert [part.id for part in batcher.prepare({"c"})] == ["c"], "of those that have begun, too"
     batcher.undo()
+    assert batcher.prepare({"nobody"}) == [] and batcher.take_preempted() == []
     batcher.close()
     assert batcher.empty
+
+
+def test_who_finds_no_pages_waits_and_takes_none(model: PreTrainedModel) -> None:
+    """Also where the step fails: what a new request was given goes back."""
+    batcher = make(model, kv_tokens=32)
+    batcher.add("first", prompt(1, 20), 8, (), (0, 1.0))
+    step(batcher)
+    step(batcher)
+    batcher.add("large", prompt(2, 20), 4, (), (0, 2.0))
+    free = batcher.free_tokens
+    assert [part.id for part in batcher.prepare()] == ["first"], MOVED
+    batcher.run()
+    batcher.finish()
+    assert batcher.take_preempted() == [] and batcher.free_tokens == free, MOVED
+    batcher.remove("large")
+    batcher.add("small", prompt(3, 6), 2, (), (0, 3.0))
+    assert [part.id for part in batcher.prepare()] == ["first", "small"], MOVED
+    assert batcher.free_tokens < free
+    batcher.undo()
+    assert batcher.free_tokens == free
+    batcher.close()
+
+
+def test_only_requests_with_a_new_token_are_asked_for_one(model: PreTrainedModel) -> None:
+    """And nothing is kept of what transformers would hand out."""
+    batcher = make(model)
+    asked: list[list[str]] = []
+
+    def sample(logits: torch.Tensor, requests: Sequence[str]) -> list[int]:
+        asked.append(list(requests))
+        return greedy(logits, requests)
+
+    batcher._sample = sample
+    batcher.add("short", prompt(1, 4), 3, ())
+    batcher.add("long", prompt(2, 30), 3, ())
+    for _ in range(3):
+        step(batcher)
+        assert batcher._manager.output_router.output_queue.empty(), MOVED
+    assert asked == [["short"], ["short"], ["short", "long"]]
+    batcher.close()
+
+
+def test_a_model_that_cannot_be_batched_keeps_its_attention(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**settings: object) -> None:
+        raise ValueError("not this one")
+
+    monkeypatch.setattr(model, "init_continuous_batching", refuse)
+    model.set_attn_implementation(FEW_ROWS_SDPA)  # continuous batching does not know it: it is put aside first
+    with pytest.raises(UnsupportedModelError, match="not this one"):
+        make(model)
+    assert model.config._attn_implementation == FEW_ROWS_SDPA
 
 
 def test_memory_is_what_was_asked_for_whatever_transformers_thinks_is_free(

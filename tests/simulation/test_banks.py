@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 
 import numpy as np
@@ -14,9 +14,11 @@ from emoe.errors import UsageError
 from emoe.prediction.protocol import Array, RoutingShape
 from emoe.prediction.registry import SCORERS
 from emoe.residency.budget import LayerNeed, PoolPlan, uniform_quotas
+from emoe.residency.contest import RECENCY, Contest
+from emoe.residency.eviction import Eviction, Now, Scored, Scores, Uses
 from emoe.residency.table import ResidencyTable
 from emoe.routing.trace import Trace
-from emoe.simulation.banks import Policy, serve, slots_for
+from emoe.simulation.banks import REPORT_TOKENS, Policy, serve, slots_for
 from emoe.simulation.lookups import Lookups
 from emoe.simulation.policies import Settings, make_policy
 from emoe.simulation.shared import serve_shared
@@ -34,22 +36,45 @@ def policy_for(name: str, lookups: Lookups) -> Policy:
     return make_policy(name, lookups.shape, Settings())
 
 
-def by_table(lookups: Lookups, slots: int, policy: Policy) -> Array:
+class Following:
+    """The policy's order while scores lead the contest, else the last use: as the engine's `LiveScored` does it."""
+
+    name = "following"
+    steady = False
+    shared_from = np.inf
+
+    def __init__(self, policy: Policy, contest: Contest) -> None:
+        self.policy, self.contest = policy, contest
+
+    def score(self, past: Uses, now: Now) -> Scores:
+        return past.last_tick if self.contest.lead == RECENCY else self.policy.rule.score(past, now)
+
+
+def by_table(lookups: Lookups, slots: int, policy: Policy, contest: Contest | None = None) -> Array:
     """[tokens, layers] misses of the engine's table with a quota for each layer, driven look-up by look-up."""
     shape = lookups.shape
     needs = [LayerNeed(rank, shape.experts, shape.top_k, 64) for rank in range(shape.layers)]
     quotas = uniform_quotas(slots * shape.layers, needs)
     policy.start(lookups)
     plan = PoolPlan(0, slots * shape.layers, 64, quotas)
-    table = ResidencyTable(plan, dict.fromkeys(range(shape.layers), shape.experts), policy.rule)
+    rule: Eviction = policy.rule if contest is None else Following(policy, contest)
+    table = ResidencyTable(plan, dict.fromkeys(range(shape.layers), shape.experts), rule)
     missed = np.zeros((len(lookups), shape.layers), dtype=np.int64)
     rows = lookups.keys.reshape(len(lookups), shape.layers, -1)
     for token in range(len(lookups)):
         policy.before(token)
         table.begin_pass()
+        if contest is not None:
+            contest.begin_token()
         for rank in range(shape.layers):
             table.visit(rank)
             keys = [divmod(key, shape.experts) for key in rows[token, rank].tolist() if key != lookups.nowhere]
+            if contest is not None:
+                assert isinstance(policy.rule, Scored)
+                values = policy.rule.values.reshape(shape.layers, shape.experts)[rank : rank + 1]
+                used = np.zeros((1, shape.experts), dtype=bool)
+                used[0, [expert for _, expert in keys]] = True
+                contest.visit(np.array([rank]), used, partial(np.asarray, values))
             for key in keys:
                 table.use(key, keep=True)
                 if table.find(key) is None:
@@ -79,6 +104,42 @@ def test_they_agree_on_a_longer_trace_with_a_shape_of_its_own() -> None:
     for name in RULES:
         for size, tally in zip((3, 9, 16), serve(lookups, [3, 9, 16], policy_for(name, lookups)), strict=True):
             assert np.array_equal(tally.missed, by_table(lookups, size, policy_for(name, lookups))), (name, size)
+
+
+class Backwards(RecentScorer):
+    """What was used goes first: recency does better, and soon takes over. No two experts of a layer are equal."""
+
+    name = "backwards"
+
+    def scores(self) -> Array:
+        turned: Array = np.arange(self.shape.experts, dtype=np.float32) / 64 - self.counts
+        return turned
+
+
+def test_banks_follow_the_order_that_leads_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some capacities go by recency already while others still go by scores, or never evict."""
+    monkeypatch.setitem(SCORERS, "backwards", Backwards)
+    monkeypatch.setattr("emoe.simulation.policies.CONTESTED", {"backwards"})
+    rng = np.random.default_rng(3)
+    skew = rng.random((3, 9)) ** 2
+    routes = np.argsort(-rng.random((200, 3, 9)) * skew, axis=2)[:, :, :2]
+    lookups = Lookups.of(make_trace(routes, [80, 120], 9))
+    sizes, switches = [2, 3, 5, 8, 9], []
+    for size, tally in zip(sizes, serve(lookups, sizes, policy_for("backwards", lookups)), strict=True):
+        contest = Contest([size] * 3, 9)
+        assert np.array_equal(tally.missed, by_table(lookups, size, policy_for("backwards", lookups), contest)), size
+        switches.append(contest.switches)
+    assert 0 < sum(switches) < len(sizes)
+    monkeypatch.setattr("emoe.simulation.policies.CONTESTED", frozenset())
+    [plain] = serve(lookups, [3], policy_for("backwards", lookups))
+    assert np.array_equal(plain.missed, by_table(lookups, 3, policy_for("backwards", lookups))), "scores alone"
+
+
+def test_progress_is_told_now_and_then_and_at_the_end() -> None:
+    lookups = Lookups.of(make_trace(np.zeros((REPORT_TOKENS + 2, 1, 1)), [REPORT_TOKENS + 2], 2))
+    told: list[tuple[int, int]] = []
+    serve(lookups, [1], policy_for("lru", lookups), lambda done, all_: told.append((done, all_)))
+    assert told == [(done, REPORT_TOKENS + 2) for done in (0, REPORT_TOKENS, REPORT_TOKENS + 2)]
 
 
 def fewest_loads(keys: list[frozenset[int]], slots: int) -> int:
