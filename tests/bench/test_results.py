@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
+from emoe.bench.plant.card import PlantCard
 from emoe.bench.report import report_text
 from emoe.bench.results import SCHEMA, DecodeReport, Outcome, decode_rate
 from emoe.bench.settings import DecodeSettings, parse_budget
@@ -115,3 +117,17 @@ def test_the_text_is_a_table_with_its_conditions() -> None:
     assert "FAILED  transformers grouped_mm died with exit code 1" in text
     # Five contenders said the same but for numbers: one line.
     assert text.count("reads go somewhere") == 1
+
+
+def test_what_the_next_router_guesses_on_a_planted_checkpoint_is_said() -> None:
+    card = PlantCard(
+        shape="tiny", model="", layers=2, experts=8, top_k=2, trace="t", tokens=9, seed=0, dtype="bfloat16",
+        resampled=False, kept="every route as recorded", prompts=((0, 9),), vocabulary=64, next_gate=0.7912,
+    )  # fmt: skip
+    report = replace(a_report(), settings=DecodeSettings(modes=("exact",), prefetch="next-gate"))
+    said = "emoe loads ahead what the next layer's router would choose"
+    assert f"{said}, page cache" in report_text(report)  # a trained model: nobody knows
+    report.planted = card.as_dict()
+    assert f"{said} (it is right about 79.1% of a token's experts, as planted)" in report_text(report)
+    del report.planted["next_gate"]  # as older cards
+    assert f"{said} (it is right every time, as planted: more than any trained model's is)" in report_text(report)

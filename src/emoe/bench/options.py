@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,15 @@ def seed(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {2**32 - 1}, not {text!r}")
     return int(text)
+
+
+def share(text: str) -> float:
+    """argparse type for a share in percent, above 0 and at most 100: 0.79 for "79%"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip(), re.ASCII)
+    value = float(found[1]) / 100 if found else 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0% and at most 100%, e.g. 79%, not {text!r}")
+    return value
 
 
 def modes(text: str) -> tuple[Mode, ...]:

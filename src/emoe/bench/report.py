@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from emoe.bench.limits import Limits
-from emoe.bench.plant.card import LABEL
+from emoe.bench.plant.card import LABEL, PlantCard
 from emoe.bench.results import DecodeReport, Outcome, Spread, decode_rate, decoded_tokens
 from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.config import format_bytes
@@ -77,6 +77,13 @@ def _planted(report: DecodeReport) -> list[str]:
     return [f"{LABEL} ({card['shape']}, {card['layers']} layers; routes of {card['trace']}: {card['kept']})"]
 
 
+def _guesses(report: DecodeReport) -> str:
+    """How right that router is, where that was planted."""
+    if report.planted is None:
+        return ""
+    return f" (it is {PlantCard.from_dict(report.planted).guesses})"
+
+
 def _limits(report: DecodeReport, outcome: Outcome) -> tuple[str, ...]:
     """The shares of the least time, with what bounds it."""
     if not report.limits:
@@ -102,7 +109,7 @@ def _conditions(report: DecodeReport) -> str:
     if settings.predictor is not None:
         said.append(f"emoe loads ahead what {settings.predictor} expects")
     if settings.prefetch == "next-gate":
-        said.append("emoe loads ahead what the next layer's router would choose")
+        said.append("emoe loads ahead what the next layer's router would choose" + _guesses(report))
     if settings.history is not None:
         said.append(f"{', '.join(settings.evictions)} where it learns: from {settings.history}")
     said.append("page cache dropped before every generation" if settings.cold else "page cache as it comes")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from emoe.bench.options import seed
+from emoe.bench.options import seed, share
 from emoe.cli.options import add_command, positive
 from emoe.cli.output import ProgressLine, note, print_json
 from emoe.config import format_bytes
@@ -22,6 +22,13 @@ def add_parser(benchmarks: Any) -> None:
     add("--trace", type=Path, metavar="TRACE", help="a trace file, or a folder with a trace.npz")
     add("--tokens", type=positive, metavar="N", help="tokens of the trace, at most the hidden size")
     add("--layers", type=positive, metavar="L", help="the first L layers only (default: all)")
+    add(
+        "--next-gate",
+        type=share,
+        metavar="SHARE",
+        help="plant signs in the norms, so that the next layer's router, asked a layer early, finds this share of a "
+        "token's experts, e.g. 79%% (default: all of them, which no trained model's does)",
+    )
     add("--seed", type=seed, default=0, metavar="N", help="of the weights (default: 0)")
     add("--out", type=Path, required=True, metavar="DIR", help="where to write it")
     add(
@@ -39,7 +46,7 @@ def add_parser(benchmarks: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write, check, print. Exit code 1 when a route differs from the trace."""
+    """Write, check, print. Exit code 1 when a route differs from the trace, or the next gate guesses otherwise."""
     from emoe.bench.plant.card import LABEL, read_card
     from emoe.errors import UsageError
 
@@ -47,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         if args.trace is None or args.tokens is None:
             raise UsageError("--shape needs --trace and --tokens: what its routers are to repeat")
         _write(args)
+    elif args.next_gate is not None:
+        raise UsageError("--next-gate plants, so it needs --shape, --trace and --tokens; no checkpoint is changed")
     elif args.history:
         if args.trace is None:
             raise UsageError("--history needs --trace: the trace that the checkpoint was planted from")
@@ -70,12 +79,13 @@ def run(args: argparse.Namespace) -> int:
         found = check(args.out, note)
     wrong = sum(part.wrong for part in found)
     if args.json:
-        parts = [{"part": p.part, "routes": p.routes, "wrong": p.wrong, "weights_off": p.weights_off} for p in found]
+        kept = ("part", "routes", "wrong", "weights_off", "next_gate")
+        parts = [{name: getattr(part, name) for name in kept} for part in found]
         print_json({**card.as_dict(), "folder": str(args.out), "checked": parts, "wrong": wrong})
     else:
         print(args.out)
     note(LABEL)
-    return 1 if wrong else 0
+    return 1 if any(part.failed for part in found) else 0
 
 
 def _write(args: argparse.Namespace) -> None:
@@ -84,6 +94,6 @@ def _write(args: argparse.Namespace) -> None:
 
     shape = published(args.shape, args.layers)
     note(f"planting {shape.name}, {format_bytes(shape.expert_bytes)} of experts, in {args.out}")
-    card = plant(shape, args.trace, args.tokens, args.out, args.seed, ProgressLine("writing"))
+    card = plant(shape, args.trace, args.tokens, args.out, args.seed, ProgressLine("writing"), args.next_gate)
     for line in summary(card, shape):
         note(line)

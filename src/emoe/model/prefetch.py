@@ -16,6 +16,9 @@ from torch import nn
 from emoe.model.runtime import LayerRuntime, Runtime
 from emoe.residency.worth import Worth
 
+RouterCall = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments that a router was called with, by place and by name."""
+
 IN_FLIGHT = 2
 """Loads ahead of the next layer at once: it comes soon, and demand loads want the link."""
 
@@ -36,7 +39,7 @@ class NextGate:
         self._next = dict(pairwise(order))
         self._routers = routers
         self._worth = worth
-        self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._calls: dict[int, RouterCall] = {}
         self.handles = [
             router.register_forward_pre_hook(self._keeper(layer), with_kwargs=True) for layer, router in routers.items()
         ]
@@ -62,19 +65,32 @@ class NextGate:
         """The next router's choice for one token, from its last call's arguments with this layer's hidden state."""
         if layer not in self._calls or following not in self._calls:
             return []
-        hidden, (args, kwargs) = _hidden_of(*self._calls[layer]), self._calls[following]
-        theirs = _hidden_of(args, kwargs)
-        if hidden is None or theirs is None or hidden.shape != theirs.shape:
-            return []  # the next router's last call was a prefill
-        if args:
-            args = (hidden, *args[1:])
-        else:
-            kwargs = kwargs | {"hidden_states": hidden}
-        with torch.no_grad():
-            output = self._routers[following].forward(*args, **kwargs)  # not called: hooks are for real passes
-        ids = next(part for part in output if not part.is_floating_point())
+        ids = asked_ahead(self._routers[following], self._calls[following], self._calls[layer])
+        if ids is None:  # the next router's last call was a prefill
+            return []
         found: list[int] = ids.reshape(-1).tolist()
         return list(dict.fromkeys(found))
+
+
+def asked_ahead(router: nn.Module, own: RouterCall, earlier: RouterCall) -> torch.Tensor | None:
+    """Ids [tokens, k] that `router` chooses with the arguments of its `own` call but the hidden states of an `earlier`
+    layer's; None where the two have another shape."""
+    hidden, theirs, (args, kwargs) = _hidden_of(*earlier), _hidden_of(*own), own
+    if hidden is None or theirs is None or hidden.shape != theirs.shape:
+        return None
+    if args:
+        args = (hidden, *args[1:])
+    else:
+        kwargs = kwargs | {"hidden_states": hidden}
+    with torch.no_grad():
+        output = router.forward(*args, **kwargs)  # not called: hooks are for real passes
+    return chosen_ids(output)
+
+
+def chosen_ids(output: Any) -> torch.Tensor:
+    """The ids among what a router returns: (logits, weights, ids), in an order that is its family's own."""
+    ids: torch.Tensor = next(part for part in output if not part.is_floating_point())
+    return ids
 
 
 def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -24,7 +24,9 @@ class PlantCard:
     """What was planted. Token id i is position i of the trace; ids 0..tokens-1 are fed in order.
 
     layers: decoder layers written; experts, top_k: of each layer with experts; trace: the name of the recorded trace;
-    resampled: whether it was made to fit another shape, and kept: how, in words; prompts: [start, end) of each.
+    resampled: whether it was made to fit another shape, and kept: how, in words; prompts: [start, end) of each;
+    next_gate: the share of a token's experts that the next layer's router finds when it is asked a layer early: 1 where
+    nothing else was asked for (`next_gate.plant_signs`).
     """
 
     shape: str
@@ -40,6 +42,14 @@ class PlantCard:
     kept: str
     prompts: tuple[tuple[int, int], ...]
     vocabulary: int
+    next_gate: float = 1.0
+
+    @property
+    def guesses(self) -> str:
+        """`next_gate` in words."""
+        if self.next_gate < 1:
+            return f"right about {self.next_gate:.1%} of a token's experts, as planted"
+        return "right every time, as planted: more than any trained model's is"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -48,8 +58,12 @@ class PlantCard:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PlantCard:
         """The opposite of `as_dict`. Raises KeyError, TypeError, ValueError for anything else."""
-        fields = {name: values[name] for name in cls.__dataclass_fields__ if name != "prompts"}
-        return cls(**fields, prompts=tuple((int(start), int(end)) for start, end in values["prompts"]))
+        fields = {name: values[name] for name in cls.__dataclass_fields__ if name not in ("prompts", "next_gate")}
+        return cls(
+            **fields,
+            prompts=tuple((int(start), int(end)) for start, end in values["prompts"]),
+            next_gate=float(values.get("next_gate", 1.0)),  # older cards have none, and nothing but that was planted
+        )
 
 
 def is_planted(folder: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from emoe import model as emoe_model
 from emoe.bench.forced import forced
 from emoe.bench.plant.card import ROUTES, read_card
+from emoe.bench.plant.next_gate import TOLERANCE, Guesses
 from emoe.config import ExpertMemory
 from emoe.routing.trace import DECODE, PREFILL, Array, Trace
 
@@ -31,24 +32,42 @@ PROMPT = 8
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What one part of the check found. Routes are counted for each token and layer."""
+    """What one part of the check found. Routes are counted for each token and layer.
+
+    next_gate: the share of a token's experts that the next layer's router found when it was asked a layer early (None
+    where there is no next layer); planted: the share that it should find, None where not every token was fed once.
+    """
 
     part: str
     routes: int
     wrong: int
     first: str
     weights_off: float
+    next_gate: float | None = None
+    planted: float | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is not what was planted."""
+        if self.next_gate is None or self.planted is None:
+            return bool(self.wrong)
+        return bool(self.wrong) or abs(self.next_gate - self.planted) > TOLERANCE
 
     @property
     def text(self) -> str:
         """For people."""
         if self.wrong:
             return f"{self.part}: {self.wrong} of {self.routes} routes differ from the trace, {self.first}"
-        return f"{self.part}: all {self.routes} routes equal the trace, weights within {self.weights_off:.3f}"
+        said = f"{self.part}: all {self.routes} routes equal the trace, weights within {self.weights_off:.3f}"
+        if self.next_gate is None:
+            return said
+        wanted = "" if self.planted is None else f" (planted: {self.planted:.1%})"
+        return f"{said}; next gate right about {self.next_gate:.1%} of a token's experts{wanted}"
 
 
 def check(folder: str | Path, say: Say = lambda _: None, dtype: str = "auto") -> list[Difference]:
-    """Run the checkpoint in `folder` with emoe, exact, and compare its routes with the planted ones.
+    """Run the checkpoint in `folder` with emoe, exact, and compare its routes with the planted ones, and what the next
+    layer's router guesses with what it should.
 
     All tokens as one prompt, then the last ones one by one, then a batch of sequences.
 
@@ -73,12 +92,16 @@ def check(folder: str | Path, say: Say = lambda _: None, dtype: str = "auto") ->
             record = Path(scratch) / "routes.npz"
             # Prefetching and plans would change nothing; without them the check needs the least.
             loaded, _ = emoe_model.load(folder, expert_memory=MEMORY, trace=record, dtype=dtype)
+            guesses = Guesses(loaded)
             try:
                 for _ in forced(loaded, ids, prompt):
                     pass
             finally:
+                guesses.remove()
                 emoe_model.close(loaded)
-            found.append(compare(name, planted, Trace.read(record)))
+            routes = compare(name, planted, Trace.read(record))
+            every = card.next_gate if ids.shape == (1, card.tokens) else None
+            found.append(replace(routes, next_gate=guesses.share, planted=every))
         say(found[-1].text)
     return found
 

@@ -87,8 +87,17 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
 
 
-def tensors_of(shape: Shape, vocabulary: int, tokens: int, logits: Logits, seed: int) -> Iterator[TensorToWrite]:
+def rows_of(shape: Shape, vocabulary: int, tokens: int, seed: int) -> torch.Tensor:
+    """The embeddings that `tensors_of` writes with the same arguments, before they are rounded."""
+    return embeddings(tokens, vocabulary, shape.hidden, seed_of(seed, "embeddings"))
+
+
+def tensors_of(
+    shape: Shape, vocabulary: int, tokens: int, logits: Logits, seed: int, signs: torch.Tensor | None = None
+) -> Iterator[TensorToWrite]:
     """Every tensor, in order. Values are made when they are written.
+
+    `signs` [MoE layers, hidden], 1 or -1, are the weights of the norms before the experts; None: all 1.
 
     Raises:
         UsageError: more tokens than the hidden size has orthogonal rows.
@@ -97,7 +106,7 @@ def tensors_of(shape: Shape, vocabulary: int, tokens: int, logits: Logits, seed:
 
     @cache
     def rows() -> torch.Tensor:
-        return embeddings(tokens, vocabulary, shape.hidden, seed_of(seed, "embeddings"))
+        return rows_of(shape, vocabulary, tokens, seed)
 
     write = _Layers(shape, Noise(seed_of(seed, "noise"), shape.hidden * shape.inner * 4))
     yield given("model.embed_tokens.weight", rows, vocabulary, shape.hidden)
@@ -106,15 +115,18 @@ def tensors_of(shape: Shape, vocabulary: int, tokens: int, logits: Logits, seed:
         prefix = f"model.layers.{layer}"
         yield ones(f"{prefix}.input_layernorm.weight", shape.hidden)
         yield from write.latent_attention(prefix) if shape.layout == "deepseek_v2" else write.attention(prefix)
-        yield ones(f"{prefix}.post_attention_layernorm.weight", shape.hidden)
+        norm = f"{prefix}.post_attention_layernorm.weight"
         if layer not in moe:
+            yield ones(norm, shape.hidden)
             yield from write.mlp(f"{prefix}.mlp", shape.dense_inner)
             continue
         number = layer - moe.start
+        own = torch.ones(shape.hidden) if signs is None else signs[number].float()
+        yield given(norm, own.clone, shape.hidden)
         router = f"{prefix}.{_ROUTERS.get(shape.layout, 'mlp.gate')}"
 
-        def weight(number: int = number) -> torch.Tensor:
-            return router_weight(logits(number), rows()[:tokens])
+        def weight(number: int = number, own: torch.Tensor = own) -> torch.Tensor:
+            return router_weight(logits(number), rows()[:tokens] * own)
 
         yield given(f"{router}.weight", weight, shape.experts, shape.hidden)
         if shape.layout == "gpt_oss":

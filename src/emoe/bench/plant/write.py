@@ -10,10 +10,11 @@ import torch
 
 from emoe.bench.plant.card import CARD, LABEL, ROUTES, PlantCard
 from emoe.bench.plant.history import HISTORY, history_of
+from emoe.bench.plant.next_gate import plant_signs
 from emoe.bench.plant.resample import Routes, fit, other_prompts, read_trace
 from emoe.bench.plant.routers import logits_of
 from emoe.bench.plant.shapes import vocabulary_for
-from emoe.bench.plant.tensors import DTYPE, tensors_of
+from emoe.bench.plant.tensors import DTYPE, rows_of, seed_of, tensors_of
 from emoe.bench.shapes import Shape
 from emoe.bench.writing import Progress, write_checkpoint, write_json
 from emoe.config import format_bytes
@@ -32,6 +33,7 @@ def plant(
     folder: str | Path,
     seed: int = 0,
     progress: Progress | None = None,
+    next_gate: float | None = None,
 ) -> PlantCard:
     """Write a checkpoint of `shape` whose routers repeat the first `tokens` of `trace`, and return its card. Routes of
     the trace's other prompts, where it has any, lie beside it as a history to learn from (`history.HISTORY`).
@@ -46,15 +48,28 @@ def plant(
         folder: where to; it must not exist, or be empty.
         seed: of the weights, and of resampling.
         progress: called with (bytes done, bytes in all).
+        next_gate: the share of a token's experts that the next layer's router is to find when it is asked a layer
+            early (`next_gate.plant_signs`); None: all of them.
 
     Raises:
-        UsageError: too many tokens or layers, or `folder` holds something.
+        UsageError: too many tokens or layers, `folder` holds something, or such a share cannot be planted.
         TraceError: the trace is missing or damaged.
         CheckpointError: the disk has not enough room.
     """
     folder, path = Path(folder), Path(trace)
     recorded = read_trace(path, shape)
     routes = fit(recorded, shape, tokens, seed)
+    vocabulary = vocabulary_for(tokens)
+
+    def logits(layer: int) -> torch.Tensor:
+        weights = None if routes.weights is None else routes.weights[:, layer]
+        return logits_of(routes.experts[:, layer], weights, shape.experts)
+
+    signs = None
+    if next_gate is not None:
+        rows = rows_of(shape, vocabulary, tokens, seed)[:tokens]
+        layers = len(shape.moe_layers)
+        signs = plant_signs(logits, layers, rows, routes.top_k, next_gate, seed_of(seed, "signs"))
     card = PlantCard(
         shape=shape.name,
         model=shape.model,
@@ -68,7 +83,8 @@ def plant(
         resampled=routes.resampled,
         kept=routes.kept,
         prompts=routes.prompts,
-        vocabulary=vocabulary_for(tokens),
+        vocabulary=vocabulary,
+        next_gate=1.0 if signs is None else round(signs.share, 4),
     )
     history = history_of(recorded, shape, card) if other_prompts(recorded, tokens) else None
     config = replace(shape, vocabulary=card.vocabulary).config() | {"num_experts_per_tok": routes.top_k}
@@ -83,11 +99,7 @@ def plant(
         if history is not None:
             history.write(work / HISTORY)
 
-    def logits(layer: int) -> torch.Tensor:
-        weights = None if routes.weights is None else routes.weights[:, layer]
-        return logits_of(routes.experts[:, layer], weights, shape.experts)
-
-    tensors = list(tensors_of(shape, card.vocabulary, tokens, logits, seed))
+    tensors = list(tensors_of(shape, vocabulary, tokens, logits, seed, None if signs is None else signs.of_layers))
     write_checkpoint(folder, f"a planted {shape.name}", tensors, others, SHARD_BYTES, progress)
     return card
 
@@ -119,5 +131,6 @@ def summary(card: PlantCard, shape: Shape) -> list[str]:
         f"{each}, {card.top_k} per token; {everything} of experts in {card.dtype}",
         f"routes of {card.trace}: {card.tokens} tokens of {len(card.prompts)} prompts; {card.kept}",
         f"vocabulary {card.vocabulary} instead of {shape.vocabulary}: token id i is position i of the trace",
+        f"the next layer's router, asked a layer early, is {card.guesses}",
         LABEL,
     ]
