@@ -24,7 +24,8 @@ from emoe.residency.eviction import make_eviction
 from emoe.residency.loader import Loader
 from emoe.residency.pool import ExpertPool
 from emoe.residency.table import Key, ResidencyTable, SlotState
-from emoe.residency.virtual import VirtualDevice
+from emoe.residency.transfers import copy_seconds
+from emoe.residency.virtual import VirtualDevice, VirtualMark
 
 PARTS = (PartSpec("w", (64, 8), "float32"),)
 SLOT = 64 * 8 * 4
@@ -286,3 +287,60 @@ def test_where_host_memory_runs_out_nothing_is_lost_and_nothing_wrong(monkeypatc
     for expert in range(8):
         run(0, [expert])
         run(1, [expert])
+
+
+def test_only_what_nobody_waits_for_goes_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device has lanes of its own for copies ahead of need; what is wanted now, and what goes back, is not among
+    them."""
+    pool, _, _ = make(8, 10)
+    assert pool.transfers is not None
+    host = pool.transfers.host
+    copies: list[tuple[str, bool]] = []
+    copy, copied = VirtualDevice.copy, host_tier.HostTier.copied
+
+    def watched(self: VirtualDevice, source: torch.Tensor, target: torch.Tensor, after: Any, *, ahead: bool) -> Any:
+        copies.append(("back" if target.data_ptr() in places else "in", ahead))
+        return copy(self, source, target, after, ahead=ahead)
+
+    def noted(self: host_tier.HostTier, slot: int, arrival: Any, *, ahead: bool) -> None:
+        assert ahead == copies[-1][1]
+        copied(self, slot, arrival, ahead=ahead)
+
+    places = {host.memory(slot).data_ptr() for slot in range(10)}
+    monkeypatch.setattr(VirtualDevice, "copy", watched)
+    monkeypatch.setattr(host_tier.HostTier, "copied", noted)
+    for expert in range(0, 8, 2):
+        pool.release(pool.take(0, [expert, expert + 1]))
+    pool.release(pool.take(1, [0, 1]))
+    assert set(copies) == {("in", False), ("back", False)}
+    copies.clear()
+    pool.prefetches.ask([slot.key for slot in host.table.slots if slot.key is not None], 1)
+    assert ("in", True) in copies and set(copies) <= {("in", True), ("back", False)}
+
+
+def test_where_all_is_there_no_use_waits() -> None:
+    pool, device, _ = make(16, 4)
+    pool.preload([(layer, expert) for layer in range(2) for expert in range(8)])
+    assert max(device.program_s, device.compute_s) >= device.link_s > 0
+    waits = device.synchronisations
+    for expert in range(8):
+        slots = pool.take(0, [expert])
+        assert holds(pool, slots[0], (0, expert))
+        pool.release(slots)
+    assert device.synchronisations == waits
+
+
+def test_a_copy_takes_the_least_of_some_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = VirtualDevice()
+    took = iter([0.5, 9.0, 4.0, 6.0])
+    begun: list[VirtualMark] = []
+
+    def copy(
+        self: VirtualDevice, source: torch.Tensor, target: torch.Tensor, after: Any, *, ahead: bool
+    ) -> VirtualMark:
+        assert not ahead and list(after) == begun[-1:]
+        begun.append(VirtualMark(self, self.program_s + next(took)))
+        return begun[-1]
+
+    monkeypatch.setattr(VirtualDevice, "copy", copy)
+    assert copy_seconds(device, torch.zeros(8), torch.zeros(8)) == 4.0 and len(begun) == 4
