@@ -6,6 +6,8 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,8 @@ def test_a_file_that_cannot_be_used_is_refused(
         ("SCORERS", "next-use", "that is the scorer emoe.prediction.registry"),
         ("PREDICTORS", "lru", "that is the eviction rule emoe.residency.eviction.LRU. Choose a new name.\n"),
         ("SCORERS", "static", "that is the predictor emoe.prediction.registry"),
+        ("PREDICTORS", "random", "that is the policy of the simulator "),
+        ("SCORERS", "belady", "that is the policy of the simulator "),
     ],
 )
 def test_a_name_that_is_taken_is_refused(
@@ -144,6 +148,78 @@ def test_a_name_can_be_taken_on_purpose_and_a_cell_run_twice() -> None:
     table["cell"] = one
     table["cell"] = two
     assert table["cell"] is two
+
+
+def test_however_a_name_is_given_it_is_looked_at() -> None:
+    table: Registry[type] = Registry("thing", "test-ways", {"int": int})
+    other: Registry[type] = Registry("other", "test-ways", {"str": str})
+    for give in (
+        lambda: table.update({"new": int, "str": float}),
+        lambda: table.update(str=float),
+        lambda: table.setdefault("str", float),
+        lambda: table.__ior__({"str": float}),
+        lambda: other.setdefault("int", float),
+    ):
+        with pytest.raises(UsageError, match=r"float cannot be called '(str|int)': that is the (other|thing) builtins"):
+            give()
+    assert table == {"int": int, "new": int} and table.setdefault("int", float) is int
+    table |= {"float": float}
+    assert table.setdefault("more", bool) is bool and list(table) == ["int", "new", "float", "more"]
+
+
+def test_a_table_that_comes_later_keeps_its_names() -> None:
+    """Of two that share names, a plug-in may have been imported between them."""
+    early: Registry[type] = Registry("early", "test-late", {})
+    early["int"] = str
+    with pytest.raises(UsageError, match=r"the early builtins.str cannot be called 'int': that is the late builtins.i"):
+        Registry("late", "test-late", {"int": int})
+    early.replace("int", int)
+    late: Registry[type] = Registry("late", "test-late", {"int": int})
+    assert late == early
+
+
+def test_what_is_bound_differently_is_something_else() -> None:
+    table: Registry[Any] = Registry("thing", "test-partial", {})
+    table["two"] = partial(int, base=2)
+    table["two"] = partial(int, base=2)
+    for another in (partial(int, base=3), partial(int, "1"), partial(float), int):
+        with pytest.raises(UsageError, match=r"cannot be called 'two': that is the thing partial of builtins.int"):
+            table["two"] = another
+    table["three"] = three = 3
+    table["three"] = three
+    with pytest.raises(UsageError, match=r"builtins\.int cannot be called 'three'"):
+        table["three"] = 4
+
+
+MINE = """
+from functools import partial
+from emoe.prediction.registry import PREDICTORS, SCORERS
+from emoe.scheduling.registry import SCHEDULERS
+class Mine: pass
+class Kept:
+    def __call__(self): return self
+SCHEDULERS["mine"] = Mine
+SCORERS["mine-2"] = partial(Mine, 2)
+"""
+
+
+@pytest.mark.parametrize("first", ["import", "variable"])
+def test_a_file_may_be_imported_and_named(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the user's program and in the environment, in either order."""
+    file = tmp_path / "emoe_plugin_of_mine.py"
+    file.write_text(MINE + ('SCHEDULERS["kept"] = Kept()\n' if first == "import" else ""))
+    monkeypatch.syspath_prepend(tmp_path)
+    known: dict[str, Any] = SCHEDULERS
+    if first == "import":
+        imported = import_module(file.stem)
+        assert load_plugins({VARIABLE: str(file)}) == [file.stem]
+        assert known["mine"] is imported.Mine
+    else:
+        assert load_plugins({VARIABLE: str(file)}) != [file.stem]
+        assert known["mine"] is not import_module(file.stem)
+    (tmp_path / "other.py").write_text(MINE)
+    with pytest.raises(UsageError, match=r"other_\w+.Mine cannot be called 'mine': that is the scheduler emoe_"):
+        load_plugins({VARIABLE: str(tmp_path / "other.py")})
 
 
 def test_a_process_of_a_benchmark_runs_them_too(monkeypatch: pytest.MonkeyPatch) -> None:

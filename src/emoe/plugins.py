@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 from zlib import crc32
 
 from emoe.errors import UsageError, named
@@ -28,10 +28,13 @@ _T = TypeVar("_T")
 
 
 class Registry(dict[str, _T], Generic[_T]):
-    """What can be had by name: a dict whose `table[name] = made` refuses a name that is taken.
+    """What can be had by name: a dict that refuses a name that is taken, however it is given.
 
     Registries with one `option` share their names, because one option of the command line chooses among all of them:
     a scorer called "lru" would otherwise stand before the eviction rule, or behind it.
+
+    Raises:
+        UsageError: a table that was there before has a name that belongs here.
     """
 
     _all: ClassVar[list[Registry[Any]]] = []
@@ -40,6 +43,9 @@ class Registry(dict[str, _T], Generic[_T]):
         """Start with emoe's `own`. `what` is the kind of thing in an error's text."""
         super().__init__(own)
         self._what, self._option = what, option
+        for name, made in own.items():  # what came before this table could not know of it
+            for table in self._others(name, made):
+                raise table._refusal(name, table[name], self)
         Registry._all.append(self)
 
     def __setitem__(self, name: str, made: _T) -> None:
@@ -48,14 +54,24 @@ class Registry(dict[str, _T], Generic[_T]):
         Raises:
             UsageError: something else has the name.
         """
-        for table in Registry._all:
-            if table._option == self._option and name in table and _origin(table[name]) != _origin(made):
-                remedy = f", or take its place: .replace({name!r}, ...)" if table is self else ""
-                raise UsageError(
-                    f"the {self._what} {_origin(made)} cannot be called {name!r}: that is the {table._what} "
-                    f"{_origin(table[name])}. Choose a new name{remedy}."
-                )
+        for table in self._others(name, made):
+            raise self._refusal(name, made, table)
         super().__setitem__(name, made)
+
+    def update(self, *args: Any, **kwargs: _T) -> None:
+        """As a dict's, by `table[name] = made`."""
+        for name, made in dict(*args, **kwargs).items():
+            self[name] = made
+
+    def setdefault(self, name: str, made: _T) -> _T:
+        """As a dict's, by `table[name] = made`."""
+        if name not in self:
+            self[name] = made
+        return self[name]
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
+        self.update(other)
+        return self
 
     def replace(self, name: str, made: _T) -> None:
         """Put `made` in the place of what has the name here.
@@ -66,14 +82,48 @@ class Registry(dict[str, _T], Generic[_T]):
         named(self._what, name, self)
         super().__setitem__(name, made)
 
+    def _others(self, name: str, made: object) -> Iterator[Registry[Any]]:
+        """Tables that share names with this one and have something else under this one."""
+        for table in Registry._all:
+            if table._option == self._option and name in table and not _same(table[name], made):
+                yield table
+
+    def _refusal(self, name: str, made: object, table: Registry[Any]) -> UsageError:
+        remedy = f", or take its place: .replace({name!r}, ...)" if table is self else ""
+        return UsageError(
+            f"the {self._what} {_origin(made)} cannot be called {name!r}: that is the {table._what} "
+            f"{_origin(table[name])}. Choose a new name{remedy}."
+        )
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two things are one definition: a file that is run twice, under two names too, defines the same again."""
+    if isinstance(one, partial) and isinstance(other, partial):
+        return (one.args, one.keywords) == (other.args, other.keywords) and _same(one.func, other.func)
+    names = [getattr(each, "__qualname__", None) for each in (one, other)]
+    if None in names:
+        return one is other or bool(one == other)
+    return names[0] == names[1] and _source(one) == _source(other)
+
+
+def _source(made: object) -> str | Path:
+    """The file in which a class or function was defined; its module's name where that has none."""
+    file = getattr(sys.modules.get(made.__module__), "__file__", None)
+    return made.__module__ if file is None else Path(file).resolve()
+
 
 def _origin(made: object) -> str:
-    """Where something was defined: a class or function by its full name."""
-    return f"{made.__module__}.{getattr(made, '__qualname__', type(made).__qualname__)}"
+    """Where something was defined, for people: a class or function by its full name."""
+    if isinstance(made, partial):
+        return f"partial of {_origin(made.func)}"
+    defined = made if hasattr(made, "__qualname__") else type(made)
+    return f"{defined.__module__}.{defined.__qualname__}"
 
 
 def load_plugins(environ: Mapping[str, str] = os.environ) -> list[str]:
     """Run what EMOE_PLUGINS names, in order, each once in a process; return the names of its modules.
+
+    What has been imported already is not run again.
 
     Names with commas between them: files that end in ".py", or modules that Python can import.
 
@@ -109,6 +159,8 @@ def _load(name: str) -> str:
         run: Callable[[], object] = partial(import_module, name)
     else:
         file = Path(name).expanduser().resolve()
+        if (imported := _imported(file)) is not None:
+            return imported
         module = f"emoe_plugin_{file.stem}_{crc32(bytes(file)):08x}"  # files of one name lie in different folders
         run = partial(_run_file, module, file)
     if module in sys.modules:
@@ -122,6 +174,15 @@ def _load(name: str) -> str:
         told = f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
         raise UsageError(f"{VARIABLE}: {name} cannot be used: {told}") from error
     return module
+
+
+def _imported(file: Path) -> str | None:
+    """The name under which this process has run a file already: it may have been imported, or be the program."""
+    for name, module in list(sys.modules.items()):
+        found = getattr(module, "__dict__", {}).get("__file__")  # asked of the module itself, some would import more
+        if isinstance(found, str) and Path(found).name == file.name and Path(found).resolve() == file:
+            return name
+    return None
 
 
 def _run_file(module: str, file: Path) -> object:

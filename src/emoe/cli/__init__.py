@@ -27,7 +27,7 @@ import re
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import emoe
 from emoe.cli import (
@@ -60,6 +60,17 @@ _COMMANDS = (plan, generate, chat, inspect, demo, serve, profile, quantise, simu
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every other error: the usage of `emoe generate` is 20 lines long."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse does; short options of other tools, which are longer than a letter, are not read as one's own."""
+        if self.get_default("parser") is self and (theirs := hints.foreign(args, self.format_help)):
+            self.refuse(theirs)
+        return super().parse_known_args(args, namespace)
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Leave with 2: this command has no such options."""
+        hint = hints.of_options(unknown, self.format_help())
+        self.error(f"{self.prog} does not know {' '.join(unknown)}{hint and ': ' + hint}")
 
     def error(self, message: str) -> NoReturn:
         """Leave with 2, and with what to type instead where that is known."""
@@ -105,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return UsageError.exit_code
     if unknown:
-        hint = hints.of_options(unknown, args.parser.format_help())
-        args.parser.error(f"{args.parser.prog} does not know {' '.join(unknown)}{hint and ': ' + hint}")
+        args.parser.refuse(unknown)
     if not args.debug:
         # Before transformers is imported: its advice on optional packages is no answer to the command.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 _COMMANDS = {
     "run": "`emoe chat MODEL` talks, `emoe generate MODEL -p TEXT` answers one prompt",
@@ -21,7 +22,7 @@ _COMMANDS = {
 """Commands of ollama, vLLM and llama.cpp."""
 
 _OPTIONS = {
-    ("-m",): ("MODEL",),
+    ("-m", "--model", "-hf", "-hfr", "--hf-repo"): ("MODEL",),
     ("--prompt", "--text"): ("--prompt", "MODEL"),
     ("-c", "--ctx-size", "--num-ctx", "--n-ctx"): ("--context", "--max-model-len"),
     ("--max-model-len",): ("--context",),
@@ -42,6 +43,7 @@ _OPTIONS = {
 """Options of the same, and which of emoe's do the same; the first that a command has is named."""
 
 _CONTEXT = next(names for names in _OPTIONS if "--ctx-size" in names)
+_OF_LETTERS = {name for names in _OPTIONS for name in names if re.fullmatch(r"-\w{2,}", name)}
 
 
 def of_command(word: str, known: Iterable[str]) -> str:
@@ -52,7 +54,16 @@ def of_command(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
 
 
-def of_options(words: Iterable[str], help_text: str) -> str:
+def foreign(words: Iterable[str], help_text: Callable[[], str]) -> list[str]:
+    """Options of other tools, if argparse would take one of them for the command's own: `-ngl 99` for `-n gl`."""
+    given = [word.partition("=")[0] for word in itertools.takewhile(lambda word: word != "--", words)]
+    if _OF_LETTERS.isdisjoint(given):
+        return []
+    own = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", help_text()))
+    return [word for word in given if word not in own and any(word in names for names in _OPTIONS)]
+
+
+def of_options(words: Sequence[str], help_text: str) -> str:
     """What to type instead of each option among `words`, in a command that has this help; "" where nothing is known."""
     known = dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w-]*", help_text))
     found: list[str] = []
@@ -67,6 +78,6 @@ def of_options(words: Iterable[str], help_text: str) -> str:
             found.append(f"for {word} there is {theirs} here" if same else f"did you mean {theirs}?")
         elif word in _CONTEXT:
             found.append(f"nothing is to be set for {word}: the context is the model's")
-    if not found and "--prompt TEXT" in help_text:
+    if "--prompt TEXT" in help_text and not any(word.startswith("-") for word in words):
         found.append("a prompt goes after -p")
     return "; ".join(dict.fromkeys(found))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from emoe.errors import UsageError, unknown
+from emoe.plugins import Registry
 from emoe.prediction.protocol import LayerScorer, RoutingShape, UseScorer
 from emoe.prediction.registry import CONTESTED, NETWORKS, PREDICTORS, SCORERS, make_predictor, make_scorer
 from emoe.prediction.schedule import DEFAULT_PROMPTS, make_schedule
@@ -222,6 +223,10 @@ class Planned:
             return None
         self.rule.values[:] = shares.reshape(-1)
         return shares if self._prefetch else None
+
+
+_OWN: Registry[type] = Registry("policy of the simulator", "policy", {"random": RandomEviction, "belady": Belady})
+"""Their names are taken: a rule called so would be run by the engine, and something else beside it be simulated."""
 
 
 def names() -> tuple[str, ...]:
