@@ -141,6 +141,7 @@ def test_limits_are_shares_sizes_or_none(tmp_path: Path) -> None:
         (("--warmups", "-1"), "warmups must be at least 0, not -1"),
         (("--cores", "first"), "cores are auto, none or numbers, as 0,1, not 'first'"),
         (("--cores", "100000"), "cores are auto, none or among .*, not '100000'"),
+        (("--eviction", "lru,fifo"), "no eviction rule is called 'fifo'"),
         (("--memory-limit", ","), "memory limits: give at least one, or none"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from emoe.bench.peers import gguf_file
 from emoe.bench.peers.gguf_file import cached_gguf, gguf_package, write_gguf
 from emoe.bench.peers.gguf_layout import LAYOUTS, GgufTensor, layout_of, read_rows
 from emoe.checkpoint.headers import read_headers
@@ -213,6 +214,22 @@ def test_rows_must_divide_into_blocks(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"ffn_down_exps.* rows of 24.*Q8_0 blocks of 32"):
         write_gguf(tmp_path / "a", tmp_path / "x.gguf", "q8_0")
     assert not (tmp_path / "x.gguf").exists()
+
+
+@WITH_GGUF
+def test_what_fails_midway_leaves_nothing_and_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save("olmoe", tmp_path / "a", torch.bfloat16)
+    before = write_gguf(tmp_path / "a", tmp_path / "x.gguf").read_bytes()
+    data = gguf_file._data
+
+    def cut(gguf: Any, one: Any) -> Any:
+        yield from list(data(gguf, one))[:-1]
+
+    monkeypatch.setattr(gguf_file, "_data", cut)
+    with pytest.raises(CheckpointError, match=r"0 bytes were made, \d+ announced"):
+        write_gguf(tmp_path / "a", tmp_path / "x.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "x.gguf"]
+    assert (tmp_path / "x.gguf").read_bytes() == before
 
 
 def test_mistakes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,9 @@ def test_other_conditions_are_refused(planted: Path, tmp_path: Path) -> None:
     compare(settings)
     with pytest.raises(UsageError, match=r"other conditions \(warmups: 1 there, 0 now\); give the same ones"):
         compare(replace(settings, warmups=0))
+    Journal(tmp_path / "a", {"x": 1, "old": 2})
+    with pytest.raises(UsageError, match=r"\(new: None there, 3 now; old: 2 there, None now\)"):
+        Journal(tmp_path / "a", {"x": 1, "new": 3})
 
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:

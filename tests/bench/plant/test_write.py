@@ -18,7 +18,7 @@ from emoe.bench.plant.card import CARD, LABEL, ROUTES, read_card
 from emoe.bench.plant.check import check
 from emoe.bench.plant.shapes import PUBLISHED, published, vocabulary_for
 from emoe.bench.plant.tensors import Noise, tensors_of
-from emoe.bench.plant.write import plant
+from emoe.bench.plant.write import plant, summary
 from emoe.errors import CheckpointError, UsageError
 from emoe.planner import plan
 from emoe.routing.trace import Array, Trace
@@ -111,13 +111,17 @@ def test_the_card_says_what_it_is(planted: dict[str, Path]) -> None:
     assert values["prompts"] == [[0, 20], [20, 40], [40, 60]]
     card = read_card(folder)
     assert (card.shape, card.trace, card.tokens, card.resampled) == ("tiny-gpt-oss", "made-up", TOKENS, False)
+    assert json.loads((folder / "generation_config.json").read_text()) == {"do_sample": False}
+    told = "\n".join(summary(card, PUBLISHED["tiny-gpt-oss"]))
+    assert "3 layers, 3 with 8 experts of" in told and "60 tokens of 3 prompts" in told and told.endswith(LABEL)
     assert (card.vocabulary, card.dtype, card.layers, card.experts, card.top_k) == (64, "bfloat16", 3, 8, 2)
 
 
 def test_cards_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is no planted checkpoint .*; make one with emoe bench plant"):
         read_card(tmp_path)
-    for text, said in (("{", "is not JSON"), ("[]", "not of format 1"), ('{"format": 1}', "incomplete .KeyError")):
+    wrong = ('{"format": 2}', "not of format 1"), ('{"format": 1}', "incomplete .KeyError")
+    for text, said in (("{", "is not JSON"), ("[]", "not of format 1"), *wrong):
         (tmp_path / CARD).write_text(text)
         with pytest.raises(UsageError, match=f"{said}.*plant the checkpoint again"):
             read_card(tmp_path)
