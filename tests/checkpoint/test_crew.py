@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from emoe.checkpoint.crew import Crew
+from emoe.errors import ReadError
 
 
 @pytest.fixture
@@ -134,3 +135,59 @@ def test_closing_ends_the_threads() -> None:
     crew.close()
     crew.close()
     assert not any(thread.name.startswith("closing") for thread in threading.enumerate())
+
+
+def test_who_is_interrupted_in_anothers_task_ends_that_call_and_its_own() -> None:
+    crew = Crew(1, "interrupted")  # no helpers: callers run everything
+    gate, begun = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def stuck() -> None:
+        begun.set()
+        assert gate.wait(5)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    def call() -> None:
+        try:
+            crew.run([stuck, interrupted])
+        except BaseException as error:
+            errors.append(error)
+
+    first = threading.Thread(target=call)
+    first.start()
+    assert begun.wait(5)
+    ran: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        crew.run([lambda: ran.append(1)] * 2)  # helps the other call first
+    gate.set()
+    first.join(5)
+    assert not ran
+    assert [type(error) for error in errors] == [ReadError]
+    assert "interrupted" in str(errors[0])
+    crew.run([lambda: ran.append(1)] * 2)
+    assert ran == [1, 1]
+    crew.close()
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_threads_that_cannot_be_started_are_told_of_and_missed(
+    allowed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, left = threading.Thread.start, [allowed]
+
+    def refused(thread: threading.Thread) -> None:
+        if left[0] == 0:
+            raise RuntimeError("can't start new thread")
+        left[0] -= 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    crew = Crew(4, "few")
+    ran: list[int] = []
+    for _ in range(2):
+        crew.run([lambda: ran.append(1)] * 10)
+    assert len(ran) == 20
+    assert [f"{3 - allowed} of 3 threads" in line and "ulimit -u" in line for line in caplog.messages] == [True]
+    crew.close()

@@ -162,3 +162,55 @@ def test_what_needs_no_reading_has_ended_and_is_nobodys_to_drop() -> None:
     assert not loader.drop(load)
     assert loader.wait(load) == 0 and load.seconds == 0.25
     loader.close()
+
+
+def test_threads_that_cannot_be_started_refuse_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    made: list[threading.Thread] = []
+
+    def refused(thread: threading.Thread) -> None:
+        if made:
+            raise RuntimeError("can't start new thread")
+        made.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(ReadError, match=r"2 loader threads are needed and only 1 could be started: can't.*ulimit -u"):
+        Loader(threads=2)
+    assert not made[0].is_alive()
+
+
+def test_abandoned_loads_have_ended_and_those_of_others_go_on() -> None:
+    loader = Loader(threads=1)
+    gate, ran = threading.Event(), []
+
+    def run(name: str) -> int:
+        assert gate.wait(5)
+        ran.append(name)
+        return 1
+
+    mine = object()
+    started = loader.submit(lambda: run("started"), "a", owner=mine)
+    while not started.claimed:
+        time.sleep(0.001)
+    loader.submit(lambda: run("queued"), "b", owner=mine)  # nobody knows of it
+    other = loader.submit(lambda: run("other"), "c")
+    threading.Timer(0.02, gate.set).start()
+    loader.abandon(mine)
+    assert ran[0] == "started"
+    assert loader.wait(other) == 1
+    loader.close()
+    assert ran == ["started", "other"] and not loader._under_way
+
+
+def test_a_load_whose_runner_was_interrupted_before_it_ran_can_be_cancelled() -> None:
+    loader = Loader(threads=1)
+    gate = threading.Event()
+    loader.submit(lambda: int(gate.wait(5)), "keeps the thread")
+    load = loader.submit(lambda: 1, "expert 0 of layer 0")
+    assert loader._claim(load)  # and then Ctrl-C
+    loader.cancel(load)
+    with pytest.raises(ReadError, match="interrupted"):
+        loader.wait(load)
+    gate.set()
+    loader.close()

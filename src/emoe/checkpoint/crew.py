@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -10,15 +11,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
+from emoe.errors import ReadError
+
+_log = logging.getLogger(__name__)
+
 Task = Callable[[], object]
 
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """One caller's numbered tasks: those nobody has started, how many are being run, the first that failed."""
+    """One caller's numbered tasks: those nobody has started, the threads that run some, the first that failed."""
 
     waiting: deque[tuple[int, Task]]
-    running: int = 0
+    running: set[int] = field(default_factory=set)
     failed: int = -1
     error: BaseException | None = None
     ended: threading.Event = field(default_factory=threading.Event)
@@ -38,9 +43,12 @@ class Crew:
         self._name = name
         self._calls: list[tuple[int, int, _Call]] = []
         self._order = count()
-        self._wake = threading.Condition()
-        self._under_way = 0
+        # Taken by itself, not by way of the condition: an interrupt as that returns would leave it locked for good.
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._under_way: dict[int, _Call] = {}  # by the thread that runs a task of it
         self._closed = False
+        self._started = False
         self._threads: list[threading.Thread] = []
 
     def run(self, tasks: Sequence[Task], priority: int = 0) -> None:
@@ -48,51 +56,95 @@ class Crew:
 
         Raises:
             what the first of the failing tasks raised; those not started by then are left out.
+            ReadError: the caller of another call was interrupted while it ran a task of this one.
         """
         if len(tasks) <= 1:
             for task in tasks:
                 task()
             return
         call = _Call(deque(enumerate(tasks)))
-        with self._wake:
-            self._start()
-            heapq.heappush(self._calls, (priority, next(self._order), call))
-            self._wake.notify(len(tasks) - 1)
         try:
+            with self._lock:
+                self._start()
+                heapq.heappush(self._calls, (priority, next(self._order), call))
+                self._wake.notify(len(tasks) - 1)
             while True:
-                with self._wake:
+                with self._lock:
                     taken = self._take() if call.waiting else None
                 if taken is None:
                     break
-                self._do(*taken)
+                self._do(*taken, own=call)
                 del taken  # who waits for the rest keeps nobody's memory alive
-        except BaseException:  # an interrupt between two tasks
-            with self._wake:
-                call.waiting.clear()
-                if not call.running:
-                    call.ended.set()
-            raise
         finally:
-            call.ended.wait()  # tasks write to the caller's memory: none may outlive the call
+            self._leave(call)
         if call.error is not None:
             raise call.error
 
+    def _leave(self, call: _Call) -> None:
+        """Return when no task of `call` runs or will run, however often that is interrupted; the last interrupt then.
+
+        Tasks write to the caller's memory: none may outlive the call.
+        """
+        interrupt: BaseException | None = None
+        quiet = False
+        while not quiet:
+            try:
+                with self._lock:
+                    call.waiting.clear()
+                    if threading.get_ident() in self._under_way:
+                        self._let_go(ReadError("a read was given up: the thread that helped with it was interrupted."))
+                    if not call.running:
+                        call.ended.set()
+                quiet = call.ended.wait()
+            except BaseException as another:  # raised below
+                interrupt = another
+        if interrupt is not None:
+            raise interrupt
+
+    def _let_go(self, error: BaseException | None, number: int = -1) -> None:
+        """Note that this thread runs no task any more; `error` is what the one that it ran failed with.
+
+        The lock is held.
+        """
+        me = threading.get_ident()
+        call = self._under_way[me]
+        if error is not None:
+            if call.error is None or number < call.failed:
+                call.error, call.failed = error, number
+            call.waiting.clear()
+        call.running.discard(me)
+        if not call.waiting and not call.running:
+            call.ended.set()
+        del self._under_way[me]  # last: interrupted before, this is done again
+
     def close(self) -> None:
         """Stop the threads, once no call is under way. Safe to call twice."""
-        with self._wake:
+        with self._lock:
             self._closed = True
             self._wake.notify_all()
         for thread in self._threads:
             thread.join()
 
     def _start(self) -> None:
-        if self._threads or self._closed:
+        """Start the helpers that are missing; those that the system refuses are asked for once, and that is said."""
+        if self._started or self._closed:
             return
-        self._threads = [
-            threading.Thread(target=self._help, name=f"{self._name}-{i}", daemon=True) for i in range(self._depth - 1)
-        ]
-        for thread in self._threads:
-            thread.start()
+        wanted = self._depth - 1
+        for i in range(len(self._threads), wanted):
+            thread = threading.Thread(target=self._help, name=f"{self._name}-{i}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                _log.warning(
+                    "%d of %d threads that read beside others could not be started (%s): experts come slower. Raise "
+                    "the limit of processes (`ulimit -u`, or the cgroup's pids.max) and load the model again.",
+                    wanted - i,
+                    wanted,
+                    error,
+                )
+                break
+            self._threads.append(thread)
+        self._started = True
 
     def _take(self) -> tuple[_Call, int, Task] | None:
         """The next task, its number and its call, now running; the lock is held."""
@@ -101,33 +153,30 @@ class Crew:
         if not self._calls:
             return None
         call = self._calls[0][2]
-        call.running += 1
-        self._under_way += 1
+        # Before it is taken: interrupted behind that, this thread still knows whose task is lost (`_let_go`).
+        self._under_way[threading.get_ident()] = call
+        call.running.add(threading.get_ident())
         return call, *call.waiting.popleft()
 
-    def _do(self, call: _Call, number: int, task: Task) -> None:
+    def _do(self, call: _Call, number: int, task: Task, own: _Call | None = None) -> None:
+        """Run a task; who calls for `own` is interrupted by what interrupts it, whosever task it is."""
         error: BaseException | None = None
         try:
             task()
         except BaseException as caught:  # the caller raises it
+            if own is not None and own is not call and not isinstance(caught, Exception):
+                raise  # it was this thread that was interrupted, not the other call's caller
             error = caught
-        with self._wake:
-            call.running -= 1
-            self._under_way -= 1
-            if error is not None:
-                if call.error is None or number < call.failed:
-                    call.error, call.failed = error, number
-                call.waiting.clear()
-            if not call.waiting and not call.running:
-                call.ended.set()
-            if self._calls and self._under_way == self._depth - 1:
+        with self._lock:
+            self._let_go(error, number)
+            if self._calls and len(self._under_way) == self._depth - 1:
                 self._wake.notify()  # a helper may have waited for room
 
     def _help(self) -> None:
         while True:
             with self._wake:
                 while True:
-                    taken = self._take() if self._under_way < self._depth else None
+                    taken = self._take() if len(self._under_way) < self._depth else None
                     if taken is not None:
                         break
                     if self._closed:

@@ -5,6 +5,7 @@ Which slot is taken next is the choice of `emoe.residency.table`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -82,7 +83,13 @@ class _Slot:
 
 @dataclass(slots=True)
 class SlotBooks:
-    """Slots of one bank and the keys in them; a *transient* slot holds an expert that only passes through."""
+    """Slots of one bank and the keys in them; a *transient* slot holds an expert that only passes through.
+
+    An interrupt may come between any two steps. What a slot's own `state` says is always true: it is `ready` only once
+    its key is noted and its bytes are there, and no more before anything is forgotten. All else follows from that
+    (`mend`). `mender`, where there is one, is called as a pass begins and not all slots are empty or ready, or the
+    books were left in the middle of something.
+    """
 
     plan: PoolPlan
     experts: dict[int, int]
@@ -100,10 +107,13 @@ class SlotBooks:
     _layer: int = field(init=False)
     _passing: set[int] = field(init=False, default_factory=set)
     _first: dict[int, int] = field(init=False)
+    mender: Callable[[], None] | None = field(init=False, default=None)
     _past: Uses = field(init=False)
     _ready: npt.NDArray[np.bool_] = field(init=False)
     _transient: npt.NDArray[np.bool_] = field(init=False)
     _stale: set[int] = field(init=False)
+    _held: set[int] = field(init=False, default_factory=set)
+    _open: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         layers = sorted(self.experts)
@@ -129,6 +139,8 @@ class SlotBooks:
     def begin_pass(self) -> None:
         """Note that a forward pass of the model starts."""
         self.pass_no += 1
+        if self.mender is not None and (self._held or self._open):
+            self.mender()
 
     def visit(self, layer: int) -> None:
         """Note that `layer` runs now."""
@@ -180,10 +192,13 @@ class SlotBooks:
         entry = self.slots[slot]
         if (entry.state, to) not in LEGAL_MOVES:
             raise IllegalMove(f"slot {slot} ({entry.key}) cannot go from {entry.state.value} to {to.value}")
+        self._held.add(slot)
         if entry.key is not None and SlotState.READY in (entry.state, to):
             self._ready[self._number(entry.key)] = to is SlotState.READY
             self._stale.add(entry.key[0])
         entry.state = to
+        if to is SlotState.READY:
+            self._held.discard(slot)  # of one that is emptied, `evict` does
 
     def use(self, key: Key, *, keep: bool) -> None:
         """Note that `key` is routed to in this visit; `keep` makes a transient expert an ordinary resident."""
@@ -243,23 +258,16 @@ class SlotBooks:
 
     def abort(self, slot: int) -> None:
         """Note that the load into `slot` failed or was cancelled: the slot is empty again."""
-        self._move(slot, SlotState.EMPTY)
-        key = self.slots[slot].key
-        if self.slots[slot].prefetched and key is not None:
-            self.counters[key[0]].prefetches_cancelled += 1
-        self._forget(slot)
+        self.evict(slot)
 
     def evict(self, slot: int) -> None:
-        """Empty a ready slot."""
-        self._move(slot, SlotState.EMPTY)
-        key = self.slots[slot].key
-        if self.slots[slot].prefetched and key is not None:
-            self.counters[key[0]].prefetches_unused += 1
-        self._forget(slot)
-
-    def _forget(self, slot: int) -> None:
+        """Empty a slot that is ready, or whose load did not end well (`abort`)."""
         entry = self.slots[slot]
+        arrived = entry.state is SlotState.READY
+        self._move(slot, SlotState.EMPTY)
         if entry.key is not None:
+            self.counters[entry.key[0]].prefetches_unused += entry.prefetched and arrived
+            self.counters[entry.key[0]].prefetches_cancelled += entry.prefetched and not arrived
             self._mark(slot, False)
             del self._where[entry.key]
             self._by_layer[entry.key[0]].discard(slot)
@@ -267,12 +275,50 @@ class SlotBooks:
         entry.key = None
         entry.prefetched = False
         self._free.append(slot)
+        self._held.discard(slot)
 
     def _mark(self, slot: int, transient: bool) -> None:
         entry = self.slots[slot]
         if entry.transient == transient or entry.key is None:
             return
+        self._open += 1
         entry.transient = transient
         self._transient[self._number(entry.key)] = transient
         self._kept[entry.key[0]] += -1 if transient else 1
         (self._passing.add if transient else self._passing.discard)(slot)
+        self._open -= 1
+
+    # -- after interrupts ---------------------------------------------------------------------------------
+
+    def settled(self, loading: set[int]) -> bool:
+        """Whether the books are in order, no slot is pinned and none is loading but `loading`."""
+        return not self._open and self._held <= loading
+
+    def mend(self) -> None:
+        """Make every slot ready or empty, as its state says, and write everything else anew; no load is under way.
+
+        Prefetches that are lost count as cancelled. Interrupted, it can be called again.
+        """
+        self._open += 1
+        full: dict[int, Key] = {}
+        for slot, entry in enumerate(self.slots):
+            if entry.key is not None and entry.state in (SlotState.READY, SlotState.PINNED):
+                entry.state = SlotState.READY
+                full[slot] = entry.key
+            else:
+                entry.state = SlotState.EMPTY
+                entry.key, entry.transient, entry.prefetched = None, False, False
+        self._where = {key: slot for slot, key in full.items()}
+        self._by_layer = {layer: {slot for slot, key in full.items() if key[0] == layer} for layer in self._layers}
+        self._passing = {slot for slot in full if self.slots[slot].transient}
+        self._kept = {layer: len(slots - self._passing) for layer, slots in self._by_layer.items()}
+        self._free = [slot for slot in reversed(range(len(self.slots))) if slot not in full]
+        self._ready[:] = self._transient[:] = False
+        self._ready[[self._number(key) for key in full.values()]] = True
+        self._transient[[self._number(full[slot]) for slot in self._passing]] = True
+        self._stale = set(self._layers)
+        for layer, counters in self.counters.items():
+            waiting = sum(self.slots[slot].prefetched for slot in self._by_layer[layer])
+            counters.prefetches_cancelled += counters.prefetches_waiting - waiting
+        self._held.clear()
+        self._open = 0

@@ -104,6 +104,10 @@ class Device(Protocol):
         """Return once `mark` has passed: with `fetch`, all that makes the program wait."""
         ...
 
+    def drain(self) -> None:
+        """Return once all that it was given to do has been done: what was to be waited for is not known any more."""
+        ...
+
     def fetch(self, *tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
         """Begin to bring small results of computing to the program; what is returned waits for them and gives them."""
         ...
@@ -183,6 +187,9 @@ class CpuDevice:
 
     def finish(self, mark: Mark) -> None:
         """It has passed."""
+
+    def drain(self) -> None:
+        """All has been done."""
 
     def fetch(self, *tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
         """They are there."""
@@ -295,6 +302,11 @@ class CudaDevice:
         if not mark.query():
             self.synchronisations += 1
             mark.synchronize()
+
+    def drain(self) -> None:
+        """Wait on the host for every stream."""
+        self.synchronisations += 1
+        torch.cuda.synchronize(self.place)
 
     def fetch(self, *tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
         """Copy to pinned memory on the current stream, and wait for an event behind the copies, not for the stream."""

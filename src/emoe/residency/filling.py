@@ -37,6 +37,7 @@ class Filling:
         self._loader = loader
         self.transfers: Transfers | None = None
         self._first_parts = used_first(bank.views[0] if bank.views else ())
+        table.mender = self._mend
         self.prefetches = Prefetches(table, loader, self._submit, self._commit, self._abort, self._room)
         self.early = Early(table, loader, self._submit, self._commit, self._abort)
 
@@ -64,9 +65,12 @@ class Filling:
             if self.transfers is not None:
                 passing = table.slots[slot].transient if passing is None else passing
                 return self.transfers.start(key, slot, priority, what, passing=passing, evicted=table.evicted)
-            views, first = self.bank.views[slot], threading.Event()
-            return self._loader.submit(lambda: self.read(key, views, priority, first.set), what, priority, first)
-        except BaseException:  # there is no load that somebody could wait for or cancel
+            views, first = self.bank.views[slot], threading.Event() if self._first_parts else None
+            reached = None if first is None else first.set
+            return self._loader.submit(
+                lambda: self.read(key, views, priority, reached), what, priority, first, owner=self
+            )
+        except Exception:  # there is no load that somebody could wait for or cancel; interrupted, there may be one
             table.abort(slot)
             raise
 
@@ -76,16 +80,32 @@ class Filling:
 
     def _commit(self, slot: int, nbytes: int) -> None:
         """Note that a load ended well."""
-        self.table.commit(slot, nbytes)
         key = self.table.slots[slot].key
         if self.transfers is not None and key is not None:
             self.transfers.landed(slot, nbytes, self.table.counters[key[0]])
+        self.table.commit(slot, nbytes)  # last: until then `_mend` knows that something was under way
 
     def _abort(self, slot: int) -> None:
         """Note that a load failed or was cancelled."""
-        self.table.abort(slot)
         if self.transfers is not None:
             self.transfers.lost(slot)
+        self.table.abort(slot)
+
+    def _mend(self) -> None:
+        """As a pass begins: give back what interrupts left pinned or loading for good.
+
+        Whatever runs a layer gives back all that it holds as it ends. An interrupt that comes while it does so, or
+        between two steps of the books, can leave slots that nobody knows of: then every load of the bank is ended, and
+        only what had arrived stays. Nothing is lost but loads ahead of need.
+        """
+        self.early.claim(-1, ())  # of a pass that failed
+        if self.table.settled(self.prefetches.slots):
+            return
+        self._loader.abandon(self)
+        self.prefetches.forget()
+        if self.transfers is not None:
+            self.transfers.mend()
+        self.table.mend()
 
     def _start(self, layer: int, expert: int, slot: int, *, passing: bool | None = None) -> Flight:
         key = (layer, expert)
@@ -97,7 +117,7 @@ class Filling:
         try:
             nbytes = self._loader.wait(flight.load)
         except BaseException:
-            flight.load.done.wait()  # interrupted here, the slot must not be reused while a thread still fills it
+            self._loader.cancel(flight.load)  # interrupted, the slot must not be reused while a thread still fills it
             self._abort(flight.slot)
             raise
         finally:

@@ -101,8 +101,8 @@ class HostTier:
     def place_for(self, key: Key, coming: Key, *, passing: bool) -> int | None:
         """Take a slot for what the device evicts to make room for `coming`; None where it is here, or nothing is free.
 
-        What comes keeps its slot: the two copies would wait for each other. The slot counts as filled at once; `fill`
-        says when it will be.
+        What comes keeps its slot: the two copies would wait for each other. The slot counts as filled from `fill` on,
+        which says when it will be.
         """
         if not self.exclusive or self.table.find(key) is not None:
             return None
@@ -112,14 +112,19 @@ class HostTier:
             slot = self.table.reserve(key, transient=True, protect=protect)
         if slot is None:
             slot = self.table.reserve(key, protect=protect)
-        if slot is not None:
-            self.table.commit(slot, 0)
         return slot
 
     def given(self, slot: int) -> None:
         """Note that the device has what lies in `slot`: where the tiers are exclusive, the slot is free."""
         if self.exclusive:
             self.table.evict(slot)
+
+    def mend(self) -> None:
+        """Give back what reads and copies held, none of which is under way any more: interrupts lost track of some."""
+        self._copying.clear()
+        self._filling.clear()
+        self.reading = 0
+        self.table.mend()
 
     def close(self) -> None:
         """Give the memory back; nothing can be read or copied afterwards. Safe to call twice."""
@@ -160,9 +165,10 @@ class HostTier:
 
     def for_computing(self, slot: int) -> dict[str, torch.Tensor]:
         """The parts of the expert in a slot, for the CPU: once a copy into it has ended."""
-        filling = self._filling.pop(slot, None)
+        filling = self._filling.get(slot)
         if filling is not None:
             self._device.finish(filling)
+            del self._filling[slot]  # only now: interrupted before, it is waited for again
         return self.views(slot)
 
     def busy(self, slot: int) -> list[Mark]:
@@ -175,8 +181,9 @@ class HostTier:
         return [self._filling[slot]] if slot in self._filling else []
 
     def fill(self, slot: int, arrival: Mark) -> None:
-        """Note a copy from the device into a slot."""
+        """Note a copy from the device into a slot that `place_for` took."""
         self._filling[slot] = arrival
+        self.table.commit(slot, 0)
 
     def copied(self, slot: int, arrival: Mark, *, ahead: bool) -> None:
         """Note the latest copy out of a slot, of those ahead of need or of the others: each kind goes in turn."""

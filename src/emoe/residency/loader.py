@@ -28,6 +28,10 @@ class Load:
     run: Callable[[], int]
     what: str
     claimed: bool = False
+    runner: int = 0
+    """The thread that claimed it."""
+    owner: object = None
+    """Whose slots it fills (`Loader.abandon`)."""
     done: threading.Event = field(default_factory=threading.Event)
     nbytes: int = 0
     error: Exception | None = None
@@ -50,16 +54,31 @@ class Loader:
         """Start the threads (0: every load is run by whoever waits for it)."""
         self._queue: list[tuple[int, int, Load]] = []
         self._order = count()
-        self._wake = threading.Condition()
+        # Taken by itself, not by way of the condition: an interrupt as that returns would leave it locked for good.
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._work, name=f"emoe-loader-{i}", daemon=True) for i in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._under_way: set[Load] = set()
+        self._threads: list[threading.Thread] = []
+        try:
+            for i in range(threads):
+                thread = threading.Thread(target=self._work, name=f"emoe-loader-{i}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError as error:
+            self.close()
+            raise ReadError(
+                f"{threads} loader threads are needed and only {len(self._threads)} could be started: {error}. Raise "
+                "the limit of processes (`ulimit -u`, or the cgroup's pids.max), or end others."
+            ) from error
 
     def submit(
-        self, run: Callable[[], int], what: str, priority: int = DEMAND, first: threading.Event | None = None
+        self,
+        run: Callable[[], int],
+        what: str,
+        priority: int = DEMAND,
+        first: threading.Event | None = None,
+        owner: object = None,
     ) -> Load:
         """Queue a load.
 
@@ -68,14 +87,16 @@ class Loader:
             what: names the expert, for errors.
             priority: lower goes first; equal priorities in the order of submission.
             first: what `run` sets when the parts that are used first are there.
+            owner: whose loads `abandon` ends together.
 
         Raises:
             ReadError: the loader is closed.
         """
-        load = Load(run, what, first=first)
-        with self._wake:
+        load = Load(run, what, first=first, owner=owner)
+        with self._lock:
             if self._closed:
                 raise ReadError(f"{what} cannot be loaded: the model was closed. Load it again with emoe.load.")
+            self._under_way.add(load)
             heapq.heappush(self._queue, (priority, next(self._order), load))
             self._wake.notify()
         return load
@@ -94,7 +115,7 @@ class Loader:
                     f"{load.what} was not loaded: every loader thread has died. Load the model again; if it repeats, "
                     "report the messages above."
                 )
-                load.done.set()
+                self._end(load)
         if load.error is not None:
             raise load.error
         return load.nbytes
@@ -116,35 +137,52 @@ class Loader:
         if not self._claim(load):
             return False
         load.error = ReadError(f"{load.what} was not loaded: the load was cancelled.")
-        load.done.set()
+        self._end(load)
         return True
 
     def cancel(self, load: Load) -> None:
         """Return once `load` no longer runs: dropped if no thread had started it, else waited for."""
-        self.drop(load)
+        if not self.drop(load) and load.runner == threading.get_ident() and not load.done.is_set():
+            # This thread began to run it and was interrupted: nobody else will ever end it.
+            load.error = load.error or ReadError(f"{load.what} was not loaded: it was interrupted.")
+            self._end(load)
         while not load.done.wait(_LIVENESS_S) and any(thread.is_alive() for thread in self._threads):
             pass
 
+    def abandon(self, owner: object) -> None:
+        """Return once no load of `owner` runs or will run, those that nobody knows of after an interrupt among them."""
+        loads = [load for load in list(self._under_way) if load.owner is owner]
+        for end in (self.drop, self.cancel):  # what is queued first: no thread takes it up meanwhile
+            for load in loads:
+                end(load)
+
     def close(self) -> None:
         """Stop the threads after the loads they are in. Queued loads fail with ReadError. Safe to call twice."""
-        with self._wake:
+        with self._lock:
             self._closed = True
             dropped = [load for _, _, load in self._queue if not load.claimed]
             self._queue.clear()
             self._wake.notify_all()
         for load in dropped:
             load.error = ReadError(f"{load.what} was not loaded: the model was closed.")
-            load.done.set()
+            self._end(load)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=10)
 
     def _claim(self, load: Load) -> bool:
-        with self._wake:
+        with self._lock:
             if load.claimed:
                 return False
+            load.runner = threading.get_ident()
             load.claimed = True
             return True
+
+    def _end(self, load: Load) -> None:
+        load.done.set()
+        if load.first is not None:
+            load.first.set()
+        self._under_way.discard(load)
 
     def _run(self, load: Load) -> None:
         start = time.perf_counter()
@@ -156,9 +194,7 @@ class Loader:
             load.seconds = time.perf_counter() - start
             if load.error is None and load.nbytes == 0 and not load.done.is_set():
                 load.error = ReadError(f"{load.what} was not loaded: the load was abandoned.")
-            load.done.set()
-            if load.first is not None:
-                load.first.set()
+            self._end(load)
 
     def _work(self) -> None:
         while True:
@@ -170,5 +206,6 @@ class Loader:
                 _, _, load = heapq.heappop(self._queue)
                 if load.claimed:
                     continue
+                load.runner = threading.get_ident()
                 load.claimed = True
             self._run(load)

@@ -105,6 +105,11 @@ class Prefetches:
         return bool(self._flying)
 
     @property
+    def slots(self) -> set[int]:
+        """The slots that prefetches under way fill."""
+        return {flight.slot for flight in self._flying.values()}
+
+    @property
     def queued(self) -> int:
         """Keys of the plan whose loads have not been issued yet."""
         return len(self._queue)
@@ -224,6 +229,11 @@ class Prefetches:
         """Forget the plan and cancel what has not started; what has will end by itself."""
         self._queue.clear()
         self.drop_unstarted(self._flying)
+
+    def forget(self) -> None:
+        """Forget the plan and every prefetch under way, whose loads somebody else has ended."""
+        self._queue.clear()
+        self._flying.clear()
 
     def cancel(self) -> None:
         """End every prefetch under way now, so that their slots are free for a demand load."""

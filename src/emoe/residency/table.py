@@ -55,10 +55,11 @@ class ResidencyTable(SlotBooks):
             The slot, or None when no slot may be taken now (all are pinned, loading or protected). `evicted` is the
             key that had to go for it, or None.
         """
+        self._open += 1  # a slot that was picked is nobody's until it is taken
         slot = self._pick(key, transient, protect)
-        if slot is None:
-            return None
-        self._take(slot, key, transient=transient, prefetch=prefetch)
+        if slot is not None:
+            self._take(slot, key, transient=transient, prefetch=prefetch)
+        self._open -= 1
         return slot
 
     def adopt(self, key: Key, protect: frozenset[Key]) -> None:

@@ -74,8 +74,8 @@ class Transfers:
                 self._copy(fetch, slot, ahead)
                 host.given(fetch.host_slot)
                 return Load.ended(what, self.link_s)
-            return self._loader.submit(partial(self._bring, fetch, slot, ahead), what, priority)
-        except BaseException:
+            return self._loader.submit(partial(self._bring, fetch, slot, ahead), what, priority, owner=self)
+        except Exception:  # there is no load; interrupted, there may be one
             self.lost(slot)
             raise
 
@@ -100,9 +100,17 @@ class Transfers:
 
     def use(self, slot: int) -> None:
         """Make what is computed from now on wait until `slot` is filled."""
-        arrival = self._arriving.pop(slot, None)
+        arrival = self._arriving.get(slot)
         if arrival is not None:
             self.device.wait(arrival)
+            del self._arriving[slot]  # only now: interrupted before, it is waited for again
+
+    def mend(self) -> None:
+        """End every load and every copy, and give back what is held for them: interrupts left some that are lost."""
+        self._loader.abandon(self)
+        self.device.drain()
+        self._fetches.clear()
+        self.host.mend()
 
     def settle(self) -> None:
         """Wait for every copy: nothing will be copied any more, so uses need no marks."""
@@ -123,8 +131,8 @@ class Transfers:
             memory = self.host.memory(place)  # its block may be taken only now, and there may be no room for it
             after = [*self._after(slot), *self.host.busy(place)]
             back = self.device.copy(self._bank.memories[slot], memory, after, ahead=False)
-        except BaseException:
-            self.host.table.evict(place)
+        except Exception:
+            self.host.table.abort(place)
             raise
         self.host.fill(place, back)
         self._last[slot] = back

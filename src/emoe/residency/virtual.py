@@ -240,6 +240,16 @@ class VirtualDevice:
             self.synchronisations += 1
         mark.synchronize()
 
+    def drain(self) -> None:
+        """The program waits for whatever was given to compute or to copy."""
+        self.synchronisations += 1
+        self.program_s = max(self.program_s, self.compute_s, self.link_s)
+        with self._lock:
+            while self._flying:
+                self._land(self._flying.popleft())
+            for region in self._regions.values():
+                region.used_until, region.waited = 0.0, region.copy is not None
+
     def fetch(self, *tensors: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
         """The program waits for what has been given to compute so far, when it asks for the numbers."""
         self.fetches += 1

@@ -1,0 +1,209 @@
+"""Ctrl-C at any point, and again while that is put right: the next pass has all its slots, and the right bytes."""
+
+from __future__ import annotations
+
+import linecache
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any, cast
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import emoe.checkpoint.crew
+import emoe.residency
+from emoe.checkpoint.crew import Crew
+from emoe.residency.budget import PoolPlan
+from emoe.residency.eviction import make_eviction
+from emoe.residency.loader import Loader
+from emoe.residency.pool import ExpertPool
+from emoe.residency.table import Key, ResidencyTable, SlotState
+
+LAYERS, EXPERTS, PARTS = 2, 6, 3
+CREW = str(Path(emoe.checkpoint.crew.__file__))
+ROOM = str(Path(emoe.residency.__file__).parent)
+
+
+@dataclass
+class Interrupts:
+    """Raises KeyboardInterrupt on this thread at a line of the code under test, and at a call some calls after that."""
+
+    line: int
+    then: int
+    lines: int = 0
+    calls: int = 0
+    raised: list[str] = field(default_factory=list)
+
+    def _mine(self, frame: FrameType) -> bool:
+        return frame.f_code.co_filename.startswith(ROOM) or frame.f_code.co_filename == CREW
+
+    def _trace(self, frame: FrameType, event: str, arg: object) -> Any:
+        if not self._mine(frame):
+            return None
+        code = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
+        if event == "line" and not code.startswith("with "):  # left there, a lock stays taken
+            self.lines += 1
+            if self.lines == self.line:
+                self.raised.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+                raise KeyboardInterrupt  # Python takes the trace off as it does so
+        return self._trace
+
+    def _profile(self, frame: FrameType, event: str, arg: object) -> None:
+        if self.raised and event in ("call", "return") and self._mine(frame):
+            self.calls += 1
+            if self.calls == self.then:
+                self.raised.append(f"{event} of {frame.f_code.co_qualname}")
+                raise KeyboardInterrupt
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        trace = sys.gettrace()
+        sys.setprofile(self._profile)
+        sys.settrace(self._trace)
+        try:
+            yield
+        finally:
+            sys.settrace(trace)
+            sys.setprofile(None)
+
+
+class World:
+    """A pool whose slots hold their expert's number, read in parts by several threads, a little late."""
+
+    def __init__(self, slots: int, lane: int, shared: bool, threads: int, seed: int = 0) -> None:
+        quota = 0 if shared else (slots - lane) // LAYERS
+        plan = PoolPlan(0, slots, 1, dict.fromkeys(range(LAYERS), quota), lane)
+        self.table = ResidencyTable(plan, dict.fromkeys(range(LAYERS), EXPERTS), make_eviction("lru"))
+        self.memory = torch.zeros(slots, PARTS)
+        views = [{"gate_up_proj": memory} for memory in self.memory]
+        bank = SimpleNamespace(device=SimpleNamespace(type="cpu"), slot_nbytes=1, views=views)
+        index = SimpleNamespace(path="none", pieces=lambda layer, expert: (layer, expert))
+        self.draw = random.Random(seed)
+        self.crew, self.loader = Crew(3, "test-interrupts"), Loader(threads)
+        reader = SimpleNamespace(read_into=self.read)
+        self.pool = ExpertPool(self.table, *cast(tuple[Any, Any, Any], (bank, index, reader)), self.loader, 2)
+
+    def read(self, key: Key, parts: dict[str, torch.Tensor], *_: Any) -> int:
+        memory, delays = parts["gate_up_proj"], [self.draw.choice([0.0, 0.0, 0.0002]) for _ in range(PARTS)]
+
+        def one(part: int) -> None:
+            memory[part] = -1
+            time.sleep(delays[part])
+            memory[part] = self.number(key)
+
+        self.crew.run([partial(one, part) for part in range(PARTS)])
+        return 1
+
+    @staticmethod
+    def number(key: Key) -> int:
+        return key[0] * EXPERTS + key[1] + 1
+
+    def holds(self, layer: int, expert: int, slot: int) -> None:
+        assert self.memory[slot].tolist() == [self.number((layer, expert))] * PARTS
+        assert self.table.slots[slot].state is SlotState.PINNED
+
+    def run(self, seed: int) -> None:
+        """A prompt, some tokens and a plan, as the runtime runs them."""
+        draw, pool = random.Random(seed), self.pool
+        for number in range(4):
+            self.table.begin_pass()
+            if number == 0:
+                pool.early.open(EXPERTS * 2)
+            for layer in range(LAYERS):
+                pool.prefetches.poll()
+                if number == 0:
+                    stream = pool.stream(layer, draw.sample(range(EXPERTS), EXPERTS - 1), prefill=True, ahead=True)
+                    try:
+                        for wave in stream:
+                            for expert, slot in wave:
+                                self.holds(layer, expert, slot)
+                    finally:
+                        cast(Any, stream).close()
+                    continue
+                if number == 2 and layer == 0:
+                    pool.prefetches.plan([(at, e) for at in range(LAYERS) for e in draw.sample(range(EXPERTS), 2)])
+                taking = pool.begin(layer, draw.sample(range(EXPERTS), 2))
+                try:
+                    while taking.flights:
+                        pool.arrive(taking)
+                    for expert, slot in zip(taking.experts, taking.slots, strict=True):
+                        self.holds(layer, expert, slot)
+                finally:
+                    pool.end(taking)
+
+    def in_order(self) -> None:
+        """No slot is held by what has ended, and the books say what the slots say."""
+        table = self.table
+        loading = {number for number, slot in enumerate(table.slots) if slot.state is SlotState.LOADING}
+        assert loading == self.pool.prefetches.slots
+        assert all(slot.state is not SlotState.PINNED for slot in table.slots)
+        full = {number: slot.key for number, slot in enumerate(table.slots) if slot.key is not None}
+        assert all((slot.state is SlotState.EMPTY) == (slot.key is None) for slot in table.slots)
+        assert sorted(table._free) == [number for number in range(len(table.slots)) if number not in full]
+        assert {key: number for number, key in full.items()} == table._where
+        assert {number for number in full if table.slots[number].transient} == table._passing
+        kept = Counter(key[0] for number, key in full.items() if not table.slots[number].transient)
+        assert {layer: kept[layer] for layer in range(LAYERS)} == table._kept
+        for layer in range(LAYERS):
+            assert table._by_layer[layer] == {number for number, key in full.items() if key[0] == layer}
+            ready = {key[1] for number, key in full.items() if key[0] == layer and number not in loading}
+            assert {e for e, is_ready in enumerate(table.ready(layer)) if is_ready} == ready
+            waiting = sum(table.slots[number].prefetched for number, key in full.items() if key[0] == layer)
+            assert table.counters[layer].prefetches_waiting == waiting
+
+    def check(self) -> None:
+        self.table.begin_pass()
+        self.in_order()
+        self.run(seed=1)
+        self.run(seed=2)
+        self.pool.prefetches.cancel()
+        self.table.begin_pass()
+        self.in_order()
+        assert not self.pool.prefetches.flying
+
+    def close(self) -> None:
+        self.loader.close()
+        self.crew.close()
+
+
+def interrupted(interrupts: Interrupts, make: Callable[[], World]) -> bool:
+    """Whether an interrupt came; whatever one leaves behind, the passes after it must find nothing amiss."""
+    world = make()
+    try:
+        world.run(seed=5)
+        try:
+            with interrupts():
+                world.run(seed=0)
+        except KeyboardInterrupt:
+            world.check()
+            return True
+        assert not interrupts.raised, f"swallowed: {interrupts.raised}"
+        world.check()
+        return False
+    except BaseException as error:
+        error.add_note(f"after an interrupt at {interrupts.raised}")
+        raise
+    finally:
+        world.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    line=st.integers(1, 5000),
+    then=st.integers(0, 40),
+    kind=st.sampled_from([(5, 0, True, 2), (6, 0, False, 2), (8, 2, False, 1), (6, 0, True, 0)]),
+    seed=st.integers(0, 10**6),
+)
+def test_interrupts_at_any_line_leave_nothing_behind(
+    line: int, then: int, kind: tuple[int, int, bool, int], seed: int
+) -> None:
+    interrupted(Interrupts(line, then), lambda: World(*kind, seed=seed))
