@@ -13,7 +13,7 @@ import torch
 from emoe import model as emoe_model
 from emoe.bench.forced import forced
 from emoe.bench.plant.card import ROUTES, read_card
-from emoe.bench.plant.next_gate import TOLERANCE, Guesses
+from emoe.bench.plant.next_gate import RECORDED, Guesses
 from emoe.config import ExpertMemory
 from emoe.routing.trace import DECODE, PREFILL, Array, Trace
 
@@ -51,7 +51,7 @@ class Difference:
         """Whether it is not what was planted."""
         if self.next_gate is None or self.planted is None:
             return bool(self.wrong)
-        return bool(self.wrong) or abs(self.next_gate - self.planted) > TOLERANCE
+        return bool(self.wrong) or abs(self.next_gate - self.planted) > RECORDED
 
     @property
     def text(self) -> str:
