@@ -55,7 +55,7 @@ def test_fields_that_change_nothing(server: Running, fields: dict[str, Any]) -> 
         ({"store": True}, "store", "unsupported_parameter"),
         ({"reasoning_effort": "low"}, "reasoning_effort", "unsupported_parameter"),
         ({"messages": [{**TURN[0], "name": "Bob"}]}, "messages.0.name", "unsupported_parameter"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "messages.0.role", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"temperature": "1"}, "temperature", "invalid_value"),
@@ -97,12 +97,46 @@ def test_fields_that_are_refused(server: Running, fields: dict[str, Any], param:
         ({"metadata": {"task": "a\nb"}}, "metadata.task: has characters that cannot be printed"),
         ({"metadata": {"task": "a\x00b"}}, "metadata.task: has characters that cannot be printed"),
         ({"emoe": {"task": "a\rb"}}, "emoe.task: has characters that cannot be printed"),
+        ({"emoe": {"task": ""}}, "emoe.task: string should have at least 1 character"),
+        ({"stop": ""}, "stop: string should have at least 1 character"),
+        ({"stop": "a" * 1025}, "stop: string should have at most 1024 characters"),
     ],
 )
 def test_fields_at_odds(server: Running, fields: dict[str, Any], message: str) -> None:
     error = error_of(server.chat(**fields), 400)
     assert error["message"].startswith(message)
     assert (error["param"], error["code"]) == (message.partition(":")[0], "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("turn", "param", "said"),
+    [
+        (
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}],
+            },
+            "messages.1.content.1.type",
+            "'image_url' is not supported: the model reads text",
+        ),
+        (
+            {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]},
+            "messages.1.content.0.type",
+            "'input_audio' is not supported: the model reads text",
+        ),
+        (
+            {"role": "tool", "content": "3", "tool_call_id": "1"},
+            "messages.1.role",
+            "'tool' is not supported: there are no tools here",
+        ),
+        ({"role": "function", "content": None, "name": "f"}, "messages.1.role", "'function' is not supported"),
+    ],
+)
+def test_what_the_model_cannot_read_is_named(server: Running, turn: dict[str, Any], param: str, said: str) -> None:
+    """And not the fields that such parts and turns have beside."""
+    error = error_of(server.chat(messages=[{"role": "user", "content": "x"}, turn]), 400)
+    assert (error["param"], error["code"]) == (param, "unsupported_parameter")
+    assert error["message"].startswith(f"{param}: {said}")
 
 
 def test_fields_that_agree() -> None:

@@ -260,7 +260,8 @@ class _Notes(logging.Handler):
 @contextmanager
 def _log_as_notes() -> Iterator[None]:
     handler = _Notes()
-    levels = {logging.getLogger("emoe"): logging.INFO, logging.getLogger("uvicorn"): logging.WARNING}
+    # uvicorn warns of what is no HTTP (which is counted) without saying whose, and of each client that offers HTTP/2.
+    levels = {logging.getLogger("emoe"): logging.INFO, logging.getLogger("uvicorn"): logging.ERROR}
     before = {logger: logger.level for logger in levels}
     for logger, level in levels.items():
         logger.addHandler(handler)

@@ -20,7 +20,7 @@ from emoe.server.bridge import EngineLike
 from emoe.server.chat import chat
 from emoe.server.completions import complete
 from emoe.server.errors import ApiError, ErrorBody
-from emoe.server.limits import ApiKey, BodyLimit, CrowdLimit
+from emoe.server.limits import ApiKey, BodyLimit, CrowdLimit, OneLength
 from emoe.server.log import log_status
 from emoe.server.metrics import Metrics
 from emoe.server.replies import (
@@ -91,10 +91,11 @@ def create_app(engine: EngineLike, settings: ServerSettings, tokenizer: Any, mod
     if settings.api_key is not None:
         app.add_middleware(ApiKey, key=settings.api_key, refused=refused)
     app.add_middleware(CrowdLimit, max_bytes=settings.max_body_bytes, refused=refused)
-    if settings.cors_origins:  # last, so that a page may read every refusal
+    if settings.cors_origins:  # outside of those, so that a page may read why
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
+    app.add_middleware(OneLength, refused=refused)
     return app
 
 

@@ -13,11 +13,15 @@ from http import HTTPStatus
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from emoe.config import format_bytes
 from emoe.server.errors import ApiError
 from emoe.server.limits import CROWDED, Refused, too_many_connections
 
 HEADER_TIMEOUT_S = 30.0
 """Seconds from a connection's beginning, or from the first byte of its next request, until the header is there."""
+
+HEADER_BYTES = 16 << 10
+"""A header is no larger."""
 
 RESERVE = 128
 """Connections beyond the limit, while nobody else can go: there only /health and /metrics are answered."""
@@ -171,8 +175,12 @@ class TimedProtocol(H11Protocol):
         """What came is no HTTP: uvicorn would say 400 to everything, also in the middle of an answer."""
         error = sys.exception()
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        code = "header_too_large" if status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE else "invalid_http"
-        self._refuse(ApiError(status, f"this is no HTTP request that can be read: {error}", code=code, headers=_CLOSE))
+        if status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+            text, code = f"the header is too large; send less than {format_bytes(HEADER_BYTES)}", "header_too_large"
+        else:
+            reason = str(error).partition(": bytearray(")[0]  # h11 quotes what came
+            text, code = f"this is no HTTP request that can be read: {reason}", "invalid_http"
+        self._refuse(ApiError(status, text, code=code, headers=_CLOSE))
 
     def _refuse(self, error: ApiError, *, counted: bool = True, linger: bool = True) -> None:
         """Say why, where nothing has been said, and hang up."""

@@ -18,6 +18,7 @@ from emoe.errors import EmoeError, ReadError, UsageError
 
 INVALID = "invalid_request_error"
 _MESSAGES_AT_MOST = 3
+_FIRST = ("of_field", "extra_forbidden")
 
 
 class ErrorDetail(TypedDict):
@@ -151,14 +152,15 @@ async def on_defect(_: Request, error: Exception) -> JSONResponse:
 def explain(found: Sequence[Mapping[str, Any]]) -> ApiError:
     """One error for what validation found wrong with the first field that is wrong.
 
-    Fields that do not exist go first: where one is misspelt, the others' messages are noise.
+    What the schema itself says of a field (`of_field`) goes first, then fields that do not exist: where one is
+    misspelt, the others' messages are noise.
     """
-    first = next((entry for entry in found if entry["type"] == "extra_forbidden"), found[0])
+    first = next((entry for each in _FIRST for entry in found if entry["type"] == each), found[0])
     kind, place = first["type"], tuple(first["loc"])
     if kind == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
         return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
-    param = _param(place[1:]) or str(first.get("ctx", {}).get("field", ""))
+    param = _param([*place[1:], *([first["ctx"]["field"]] if kind == "of_field" else [])])
     if place[:1] == ("header",):
         param = ".".join(map(str, place[1:2]))
         return ApiError(400, f"header {param}: {_text(first)}", param=param, code="invalid_header")
@@ -169,6 +171,7 @@ def explain(found: Sequence[Mapping[str, Any]]) -> ApiError:
     if kind == "missing":
         return ApiError(400, f"missing required parameter: {param}", param=param, code="missing_required_parameter")
     same = [entry for entry in found if _param(tuple(entry["loc"])[1:2]) == _param(place[1:2])]
+    same = [first] if kind == "of_field" else same
     texts = list(dict.fromkeys(_text(entry) for entry in same))[:_MESSAGES_AT_MOST]
     code = "unsupported_parameter" if any("not supported" in text for text in texts) else "invalid_value"
     return ApiError(400, f"{param}: {' or '.join(texts)}", param=param, code=code)

@@ -87,6 +87,28 @@ def _announced(scope: Scope) -> tuple[int, bool]:
     return size, headers.get("expect", "").lower() == "100-continue"
 
 
+class OneLength:
+    """Refuses requests whose body has two lengths: a proxy before the server may believe the other one.
+
+    What follows would be a request for one of them and a body for the other (RFC 9112, 6.1: the connection must close).
+    """
+
+    def __init__(self, app: ASGIApp, refused: Refused) -> None:
+        self._app = app
+        self._refused = refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI side."""
+        names = {name for name, _ in scope["headers"]} if scope["type"] == "http" else set()
+        if not {b"content-length", b"transfer-encoding"} <= names:
+            await self._app(scope, receive, send)
+            return
+        text = "a request has either Content-Length or Transfer-Encoding; leave one out"
+        error = ApiError(400, text, code="invalid_http", headers={"Connection": "close"})
+        self._refused(error.code)
+        await error.response()(scope, receive, send)
+
+
 class ApiKey:
     """Lets requests through that carry `Authorization: Bearer KEY`."""
 

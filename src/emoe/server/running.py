@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from emoe.errors import UsageError
-from emoe.server.connections import limited
+from emoe.server.connections import HEADER_BYTES, limited
 from emoe.server.log import LOGGER
 from emoe.server.service import Service
 
@@ -92,6 +92,7 @@ def config_of(app: FastAPI, flush_s: int = FLUSH_S) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         lifespan="on",
+        h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=flush_s,
     )

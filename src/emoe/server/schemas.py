@@ -68,7 +68,7 @@ def _printable(text: str) -> str:
 
 
 def _wrong(field: str, text: str) -> PydanticCustomError:
-    """For what several fields say together: the error of the one that is to change."""
+    """For what several fields say together: the error of the one that is to change, and the only one that is told."""
     return PydanticCustomError("of_field", "{text}", {"field": field, "text": text})
 
 
@@ -76,9 +76,14 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
-Label = Annotated[Text, Field(min_length=1, max_length=64, pattern=r"^\S(.*\S)?$"), AfterValidator(_printable)]
+Label = Annotated[
+    str,
+    Field(min_length=1, max_length=64, pattern=r"^\S(.*\S)?$"),
+    AfterValidator(_encodable),
+    AfterValidator(_printable),
+]
 Milliseconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
-Stop = Annotated[Text, Field(min_length=1, max_length=1024)]
+Stop = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_encodable)]
 
 
 class Extras(_Body):
@@ -166,6 +171,13 @@ class TextPart(_Body):
     type: Literal["text"]
     text: Text
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(kind := value.get("type"), str) and kind != "text":
+            raise _wrong("type", f"{kind!r} is not supported: the model reads text")
+        return value
+
 
 class Message(_Body):
     """One turn of a conversation."""
@@ -178,6 +190,13 @@ class Message(_Body):
     audio: Annotated[Any, Neutral()] = None
     function_call: Annotated[Any, Neutral()] = None
     tool_calls: Annotated[Any, Neutral([])] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_nobody_else(cls, value: Any) -> Any:
+        if isinstance(value, dict) and (role := value.get("role")) in ("tool", "function"):
+            raise _wrong("role", f"{role!r} is not supported: there are no tools here")
+        return value
 
     @property
     def text(self) -> str:
