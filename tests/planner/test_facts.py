@@ -19,8 +19,9 @@ from emoe.checkpoint.index import build_index
 from emoe.checkpoint.settings import read_config
 from emoe.checkpoint.skeleton import skeleton
 from emoe.errors import CheckpointError, UnsupportedModelError, UsageError
+from emoe.kernels import combining
 from emoe.kernels.choice import VARIABLE
-from emoe.planner import facts_of
+from emoe.planner import activations, facts_of
 from emoe.planner.activations import HOLES_BYTES, MASK_NBYTES, activation_bytes, scratch_bytes, why_not_native
 from emoe.planner.dry_run import facts_by_dry_run
 from emoe.planner.facts import ExpertLayer, Facts, by_size
@@ -38,6 +39,7 @@ WIDE: dict[str, Any] = {
     **{"hidden_size": 1024, "intermediate_size": 256, "moe_intermediate_size": 128, "head_dim": 128},
     **{"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096},
 }
+LATENT = {"q_lora_rank": 128, "kv_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
 FUSED = ("aria_text", "gpt_oss", "granitemoe", "mixtral", "qwen3_moe")
 
 
@@ -52,6 +54,20 @@ def edited(path: Path, to: Path, **changes: Any) -> Path:
     kept = {name: value for name, value in config.items() if value is not None or name not in changes}
     (to / "config.json").write_text(json.dumps(kept))
     return to
+
+
+def tall(family: str) -> dict[str, Any]:
+    """Settings of a small model whose heads are together four times as wide as its stream."""
+    known, ours = make_config(family).to_dict(), FAMILIES[family].settings
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16 if ours.get("num_key_value_heads") == 4 else 4}
+    wanted: dict[str, Any] = {"hidden_size": 256, **heads, "moe_intermediate_size": 32}
+    wanted |= {**LATENT, "head_dim": 32, "num_key_value_heads": 16} if "kv_lora_rank" in ours else {}
+    wanted = {name: value for name, value in wanted.items() if name in known}
+    if "kv_lora_rank" in ours or family == "olmoe":  # these have no width of heads, or one that is not to be chosen
+        return wanted
+    return wanted | {
+        name: 64 for name in ("head_dim", "global_head_dim", "swa_head_dim") if name in {*known, "head_dim"}
+    }
 
 
 @pytest.mark.parametrize(
@@ -187,6 +203,22 @@ def test_no_tensor_is_missing_of_a_family_that_is_planned_as_the_c_kernels_read_
     made = activation_bytes(facts, 1024, 1, native=True) - scratch_bytes(facts, 1024)
     tensors = max(made - HOLES_BYTES, -(-made * 4 // 5))
     assert live.peak <= facts.cache_bytes(1024, 1) + tensors
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_wider_than_the_stream_are_counted(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of most large models are; without the experts' workspace, which would hide what is not counted."""
+    monkeypatch.setenv(VARIABLE, "torch")
+    monkeypatch.setattr(combining, "WORKSPACE_KEPT_BYTES", 0)
+    monkeypatch.setattr(activations, "WORKSPACE_KEPT_BYTES", 0)
+    path = make_checkpoint(family, tmp_path, dtype=torch.bfloat16, **tall(family))
+    _, facts = facts_of(path)
+    model, _ = emoe.load(path)
+    with torch.no_grad(), LiveBytes() as live:
+        model(input_ids=torch.randint(5, 100, (1, 256)), use_cache=True, logits_to_keep=1)
+    emoe.close(model)
+    planned = facts.cache_bytes(256, 1) + activation_bytes(facts, 256, 1)
+    assert live.peak <= 1.001 * planned  # the numbers of positions
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "glm4_moe", "gemma4_text"])

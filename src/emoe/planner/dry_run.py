@@ -37,8 +37,10 @@ from emoe.planner.facts import (
 from emoe.planner.live_bytes import LiveBytes
 from emoe.planner.paged import why_not_paged
 
-# Long enough that convolution states are full, short enough for layers that loop over tokens in Python.
-_LENGTHS = (64, 128)  # the second twice the first
+# Long enough for whole blocks of linear attention, short enough for layers that loop over tokens in Python.
+_LENGTHS = (128, 256)  # the second twice the first
+# Where scores are written out: at short lengths something else is the fullest moment.
+_LONGER = (512, 1024)
 
 
 def facts_by_dry_run(path: Path, dtype: str | None = None, reason: str = "", codec: ExpertCodec | None = None) -> Facts:
@@ -118,13 +120,10 @@ def _measure(model: nn.Module, config: Any, index: ExpertIndex) -> tuple[tuple[C
             stack.enter_context(mock.patch.dict(AttentionMaskInterface._global_mapping, {"eager": sdpa_mask}))
         for module in {type(each).__module__ for each in sinks if light}:
             stack.enter_context(mock.patch.object(sys.modules[module], "eager_attention_forward", attention.with_sinks))
-        (short, peak_short), (long, peak_long) = (_run(model, length) for length in _LENGTHS)
-    cache = tuple(_cache_layers(_layers(short), _layers(long)))
-    # A run makes token * length + pair * length^2, and the cache, which counts apart.
-    a, b = _LENGTHS
-    made_a, made_b = (p - sum(c.nbytes(n) for c in cache) for p, n in ((peak_short, a), (peak_long, b)))
-    pair = max(0, (made_b * a - made_a * b) // (a * b * (b - a)))
-    token = made_b // b - pair * b
+        cache, token, pair = _per_token(model, _LENGTHS)
+        if pair:
+            _, later, more = _per_token(model, _LONGER)
+            token, pair = max(token, later), max(pair, more)
     inner = max(max(part.shape) for layer in index.layers for part in layer.parts)
     return cache, Activations(
         hidden=config.hidden_size,
@@ -135,6 +134,16 @@ def _measure(model: nn.Module, config: Any, index: ExpertIndex) -> tuple[tuple[C
         masked=getattr(config, "sliding_window", None) is not None,
         block_nbytes=SCORES_BLOCK_BYTES if light else 0,
     )
+
+
+def _per_token(model: nn.Module, lengths: tuple[int, int]) -> tuple[tuple[CacheLayer, ...], int, int]:
+    """What each layer keeps, and what runs of both lengths make: token * length + pair * length^2 beside the cache."""
+    (short, peak_short), (long, peak_long) = (_run(model, length) for length in lengths)
+    cache = tuple(_cache_layers(_layers(short), _layers(long), lengths))
+    a, b = lengths
+    made_a, made_b = (p - sum(c.nbytes(n) for c in cache) for p, n in ((peak_short, a), (peak_long, b)))
+    pair = max(0, (made_b * a - made_a * b) // (a * b * (b - a)))
+    return cache, made_b // b - pair * b, pair
 
 
 class _Attention:
@@ -156,15 +165,15 @@ class _Attention:
         return self(query, key, value).transpose(1, 2).contiguous(), None
 
 
-def _cache_layers(short: list[Any], long: list[Any]) -> Iterator[CacheLayer]:
+def _cache_layers(short: list[Any], long: list[Any], lengths: tuple[int, int]) -> Iterator[CacheLayer]:
     """What each layer holds, from caches after both lengths."""
     for number, (a, b) in enumerate(zip(short, long, strict=True)):
         window = getattr(a, "sliding_window", None)
         if window is None:
             grown = _nbytes(b) - _nbytes(a)
-            token, state = grown // (_LENGTHS[1] - _LENGTHS[0]), _nbytes(a) - grown
+            token, state = grown // (lengths[1] - lengths[0]), _nbytes(a) - grown
         else:  # both lengths may be beyond the window: keys and values are all that grows
-            held = min(_LENGTHS[0], window - 1)
+            held = min(lengths[0], window - 1)
             token = (a.keys.nbytes + a.values.nbytes) // held
             state = _nbytes(a) - token * held
         kind: CacheKind = "state" if token == 0 else "full" if window is None else "sliding"

@@ -25,6 +25,7 @@ def activations_of(
     # A norm makes three float32 copies of the stream; a block holds it twice, and half of its projections' outputs
     # once more (rotary positions, the activation).
     token = 3 * 4 * hidden + itemsize * (2 * hidden + projections + projections // 2)
+    token = max(token, *(itemsize * max(_attention(config, layer, hidden), _mlp(layer, hidden)) for layer in layers))
     if any(layer.find("linear_attn.conv1d.weight") for layer in layers):
         # The chunked delta rule in float32: a dozen tensors of keys and values, some of 64 x 64 within each chunk.
         size = max(stated(config, "linear_key_head_dim"), stated(config, "linear_value_head_dim"))
@@ -46,6 +47,40 @@ def activations_of(
         SCORES_BLOCK_BYTES if sinks and not latent else 0,
         *_native(config, layers, hidden, itemsize),
     )
+
+
+FLOAT32_POSITIONS = {"ernie4_5_moe", "flex_olmo"}
+"""Families that turn positions in float32."""
+
+
+def _attention(config: Mapping[str, Any], layer: DenseLayer, hidden: int) -> int:
+    """Numbers for each token in a layer's attention at its fullest moment as torch computes it; 0 where it has no
+    projections to queries, keys and values.
+
+    The stream is there twice. Where positions are turned, queries are there four times (their projection, times the
+    cosine, turned round, times the sine), and in float32 eight times; where queries have a norm of their own, five
+    times (their projection, and twice in float32). A gate stands beside them, and its family's norm makes one more.
+    Latent attention has keys and values of unequal size, which torch's function multiplies in float32: queries and keys
+    are there as projected, with their positions, and so.
+    """
+    latent, both = layer.find("kv_a_proj_with_mqa.weight"), layer.find("kv_b_proj.weight")
+    wide = layer.find("q_b_proj.weight") or layer.find("q_proj.weight")
+    if latent is not None and both is not None and wide is not None:
+        return 3 * hidden + 4 * latent[0] + 7 * wide[0] + 2 * both[0]
+    sizes = [layer.find(f"{name}_proj.weight") for name in "qkv"]
+    if any(size is None for size in sizes):
+        return 0
+    q, k, v = (size[0] for size in sizes if size is not None)
+    normed = any(("attn.q" in name and "norm" in name) or "attn.query_layernorm" in name for name in layer.shapes)
+    gate = 2 * q if layer.find("self_attn.gate_proj.weight") else 0
+    copies = 8 if config.get("model_type") in FLOAT32_POSITIONS else 5 if normed else 4
+    return 2 * hidden + copies * q + gate + 2 * (k + v) + 8 * _head_dim(config, hidden)
+
+
+def _mlp(layer: DenseLayer, hidden: int) -> int:
+    """Numbers for each token in a layer's widest MLP: the stream four times, what goes into the activation twice and
+    what comes out. A gate in the same tensor as what it gates is two of these."""
+    return 4 * hidden + 3 * max((widest for owner, widest in _widest(layer).items() if "attn" not in owner), default=0)
 
 
 MEASURED = (
@@ -75,8 +110,7 @@ def _native(
         if any(size is None for size in sizes):
             return 0, 0, 0, False
         q, k, v = (size[0] for size in sizes if size is not None)
-        inner = max((widest for owner, widest in _widest(layer).items() if "attn" not in owner), default=0)
-        most = max(most, 3 * hidden + 4 * q + k + v, 4 * hidden + 2 * q, 5 * hidden + 3 * inner)
+        most = max(most, 3 * hidden + 4 * q + k + v, 4 * hidden + 2 * q, hidden + _mlp(layer, hidden))
         cached = max(cached, 3 * hidden + q + 2 * (k + v))
     # Cosines and sines of positions are in the run dtype; a head's values are padded to 32 columns.
     return (
