@@ -59,6 +59,9 @@ def test_origins(serve: Serve) -> None:
     assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (200, "https://a.example")
     other = opened.client.get("/health", headers={"origin": "https://b.example"})
     assert "access-control-allow-origin" not in other.headers
+    refused = opened.client.get("/v1/models", headers={"origin": "https://a.example"})
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://a.example")
+    assert refused.headers["access-control-expose-headers"] == "*"  # else no page sees Retry-After
 
 
 @pytest.mark.parametrize("declared", [True, False])

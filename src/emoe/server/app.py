@@ -93,7 +93,11 @@ def create_app(engine: EngineLike, settings: ServerSettings, tokenizer: Any, mod
     app.add_middleware(CrowdLimit, max_bytes=settings.max_body_bytes, refused=refused)
     if settings.cors_origins:  # outside of those, so that a page may read why
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],  # Retry-After, x-request-id, x-emoe-...: pages see no others than are named
         )
     app.add_middleware(OneLength, refused=refused)
     return app
