@@ -26,6 +26,7 @@ from emoe.residency.pool import ExpertPool
 from emoe.residency.table import Key, ResidencyTable, SlotState
 from emoe.residency.transfers import copy_seconds
 from emoe.residency.virtual import VirtualDevice, VirtualMark
+from tests.interrupting import Interrupts
 
 PARTS = (PartSpec("w", (64, 8), "float32"),)
 SLOT = 64 * 8 * 4
@@ -119,6 +120,58 @@ def test_the_running_thread_never_waits_for_a_copy() -> None:
             device.compute(COPY_S / 3)
             pool.release(slots)
     assert device.synchronisations == 0 and device.program_s == program and len(disk.reads) == reads
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.sampled_from([(6, 8), (4, 16), (10, 6)]),
+    line=st.integers(1, 6000),
+    then=st.integers(0, 40),
+    threads=st.integers(0, 2),
+    seed=st.integers(0, 10**6),
+)
+def test_interrupts_at_any_line_leave_both_tiers_in_order(
+    sizes: tuple[int, int], line: int, then: int, threads: int, seed: int
+) -> None:
+    pool, device, _ = make(*sizes, threads=threads)
+    assert pool.transfers is not None
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for turn in range(8):
+            pool.table.begin_pass()
+            for layer in range(2):
+                pool.prefetches.poll()
+                if turn == 3:
+                    pool.prefetches.plan([(1 - layer, e) for e in rng.sample(range(8), 3)])
+                experts = rng.sample(range(8), 7 if turn == 1 else 2)
+                stream = cast(Any, pool.stream(layer, experts, prefill=turn == 1))
+                try:
+                    for ((expert, slot),) in stream:
+                        assert holds(pool, slot, (layer, expert))
+                        device.compute(COPY_S / 2)
+                finally:
+                    stream.close()
+
+    interrupts = Interrupts(line, then)
+    work(seed)
+    interrupts.during(lambda: work(seed + 1))
+    try:
+        work(seed + 2)
+        work(seed + 3)
+        pool.prefetches.stop()
+        pool.prefetches.cancel()
+        pool.table.begin_pass()
+        assert pool.transfers.host.reading == 0
+        for tier in (pool.table, pool.transfers.host.table):
+            assert all(slot.state.value in ("empty", "ready") for slot in tier.slots)
+            assert len(tier._free) + tier.occupied == len(tier.slots)
+    except BaseException as error:
+        error.add_note(f"after interrupts at {interrupts.raised}")
+        raise
+    finally:
+        pool._loader.close()
 
 
 @settings(max_examples=60)
