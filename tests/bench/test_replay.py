@@ -14,7 +14,7 @@ import torch
 from emoe import model as emoe_model
 from emoe.bench import decode, limits
 from emoe.bench.commands import add_replay, decode_settings
-from emoe.bench.engines import Running, generate
+from emoe.bench.engines import Running, generate, load
 from emoe.bench.forced import forced, replay
 from emoe.bench.limits import link_of, machine_of
 from emoe.bench.plant.card import LABEL
@@ -23,8 +23,9 @@ from emoe.bench.plant.write import plant
 from emoe.bench.prompts import planted_ids, prompt_ids
 from emoe.bench.report import report_text
 from emoe.bench.results import DecodeReport
-from emoe.bench.settings import DecodeSettings, parse_budget
+from emoe.bench.settings import Contender, DecodeSettings, parse_budget
 from emoe.checkpoint.memory_room import memory_room
+from emoe.config import Prefetch
 from emoe.errors import UsageError
 from emoe.profiling.kept import fingerprint, keep
 from emoe.profiling.machine import Machine
@@ -188,11 +189,20 @@ def test_options_reach_the_settings(planted: Path) -> None:
         forced=True,
         batch=3,
         chunk=2,
-        prefetch="next-gate",
+        prefetches=("next-gate",),
         expert_dtype="int8",
     )
     assert found.positions == 13
     assert "100,80,60,40,20" in parser.format_help()
+
+
+@pytest.mark.parametrize("prefetch", [None, "next-gate"])
+def test_a_contender_is_loaded_with_its_prefetching(planted: Path, prefetch: Prefetch | None) -> None:
+    contender = Contender("emoe", parse_budget("50"), "exact", prefetch=prefetch)
+    running = load(contender, planted, {"reader": "auto"})
+    about = emoe_model.stats(running.model)["prefetch"]
+    running.close()
+    assert (about and about["name"]) == prefetch
 
 
 def test_rates_that_were_kept_are_not_measured_again(

@@ -124,8 +124,8 @@ def test_what_the_next_router_guesses_on_a_planted_checkpoint_is_said() -> None:
         shape="tiny", model="", layers=2, experts=8, top_k=2, trace="t", tokens=9, seed=0, dtype="bfloat16",
         resampled=False, kept="every route as recorded", prompts=((0, 9),), vocabulary=64, next_gate=0.7912,
     )  # fmt: skip
-    report = replace(a_report(), settings=DecodeSettings(modes=("exact",), prefetch="next-gate"))
-    said = "emoe loads ahead what the next layer's router would choose"
+    report = replace(a_report(), settings=DecodeSettings(modes=("exact",), prefetches=("next-gate",)))
+    said = "next-gate loads ahead what the next layer's router would choose"
     assert f"{said}, page cache" in report_text(report)  # a trained model: nobody knows
     report.planted = card.as_dict()
     assert f"{said} (it is right about 79.1% of a token's experts, as planted)" in report_text(report)

@@ -75,4 +75,29 @@ def test_what_looks_ahead_is_checked_before_anything_starts() -> None:
     with pytest.raises(UsageError, match="'nothing'"):
         DecodeSettings(predictor="nothing")
     with pytest.raises(UsageError, match="prefetch='plan' loads what a predictor expects"):
-        DecodeSettings(prefetch="plan")
+        DecodeSettings(prefetches=("plan",))
+    with pytest.raises(UsageError, match="no prefetching is called 'often'; use none, plan, next-gate"):
+        DecodeSettings(prefetches=("often",))
+    with pytest.raises(UsageError, match="a predictor loads ahead: leave it out, or prefetching 'none'"):
+        DecodeSettings(predictor="static", prefetches=("none",))
+    with pytest.raises(UsageError, match="'next-gate' works in mode 'exact'"):
+        DecodeSettings(prefetches=("none", "next-gate"))
+
+
+def test_each_prefetching_is_a_contender_where_something_is_missing() -> None:
+    settings = DecodeSettings(
+        budgets=(ExpertMemory("share", 1.0), ExpertMemory("share", 0.4)),
+        modes=("exact",),
+        baselines=(),
+        evictions=("lru", "least-stale"),
+        prefetches=("none", "next-gate"),
+    )
+    assert names(settings) == [
+        "emoe exact 100%",
+        "emoe exact 40% lru",
+        "emoe exact 40% lru next-gate",
+        "emoe exact 40% least-stale",
+        "emoe exact 40% least-stale next-gate",
+    ]
+    for contender in settings.contenders:
+        assert Contender.from_dict(contender.as_dict()) == contender

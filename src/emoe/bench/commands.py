@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from emoe.bench.options import ended_in_order, modes, say, seed, words
-from emoe.bench.settings import BASELINES, DecodeSettings, parse_budget
+from emoe.bench.settings import BASELINES, NO_PREFETCH, DecodeSettings, parse_budget
 from emoe.checkpoint.codecs.formats import EXPERT_DTYPES, NATIVE
 from emoe.config import PREFETCHES, ExpertMemory, format_bytes, parse_bytes
 from emoe.errors import UsageError
@@ -84,7 +84,13 @@ def _add_measuring(parser: argparse.ArgumentParser, budgets: str, baselines: str
     add("--expert-cache", metavar="DIR", help="where those are kept (default: .emoe in the model's folder)")
     add("--embeddings", choices=("memory", "disk"), default="memory", help="where emoe's input embedding lies")
     add("--predictor", metavar="NAME", help="load ahead what this predictor expects; an unknown name lists all")
-    add("--prefetch", choices=PREFETCHES, help="emoe's prefetching (default: none, or plan with a predictor)")
+    add(
+        "--prefetch",
+        default="",
+        metavar="LIST",
+        help=f"emoe's prefetching, of {','.join((NO_PREFETCH, *PREFETCHES))}, each a contender (default: "
+        f"{NO_PREFETCH}, or plan with a predictor)",
+    )
     add("--offload-folder", metavar="DIR", help="where accelerate may write weights (default: the temporary folder)")
     add("--seed", type=seed, default=usual.seed, metavar="N", help="of random prompts")
     add("--json", action="store_true", help="print one JSON object (docs/benchmarks.md) instead of a table")
@@ -115,7 +121,7 @@ def decode_settings(args: argparse.Namespace) -> DecodeSettings:
         expert_dtype=args.expert_dtype,
         expert_cache=args.expert_cache,
         predictor=args.predictor,
-        prefetch=args.prefetch,
+        prefetches=tuple(words(args.prefetch)),
         embeddings=args.embeddings,
         forced=args.forced,
         batch=args.batch,

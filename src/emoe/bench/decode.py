@@ -35,7 +35,7 @@ from emoe.planner import Plan, facts_of, plan
 
 Say = Callable[[str], None]
 
-LOADING = ("reader", "expert_dtype", "expert_cache", "predictor", "prefetch", "embeddings")
+LOADING = ("reader", "expert_dtype", "expert_cache", "predictor", "embeddings")
 """Settings that say how emoe loads."""
 
 FREE_SHARE = 0.9

@@ -26,7 +26,7 @@ from emoe.errors import UnsupportedModelError
 from emoe.model.bind import binding_of
 from emoe.prediction.registry import SCORERS
 
-CHOICES = ("expert_dtype", "expert_cache", "predictor", "prefetch", "profile", "embeddings")
+CHOICES = ("expert_dtype", "expert_cache", "predictor", "profile", "embeddings")
 """Options that go to `emoe.load` where they are given."""
 
 COUNTED = ("hits", "misses", "loads", "bytes_read", "load_wait_s", "rerouted_tokens", "routed_tokens")
@@ -117,6 +117,8 @@ def _emoe(contender: Contender, folder: Path, options: dict[str, Any]) -> Runnin
     chosen = {name: options[name] for name in CHOICES if options.get(name)}
     if contender.eviction is not None:
         chosen["eviction"] = contender.eviction
+    if contender.prefetch is not None:
+        chosen["prefetch"] = contender.prefetch
     if contender.eviction not in SCORERS:
         chosen.pop("profile", None)  # it holds what scorers learned
     loaded, _ = emoe_model.load(

@@ -108,8 +108,8 @@ def _conditions(report: DecodeReport) -> str:
         said.append("emoe's input embedding on disk")
     if settings.predictor is not None:
         said.append(f"emoe loads ahead what {settings.predictor} expects")
-    if settings.prefetch == "next-gate":
-        said.append("emoe loads ahead what the next layer's router would choose" + _guesses(report))
+    if "next-gate" in settings.prefetches:
+        said.append("next-gate loads ahead what the next layer's router would choose" + _guesses(report))
     if settings.history is not None:
         said.append(f"{', '.join(settings.evictions)} where it learns: from {settings.history}")
     said.append("page cache dropped before every generation" if settings.cold else "page cache as it comes")

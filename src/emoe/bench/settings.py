@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any, Literal
 
 from emoe.checkpoint.codecs.formats import NATIVE, codec_of
-from emoe.config import Embeddings, ExpertMemory, Mode, Prefetch
+from emoe.config import PREFETCHES, Embeddings, ExpertMemory, Mode, Prefetch
 from emoe.errors import UsageError
 from emoe.policies.foresight import Foresight
 
@@ -19,6 +20,9 @@ IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 DISK_OFFLOAD = "accelerate-disk"
 BASELINES = (*IMPLEMENTATIONS, DISK_OFFLOAD)
 
+NO_PREFETCH = "none"
+"""Among prefetches: the contender that loads nothing ahead."""
+
 
 @dataclass(frozen=True, slots=True)
 class Contender:
@@ -29,17 +33,18 @@ class Contender:
     mode: Mode | None = None
     implementation: str | None = None
     eviction: str | None = None
+    prefetch: Prefetch | None = None
 
     @property
     def name(self) -> str:
-        """What tables call it: "emoe exact 40%", "emoe exact 40% next-use", "transformers grouped_mm"."""
+        """What tables call it: "emoe exact 40%", "emoe exact 40% next-use next-gate", "transformers grouped_mm"."""
         if self.engine == "transformers":
             return f"transformers {self.implementation}"
         if self.engine == "airllm":
             return "airllm"
         how = "disk" if self.engine == "accelerate" else self.mode
-        rule = "" if self.eviction is None else f" {self.eviction}"
-        return f"{self.engine} {how} {'100%' if self.expert_memory is None else self.expert_memory}{rule}"
+        chosen = "".join(f" {word}" for word in (self.eviction, self.prefetch) if word is not None)
+        return f"{self.engine} {how} {'100%' if self.expert_memory is None else self.expert_memory}{chosen}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` reads it back."""
@@ -50,6 +55,7 @@ class Contender:
             "mode": self.mode,
             "implementation": self.implementation,
             "eviction": self.eviction,
+            "prefetch": self.prefetch,
         }
 
     @classmethod
@@ -68,10 +74,11 @@ class DecodeSettings:
     generation. `forced`: the checkpoint is a planted one, and the tokens of its trace are fed whatever the logits say,
     `batch` sequences at once, prompts in passes of `chunk` tokens (None: in one); `new_tokens` counts the logits read,
     one more than the steps after the prompt.
-    `expert_dtype`, `expert_cache`, `predictor`, `prefetch`, `embeddings` as `emoe.load` has them. Each of
-    `evictions` is a contender (none: the default of `emoe.load`); `history` is a trace of other prompts, from which
-    those that learn do so beforehand. `baseline` names the contender that ratios refer to; None takes the fastest of
-    transformers' implementations at what is compared, or emoe with every expert where none of those ran.
+    `expert_dtype`, `expert_cache`, `predictor`, `embeddings` as `emoe.load` has them. Each of `evictions` with each of
+    `prefetches` is a contender (none: the default of `emoe.load`; `NO_PREFETCH` loads nothing ahead); `history` is a
+    trace of other prompts, from which those that learn do so beforehand. `baseline` names the contender that ratios
+    refer to; None takes the fastest of transformers' implementations at what is compared, or emoe with every expert
+    where none of those ran.
     """
 
     model: str | None = None
@@ -98,7 +105,7 @@ class DecodeSettings:
     expert_dtype: str = NATIVE
     expert_cache: str | None = None
     predictor: str | None = None
-    prefetch: Prefetch | None = None
+    prefetches: tuple[str, ...] = ()
     embeddings: Embeddings = "memory"
     contenders: tuple[Contender, ...] = field(init=False)
 
@@ -114,16 +121,29 @@ class DecodeSettings:
         if (self.batch > 1 or self.chunk is not None) and not self.forced:
             raise UsageError("batches and chunks can be replayed (emoe bench replay), not generated")
         codec_of(self.expert_dtype)
-        for rule in self.evictions or (Foresight().eviction,):
-            for mode in self.modes:  # refuses a name that nothing has, and settings at odds
-                Foresight(mode=mode, eviction=rule, predictor=self.predictor, prefetch=self.prefetch, profiled=True)
-        made = tuple(_contenders(self.budgets, self.modes, self.baselines, self.evictions))
+        ahead = self._prefetches()
+        for rule, mode, prefetch in product(self.evictions or (Foresight().eviction,), self.modes, ahead):
+            # Refuses a name that nothing has, and settings at odds.
+            Foresight(mode=mode, eviction=rule, predictor=self.predictor, prefetch=prefetch, profiled=True)
+        made = tuple(_contenders(self.budgets, self.modes, self.baselines, self.evictions, ahead))
         if not made:
             raise UsageError("nothing to measure: give at least one budget and mode, or a baseline")
         names = [contender.name for contender in made]
         if self.baseline is not None and self.baseline not in names:
             raise UsageError(f"no contender is called {self.baseline!r}; there are {', '.join(names)}")
         object.__setattr__(self, "contenders", made)
+
+    def _prefetches(self) -> tuple[Prefetch | None, ...]:
+        """What `emoe.load` is given of each contender. Raises UsageError."""
+        found: list[Prefetch | None] = []
+        for name in self.prefetches:
+            known = next((each for each in PREFETCHES if each == name), None)
+            if known is None and name != NO_PREFETCH:
+                raise UsageError(f"no prefetching is called {name!r}; use {', '.join((NO_PREFETCH, *PREFETCHES))}")
+            if known is None and self.predictor is not None:
+                raise UsageError(f"a predictor loads ahead: leave it out, or prefetching {NO_PREFETCH!r}")
+            found.append(known)
+        return tuple(found) or (None,)
 
     @property
     def positions(self) -> int:
@@ -145,16 +165,22 @@ def parse_budget(text: str) -> ExpertMemory:
 
 
 def _contenders(
-    budgets: Sequence[ExpertMemory], modes: Sequence[Mode], baselines: Sequence[str], evictions: Sequence[str]
+    budgets: Sequence[ExpertMemory],
+    modes: Sequence[Mode],
+    baselines: Sequence[str],
+    evictions: Sequence[str],
+    prefetches: Sequence[Prefetch | None],
 ) -> list[Contender]:
-    """Every mode and rule at every budget, then the baselines. With every expert resident they do the same: one is
-    run."""
+    """Every mode, rule and prefetching at every budget, then the baselines. With every expert resident they do the
+    same: one is run."""
     made: list[Contender] = []
     for budget in budgets:
         everything = budget.kind == "share" and budget.value == 1
-        for mode in modes[:1] if everything else modes:
-            for rule in (evictions or (None,)) if not everything else (None,):
-                made.append(Contender("emoe", budget, mode, eviction=rule))
+        if everything:
+            made += [Contender("emoe", budget, mode) for mode in modes[:1]]
+            continue
+        for mode, rule, prefetch in product(modes, evictions or (None,), prefetches):
+            made.append(Contender("emoe", budget, mode, eviction=rule, prefetch=prefetch))
     offloads = [budget for budget in budgets if not (budget.kind == "share" and budget.value == 1)]
     for baseline in baselines:
         name, _, asked = baseline.partition(":")
