@@ -24,7 +24,8 @@ from emoe.kernels.chunks import grouped, many_tokens
 from emoe.kernels.experts import Weights, one_token
 from emoe.model import close
 from emoe.model.bind import binding_of
-from emoe.model.runtime import IMPLEMENTATION, LayerRuntime
+from emoe.model.layer import LayerRuntime
+from emoe.model.runtime import IMPLEMENTATION
 
 BARE = "emoe_bare"
 

@@ -46,10 +46,12 @@ def batch_of(seed: int, batch: int, length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def logits_of(model: PreTrainedModel, inputs: dict[str, torch.Tensor], decode: int) -> list[torch.Tensor]:
-    """Logits of the prefill and of `decode` greedy steps after it."""
+def logits_of(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], decode: int, kept: int = 0
+) -> list[torch.Tensor]:
+    """Logits of the prefill (of its last `kept` tokens, 0 means all) and of `decode` greedy steps after it."""
     with torch.no_grad():
-        out = model(**inputs, use_cache=True)
+        out = model(**inputs, use_cache=True, logits_to_keep=kept)
         found = [out.logits]
         mask = inputs["attention_mask"]
         for _ in range(decode):
@@ -86,16 +88,19 @@ def test_exact_is_bit_identical_and_close_to_transformers(
         length=st.integers(1, 12),
         seed=st.integers(0, 10**6),
         dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+        kept=st.sampled_from([0, 1, 1, 2]),
     )
-    def check(at: float, rule: str, batch: int, length: int, seed: int, dtype: torch.dtype) -> None:
+    def check(at: float, rule: str, batch: int, length: int, seed: int, dtype: torch.dtype, kept: int) -> None:
         scale = 1 if dtype is torch.float32 else 2
         lowest = emoe.stats(resident[dtype])["floor_bytes"]
         budget = int(lowest + at * (total / scale - lowest))
         model, _ = emoe.load(dtypes[dtype], expert_memory=ExpertMemory("bytes", budget), eviction=rule)
         try:
             inputs = batch_of(seed, batch, length)
-            for ours, reference in zip(logits_of(model, inputs, 3), logits_of(resident[dtype], inputs, 3), strict=True):
-                assert torch.equal(ours, reference)
+            for _ in range(2):  # a prompt that finds empty slots, and one that does not
+                found, expected = logits_of(model, inputs, 3, kept), logits_of(resident[dtype], inputs, 3, kept)
+                for ours, reference in zip(found, expected, strict=True):
+                    assert torch.equal(ours, reference)
             report = emoe.stats(model)
             assert report["peak_resident_bytes"] <= report["budget_bytes"] <= max(budget, floor)
             assert report["lossy"] is False

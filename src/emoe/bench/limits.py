@@ -76,9 +76,13 @@ class Done:
 
     def prompt(self, facts: Facts, tokens: int, batch: int = 1) -> Work:
         """As work: all prompts of the batch, in one pass."""
-        layers = len(facts.expert_layers)
-        whole = ModelWork(facts).prompt(tokens, [self.touched / layers] * layers, 0.0)
-        return replace(whole, missed_bytes=self.missed_bytes, flops=whole.flops * batch)
+        whole = ModelWork(facts).prompt(tokens, [0.0] * len(facts.expert_layers), 0.0)
+        return replace(
+            whole,
+            expert_bytes=self.touched * facts.expert_layers[0].expert_nbytes,
+            missed_bytes=self.missed_bytes,
+            flops=whole.flops * batch,
+        )
 
 
 def limit_of(rounds: Sequence[tuple[Done, Work]], machine: Machine, threads: int) -> Limit:

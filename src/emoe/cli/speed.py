@@ -42,7 +42,8 @@ def speed_of(made: Plan, facts: Facts, *, threads: int | None, trace: str | None
         from emoe.profiling.roofline import ModelWork
 
         miss_rate, waiting = 1 - made.resident_share, None
-        loads = [each * miss_rate for each in ModelWork(facts).uniform_distinct(context)]
+        work = ModelWork(facts)
+        loads = [each * miss_rate for each in work.run_by_prompt(work.uniform_distinct(context))]
     elif made.resident_share == 1:
         miss_rate, waiting, loads = 0.0, 0.0, [0.0] * len(layers)
     else:

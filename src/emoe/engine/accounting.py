@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from emoe.model.collecting import stacked
+from emoe.model.layer import LayerRuntime
 from emoe.model.passes import Pass
-from emoe.model.runtime import LayerRuntime
 
 Array = npt.NDArray[Any]
 

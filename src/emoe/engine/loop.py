@@ -240,6 +240,7 @@ class Loop:
             segments=tuple(segments),
             announced=True,
             ended=ended,
+            kept=1,
         )
 
     def _note(self, ticket: Ticket, part: Slice, done: bool, now: float) -> None:

@@ -26,7 +26,9 @@ from emoe.model.attention import choose_attention
 from emoe.model.binding import Binding, binding_of, close, label_task
 from emoe.model.cache import let_grow
 from emoe.model.embedding import RowsOnDisk, choose_embeddings
+from emoe.model.final import Final
 from emoe.model.foresight import Ahead
+from emoe.model.layer import LayerRuntime
 from emoe.model.loading import load_dense
 from emoe.model.placement import (
     Placement,
@@ -40,7 +42,7 @@ from emoe.model.placement import (
     spread_over,
 )
 from emoe.model.quantising import HUB_SETTINGS, embedded, stored_experts
-from emoe.model.runtime import IMPLEMENTATION, LayerRuntime, Runtime
+from emoe.model.runtime import IMPLEMENTATION, Runtime
 from emoe.model.spreading import Shard, Spread, check_spreading
 from emoe.model.tasking import nano_profile, profile_for
 from emoe.model.tracing import record_trace
@@ -238,6 +240,7 @@ def load(
     except BaseException:
         binding.close()
         raise
+    runtime.final = Final.of(model, stored)
     model._emoe_binding = binding
     # Which experts run is decided in Python, layer by layer: there is no whole graph to compile.
     model._can_compile_fullgraph = False

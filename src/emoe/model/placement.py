@@ -17,8 +17,8 @@ from emoe.config import ON_MISS, ExpertMemory, Mode, OnMiss
 from emoe.errors import UsageError
 from emoe.kernels.slots import SlotKernels, available
 from emoe.model.hybrid import Costs, Hybrid, measure
+from emoe.model.layer import LayerRuntime
 from emoe.model.loading import device_of
-from emoe.model.runtime import LayerRuntime
 from emoe.model.spreading import PartIndex, measure_spread
 from emoe.residency.bank import Bank
 from emoe.residency.budget import HostPlan, LayerNeed, SlotPlan, plan_host

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from emoe.model.runtime import LayerRuntime, Runtime
+from emoe.model.layer import LayerRuntime
+from emoe.model.runtime import Runtime
 from emoe.residency.worth import Worth
 
 RouterCall = tuple[tuple[Any, ...], dict[str, Any]]

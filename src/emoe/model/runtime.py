@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -18,12 +17,11 @@ from emoe.config import Mode
 from emoe.errors import UsageError
 from emoe.kernels.chunks import grouped, many_tokens
 from emoe.kernels.combining import Workspace
-from emoe.kernels.experts import ExpertMath, FirstOnly, Weights, one_token, one_token_arriving
-from emoe.kernels.slots import SlotKernels, sent
-from emoe.model.hybrid import Hybrid
+from emoe.kernels.experts import FirstOnly, Weights, one_token, one_token_arriving
+from emoe.kernels.slots import sent
+from emoe.model.final import Final
+from emoe.model.layer import LayerRuntime
 from emoe.model.passes import Pass
-from emoe.model.spreading import Spread
-from emoe.residency.pool import ExpertPool
 from emoe.residency.prefetches import Taking
 from emoe.residency.retention import kept_after
 
@@ -32,66 +30,6 @@ IMPLEMENTATION = "emoe"
 
 RouteObserver = Callable[["Pass", int, torch.Tensor, torch.Tensor], None]
 """Called with (pass, layer, ids [tokens, k], weights [tokens, k]): the model's own route, before any rerouting."""
-
-
-@dataclass(slots=True)
-class LayerRuntime:
-    """One MoE layer bound to its pool.
-
-    `waits`: a miss is loaded and waited for, also in a mode that reroutes (`balanced`, where the layer is sensitive for
-    the running task). `keeps_route`: whether the visit now under way runs the model's own route. `kernels`: those that
-    take slots by number, where the device has them. `hybrid`: when to compute a miss on the CPU, where that is allowed.
-    `spread`: the devices over which its experts are spread; `pool` is then the layer's own.
-    `noted`: on its way from the device, what the model's own route was before rerouting, for the counters.
-    """
-
-    layer: int
-    experts: int
-    pool: ExpertPool
-    math: ExpertMath
-    owner: Runtime
-    weights: list[Weights]
-    dtype: torch.dtype
-    waits: bool = False
-    keeps_route: bool = True
-    kernels: SlotKernels | None = None
-    hybrid: Hybrid | None = None
-    prompt_counts: list[int] = field(default_factory=list)
-    spread: Spread | None = None
-    noted: Callable[[], tuple[torch.Tensor, ...]] | None = None
-    _mask_key: tuple[int, ...] = ()
-    _mask: torch.Tensor | None = None
-
-    @property
-    def pools(self) -> list[ExpertPool]:
-        """Its pool, or those over which its experts are spread."""
-        return [self.pool] if self.spread is None else [shard.pool for shard in self.spread.shards]
-
-    def ready(self) -> npt.NDArray[np.bool_]:
-        """bool [experts]: which can be run now and are not being run."""
-        return np.concatenate([pool.table.ready(self.layer) for pool in self.pools])
-
-    def wanted(self) -> frozenset[int]:
-        """The experts that this prompt's tokens chose most so far: as many as the layer has slots of its own."""
-        quota = self.pool.table.plan.quotas[self.layer]
-        order = sorted(range(self.experts), key=lambda e: (-self.prompt_counts[e], e))
-        return frozenset(order[:quota])
-
-    def allowed(self) -> torch.Tensor | None:
-        """The [experts] mask of what may be run, or None where the model's own route is kept.
-
-        A layer of which nothing is resident (a prompt that was to fill it has failed) keeps its route, and loads.
-        """
-        if self.keeps_route:
-            return None
-        resident = tuple(self.pool.table.resident(self.layer))
-        if len(resident) == self.experts:
-            return None
-        if resident != self._mask_key or self._mask is None:
-            mask = torch.zeros(self.experts, dtype=torch.bool)
-            mask[list(resident)] = True
-            self._mask_key, self._mask = resident, sent(mask, self.pool.bank.device)
-        return self._mask
 
 
 class Runtime:
@@ -120,10 +58,12 @@ class Runtime:
         self.lock = threading.RLock()
         self.workspace = Workspace()
         self.closed = False
+        self.final: Final | None = None
         self.dense_only = False
         """Passes leave no trace and experts give 0: for finding out whether the rest of the model runs."""
         self.end_tokens: frozenset[int] = frozenset()
         self._announced: Pass | None = None
+        self._answering: npt.NDArray[np.int64] | None = None  # the pass's tokens that get logits; None: all
         self._reading: set[int] = set()  # announced sequences whose prompt is being read with its own routes
 
     def __reduce_ex__(self, protocol: object) -> str:
@@ -150,25 +90,9 @@ class Runtime:
             now, self._announced = self._announced, None
             self.begin(now)
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
-        if tokens is None or tokens.dim() < 2:
-            raise UsageError("the model was called without input_ids or inputs_embeds of shape [batch, tokens].")
-        past = kwargs.get("past_key_values")
-        seen = int(past.get_seq_length()) if past is not None and hasattr(past, "get_seq_length") else 0
-        batch, length = int(tokens.shape[0]), int(tokens.shape[1])
-        mask = kwargs.get("attention_mask")
-        usable = isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= length
-        self.begin(
-            Pass(
-                phase="decode" if seen and length == 1 else "prefill",
-                batch=batch,
-                tokens=length,
-                new_prompt=seen == 0,
-                mask=mask[:, -length:].reshape(-1).bool() if mask is not None and usable else None,
-                input_ids=ids,
-            )
-        )
+        now = Pass.of_call(args, kwargs)
+        now.kept = None if self.final is None else self.final.kept(kwargs)
+        self.begin(now)
 
     def begin(self, now: Pass) -> None:
         """Start a forward pass."""
@@ -182,9 +106,13 @@ class Runtime:
                 self.observing = self._begin_prompt()
             elif now.phase == "decode":
                 self.observing = False
+            answering = now.answering() if self.final is not None else None
+            self._answering = None if self.final is None or answering is None or self.final.watched() else answering
+            few = self.final.layer if self.final is not None and self.narrows else None
             pools = {id(pool): pool for layer in self.layers.values() for pool in layer.pools}.values()
             for pool in pools:
                 pool.table.begin_pass()
+                pool.early.few = few
             for start in self.at_pass_start:
                 start(now)
             if now.phase == "prefill" and (self.mode == "exact" or self.observing):
@@ -216,6 +144,20 @@ class Runtime:
         """Whether the pool counts hits and misses: not where the route it sees has been rerouted already."""
         return self.mode == "exact" or layer.keeps_route
 
+    @property
+    def narrows(self) -> bool:
+        """Whether this pass runs its final layer for some of its tokens alone: those that get logits."""
+        return self._answering is not None
+
+    def _answering_of(self, layer: LayerRuntime, rows: int) -> npt.NDArray[np.int64] | None:
+        """Which of the `rows` tokens that `layer` is given need its experts; None: all.
+
+        All of them where a model routes other rows than the pass's tokens.
+        """
+        if self.final is None or layer.layer != self.final.layer or rows != self.now.batch * self.now.tokens:
+            return None
+        return self._answering
+
     # -- routes ---------------------------------------------------------------------------------------------
 
     def observe(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
@@ -233,7 +175,9 @@ class Runtime:
             self.observe(layer.layer, ids, weights)
             if layer.keeps_route:
                 return  # nothing is rerouted; the pool counts
-            layer.noted = layer.pool.bank.home.fetch(*self._to_note(layer, ids))
+            rows = self._answering_of(layer, ids.shape[0])
+            ran = ids if rows is None else ids[sent(torch.from_numpy(rows), ids.device)]
+            layer.noted = layer.pool.bank.home.fetch(*self._to_note(layer, ran))
 
     def _to_note(self, layer: LayerRuntime, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What `_count_noted` has to know: one token's route, else which experts a chunk chose, and tokens rerouted."""
@@ -286,41 +230,76 @@ class Runtime:
         if hidden.dtype != layer.dtype:  # as transformers' own implementations do, under autocast or after .half()
             return self.run(layer, hidden.to(layer.dtype), ids, gates).to(hidden.dtype)
         with self.lock:
-            table = layer.pool.table
-            table.counters[layer.layer].tokens += hidden.shape[0]
-            if self.mode == "exact":  # elsewhere `note_route` has done so, before it read off what is resident
-                layer.pool.prefetches.poll()
-            if hidden.shape[0] == 1:
-                beside = () if layer.hybrid is None else (hidden,)  # the CPU may need it
-                arrived, *at_home = layer.pool.bank.home.fetch(ids, *beside)()
-                if self.mode == "exact" and self.observers:
-                    self.observe(layer.layer, arrived, gates)
-                self._count_noted(layer)
-                experts: list[int] = arrived.tolist()[0]
-                if layer.spread is not None:
-                    return layer.spread.one_token(hidden, experts, gates, self.counts(layer))
-                aside = [] if layer.hybrid is None else layer.hybrid.aside(layer.layer, experts)
-                here = [e for e in experts if e not in aside] if aside else experts
-                taking = layer.pool.begin(layer.layer, here, count=self.counts(layer))
-                try:
-                    if taking.flights and layer.kernels is None and not aside:
-                        return one_token_arriving(layer.math, hidden, self._arriving(layer, taking), gates)
-                    while taking.flights:
-                        layer.pool.arrive(taking)
-                    slots = taking.slots
-                    if self.after_take is not None:
-                        self.after_take(layer)
-                    if layer.hybrid is not None and aside:
-                        there = (slots, [layer.weights[s] for s in slots], layer.kernels)
-                        return layer.hybrid.one_token(layer.layer, (hidden, at_home[0]), experts, aside, there, gates)
-                    if layer.kernels is not None:
-                        return layer.kernels.one_token(hidden, slots, gates)
-                    return one_token(layer.math, hidden, [layer.weights[s] for s in slots], gates)
-                finally:
-                    layer.pool.end(taking)
-            if self.mode == "exact" and self.observers:
+            rows = self._answering_of(layer, hidden.shape[0])
+            if rows is None:
+                return self._run(layer, hidden, ids, gates, self.mode == "exact" and bool(self.observers))
+            if self.mode == "exact":
                 self.observe(layer.layer, ids, gates)
-            return self._run_chunk(layer, hidden, ids, gates)
+            self._fill(layer, ids)
+            at = sent(torch.from_numpy(rows), hidden.device)
+            out = torch.zeros_like(hidden)
+            out[at] = self._run(layer, hidden[at], ids[at], gates[at], False)
+            return out
+
+    def _fill(self, layer: LayerRuntime, ids: torch.Tensor) -> None:
+        """Have the final layer hold what its other tokens chose, where a prompt that runs them all would fill it."""
+        table = layer.pool.table
+        if layer.spread is not None:
+            return
+        if self.observing:
+            found = torch.bincount(ids.reshape(-1), minlength=layer.experts).tolist()
+            before = layer.prompt_counts or [0] * layer.experts
+            layer.prompt_counts = [n + more for n, more in zip(before, found, strict=True)]
+            wanted = layer.wanted()
+            layer.pool.fill(layer.layer, [expert for expert in wanted if layer.prompt_counts[expert]], wanted)
+        elif self.mode == "exact" and table.below_quota(layer.layer):
+            routes = ids.cpu().numpy()
+            layer.pool.fill(layer.layer, kept_after(routes, self.now.behind(), layer.experts, table.share(layer.layer)))
+
+    def _run(
+        self, layer: LayerRuntime, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, observed: bool
+    ) -> torch.Tensor:
+        """Compute these tokens; tell the observers of them where they are to be `observed`."""
+        table = layer.pool.table
+        table.counters[layer.layer].tokens += hidden.shape[0]
+        if self.mode == "exact":  # elsewhere `note_route` has done so, before it read off what is resident
+            layer.pool.prefetches.poll()
+        if hidden.shape[0] == 1:
+            return self._run_one(layer, hidden, ids, gates, observed)
+        if observed:
+            self.observe(layer.layer, ids, gates)
+        return self._run_chunk(layer, hidden, ids, gates)
+
+    def _run_one(
+        self, layer: LayerRuntime, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, observed: bool
+    ) -> torch.Tensor:
+        beside = () if layer.hybrid is None else (hidden,)  # the CPU may need it
+        arrived, *at_home = layer.pool.bank.home.fetch(ids, *beside)()
+        if observed:
+            self.observe(layer.layer, arrived, gates)
+        self._count_noted(layer)
+        experts: list[int] = arrived.tolist()[0]
+        if layer.spread is not None:
+            return layer.spread.one_token(hidden, experts, gates, self.counts(layer))
+        aside = [] if layer.hybrid is None else layer.hybrid.aside(layer.layer, experts)
+        here = [e for e in experts if e not in aside] if aside else experts
+        taking = layer.pool.begin(layer.layer, here, count=self.counts(layer))
+        try:
+            if taking.flights and layer.kernels is None and not aside:
+                return one_token_arriving(layer.math, hidden, self._arriving(layer, taking), gates)
+            while taking.flights:
+                layer.pool.arrive(taking)
+            slots = taking.slots
+            if self.after_take is not None:
+                self.after_take(layer)
+            if layer.hybrid is not None and aside:
+                there = (slots, [layer.weights[s] for s in slots], layer.kernels)
+                return layer.hybrid.one_token(layer.layer, (hidden, at_home[0]), experts, aside, there, gates)
+            if layer.kernels is not None:
+                return layer.kernels.one_token(hidden, slots, gates)
+            return one_token(layer.math, hidden, [layer.weights[s] for s in slots], gates)
+        finally:
+            layer.pool.end(taking)
 
     def _arriving(self, layer: LayerRuntime, taking: Taking) -> Iterator[tuple[list[int], list[Weights]]]:
         """Places among one token's choices and the experts for them, as they are there; loads go on meanwhile."""

@@ -13,6 +13,7 @@ from emoe.model.passes import Pass
 from emoe.model.runtime import Runtime
 from emoe.residency.budget import LayerNeed
 from emoe.routing.recorder import TraceWriter
+from emoe.routing.trace import FINAL_LAYER
 
 
 def record_trace(runtime: Runtime, index: ExpertIndex, needs: Sequence[LayerNeed], path: Path) -> Callable[[], object]:
@@ -39,6 +40,7 @@ def record_trace(runtime: Runtime, index: ExpertIndex, needs: Sequence[LayerNeed
     prompts: dict[int, int] = {}  # sequence -> its prompt in the trace
     live = LiveTokens(runtime)
     current: list[Pass] = []
+    whole_passes = [0]  # of several tokens, all of which ran in the final layer
 
     def begin(now: Pass) -> None:
         if not now.announced and (now.new_prompt or len(prompts) != now.batch):
@@ -51,6 +53,7 @@ def record_trace(runtime: Runtime, index: ExpertIndex, needs: Sequence[LayerNeed
                 prompts[segment.sequence] = writer.add_prompt(task=task, token_ids=ids)
         of = [prompts[segment.sequence] for segment in now.segments for _ in range(segment.tokens)]
         phases = [segment.phase for segment in now.segments for _ in range(segment.tokens)]
+        whole_passes[0] += len(of) > len(now.segments) and not runtime.narrows
         writer.begin_pass(of, phases, mask=live.mask_of(now), token_ids=now.input_ids)
         current[:] = [now]
 
@@ -60,4 +63,10 @@ def record_trace(runtime: Runtime, index: ExpertIndex, needs: Sequence[LayerNeed
         writer.record(layer, ids, weights)
 
     runtime.observers.append(observe)
-    return writer.finish
+
+    def finish() -> None:
+        if runtime.final is not None and not whole_passes[0]:
+            writer.say(**{FINAL_LAYER: runtime.final.layer})
+        writer.finish()
+
+    return finish

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from emoe.errors import UsageError
 from emoe.planner.facts import Facts, dtype_bytes
 from emoe.profiling.machine import Link, Machine
+from emoe.routing.final import ends_row_by_row
 
 Bound = Literal["memory", "link", "compute"]
 
@@ -107,6 +108,19 @@ class ModelWork:
         native = facts.native_expert_bytes or facts.expert_bytes
         return self.routed_bytes * native / (facts.expert_bytes * dtype_bytes(facts.dtype))
 
+    @property
+    def _ends_in_experts(self) -> bool:
+        """Whether of a prompt the last decoder layer runs the experts of one token (`emoe.model.final`)."""
+        facts = self.facts
+        return ends_row_by_row(facts.model_type) and facts.expert_layers[-1].layer >= len(facts.cache_layers) - 1
+
+    def prompt_expert_elements(self, tokens: int) -> float:
+        """Weights of the routed experts of a prompt's tokens, counted once for each token that is run."""
+        last = self.facts.expert_layers[-1]
+        share = min(self.facts.top_k, last.experts) * last.expert_nbytes / self.routed_bytes
+        unused = (tokens - 1) * share if self._ends_in_experts else 0.0
+        return (tokens - unused) * self.routed_elements
+
     def dense_read_bytes(self, tokens: int = 1) -> int:
         """Bytes of dense weights that a pass over `tokens` reads: of a lookup table only their rows."""
         facts = self.facts
@@ -134,7 +148,8 @@ class ModelWork:
 
         Args:
             tokens: its length.
-            distinct: how many different experts it routes to, layer by layer (`uniform_distinct`, or counted).
+            distinct: how many different experts it routes to, layer by layer (`uniform_distinct`, or counted). Of the
+                last layer's a token's are enough.
             miss_rate: the share of those that is missing.
 
         Raises:
@@ -148,7 +163,7 @@ class ModelWork:
             )
         touched = sum(
             min(count, layer.experts) * layer.expert_nbytes
-            for count, layer in zip(distinct, facts.expert_layers, strict=True)
+            for count, layer in zip(self.run_by_prompt(distinct), facts.expert_layers, strict=True)
         )
         a, itemsize = facts.activations, dtype_bytes(facts.dtype)
         head = a.vocabulary * a.hidden  # the output projection: of the last token only
@@ -157,9 +172,16 @@ class ModelWork:
             dense_bytes=self.dense_read_bytes(tokens) + facts.cache_bytes(tokens, 1),
             expert_bytes=touched,
             missed_bytes=touched * miss_rate,
-            flops=2 * (tokens * (body + self.routed_elements) + head),
+            flops=2 * (tokens * body + self.prompt_expert_elements(tokens) + head),
             dtype=facts.dtype,
         )
+
+    def run_by_prompt(self, distinct: Sequence[float]) -> list[float]:
+        """How many experts of each layer a prompt runs that routes to so many: of the last layer a token's."""
+        run = list(distinct)
+        if self._ends_in_experts:
+            run[-1] = min(run[-1], self.facts.top_k)
+        return run
 
     def uniform_distinct(self, tokens: int) -> list[float]:
         """Different experts of each layer that `tokens` route to, were each token's drawn at random."""

@@ -97,7 +97,7 @@ def expected(
         overlap_s = min(load_s, waits * (top_k - 1) / top_k * experts_s)
     memory_s = dense_s + experts_s
     everything = work.prompt(prompt_tokens, [0.0] * len(facts.expert_layers), 0.0)
-    expert_flops = 2 * prompt_tokens * work.routed_elements
+    expert_flops = 2 * work.prompt_expert_elements(prompt_tokens)
     itemsize = dtype_bytes(facts.dtype) / 2  # rates are bfloat16's: a wider dtype takes as much longer
     compute_s = itemsize * ((everything.flops - expert_flops) / engine.dense_flops + expert_flops / expert_rate)
     prompt_load_s = prompt_missed_bytes / (stream or machine.link_rate(link)) if prompt_missed_bytes else 0.0

@@ -44,12 +44,19 @@ class Early:
         self._following = dict(pairwise(sorted(table.experts)))
         self._latest: dict[int, list[int]] = {}  # what each layer's latest chunk used, as `evenly` orders it
         self._flights: dict[Key, Flight] = {}
+        self.few: int | None = None
+        """The layer that this pass runs for a few of its tokens: what those need is known from its router alone."""
 
     def guess(self, layer: int, experts: list[int]) -> deque[Key]:
         """What the layer after `layer` will probably miss, after a chunk that used `experts` of this, in that order."""
         table, following = self._table, self._following.get(layer)
         self._latest[layer] = experts
-        if following is None or len(experts) < MOST_OF * table.experts[layer] or table.below_quota(following):
+        if (
+            following is None
+            or following == self.few
+            or len(experts) < MOST_OF * table.experts[layer]
+            or table.below_quota(following)
+        ):
             return deque()
         return self._missing(following)
 
@@ -61,6 +68,8 @@ class Early:
     def open(self, tokens: int) -> None:
         """Begin loads for the first layer, as a pass over so many tokens of prompts starts."""
         first = min(self._table.experts)
+        if first == self.few:
+            return
         if tokens >= SURELY_MOST * self._table.experts[first] and not self._table.below_quota(first):
             self.begin(self._missing(first))
 

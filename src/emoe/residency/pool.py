@@ -297,6 +297,18 @@ class ExpertPool(Filling):
             self._drain(flights)
             self._unpin(pinned)
 
+    def fill(self, layer: int, experts: Collection[int], wanted: frozenset[int] | None = None) -> None:
+        """Load what is missing of `experts`, to stay: a layer that runs few of a prompt's tokens is filled for others.
+
+        `wanted`: as for `stream`.
+
+        Raises:
+            ReadError: an expert could not be read.
+        """
+        keep = frozenset(experts)
+        for _ in self.stream(layer, sorted(keep), prefill=True, wanted=wanted, keep=keep):
+            pass
+
     def preload(self, keys: Iterable[tuple[int, int]], progress: Progress | None = None) -> None:
         """Load `keys` into empty slots, reporting progress in bytes of slots.
 

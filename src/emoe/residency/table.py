@@ -97,8 +97,11 @@ class ResidencyTable(SlotBooks):
 
     def below_quota(self, layer: int) -> bool:
         """Whether `layer` may take a free slot for good: it has less than its quota, or than its even share."""
-        quota = self.plan.quotas[layer] or max(1, self.plan.slots // len(self._rank))
-        return bool(self._free) and self._kept[layer] < quota
+        return bool(self._free) and self._kept[layer] < self.share(layer)
+
+    def share(self, layer: int) -> int:
+        """The slots that are `layer`'s: its quota, or of a shared pool an even part."""
+        return self.plan.quotas[layer] or max(1, self.plan.slots // len(self._rank))
 
     def _pick(self, key: Key, transient: bool, protect: frozenset[Key]) -> int | None:
         if self.all_fit:

@@ -159,6 +159,10 @@ class TraceWriter:
             self._chunks.clear()
         return self.path
 
+    def say(self, **source: Any) -> None:
+        """Add JSON values to what the trace says of where it is from."""
+        self._source |= _plain("source", source)
+
     def discard(self) -> None:
         """Forget everything and write nothing."""
         self._finished, self._pass = True, None

@@ -41,6 +41,8 @@ FORMAT = "emoe-trace"
 VERSION = 1
 PREFILL, DECODE = 0, 1
 PHASES = ("prefill", "decode")
+FINAL_LAYER = "final_layer"
+"""In a trace's `source`: the model's last layer, where of each prompt in a pass only the last token was run."""
 
 Array = NDArray[Any]
 _READ_ERRORS = (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)

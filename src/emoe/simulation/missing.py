@@ -168,7 +168,8 @@ def after_prompt(
                 waits += int((new_of[:, 1] > 0).sum())
         counted = now
 
-    replay(fed, plan_of(trace, share, rule, expert_bytes), lambda: make_eviction(policy), passed=passed)
+    slots = plan_of(trace, share, rule, expert_bytes)
+    replay(fed, slots, lambda: make_eviction(policy), final=int(trace.layers[-1]), passed=passed)
     return AfterPrompt(tuple((loads / windows).tolist()), misses / lookups, waits / (windows * new * len(trace.layers)))
 
 

@@ -24,7 +24,7 @@ from emoe.residency.eviction import Eviction, Scored
 from emoe.residency.loader import Loader
 from emoe.residency.retention import kept_after
 from emoe.residency.table import LayerCounters, ResidencyTable
-from emoe.routing.trace import PREFILL, Array, Trace
+from emoe.routing.trace import FINAL_LAYER, PREFILL, Array, Trace
 from emoe.simulation.clock import Link
 
 
@@ -65,6 +65,7 @@ def replay(
     scorer: UseScorer | None = None,
     experts: Mapping[int, int] | None = None,
     link: Link | None = None,
+    final: int | None = None,
     passed: Callable[[bool, list[LayerCounters]], None] | None = None,
 ) -> Replay:
     """Serve a trace's passes in the order in which they ran.
@@ -76,6 +77,8 @@ def replay(
         scorer: scores the experts of all banks. It is told of prompts and passes as the engine tells its own.
         experts: experts of each decoder layer (default: the trace's number for all).
         link: what loads and layers take; without one the clock stands still.
+        final: the model's last layer, where only the last token of each prompt in a pass was run (`emoe.model.final`);
+            default: as the trace's `source` says, None where every token was.
         passed: called after each pass with whether it read a prompt, and what the layers have counted so far.
 
     Raises:
@@ -108,6 +111,7 @@ def replay(
         pools.append(pool)
         pool_of.update(dict.fromkeys(sizes, pool))
     layers = trace.layers.tolist()
+    final = trace.source.get(FINAL_LAYER) if final is None else final
     computed, prompt_of = trace.computed, trace.prompt_of_token()
     for rows in passes(trace):
         prefill = bool((trace.phase[rows] == PREFILL).any())
@@ -116,14 +120,19 @@ def replay(
             _begin(live, trace, rows)
         for pool in pools:
             pool.table.begin_pass()
+            pool.early.few = final
             if prefill:
                 pool.early.open(len(rows))
         for rank, layer in enumerate(layers):
             known = computed[rows, rank]
             if live is not None and len(rows) == 1:
                 live.route(rank, trace.experts[rows[0], rank][known[0]])
-            _serve(pool_of[layer], layer, trace.experts[rows, rank], known, prefill, behind)
-            clock.compute(int(known.any(axis=1).sum()))
+            routes, some = trace.experts[rows, rank], known.any(axis=1)
+            if layer == final and behind.any():
+                _fill(pool_of[layer], layer, routes[some], behind[some])
+                some &= behind == 0
+            _serve(pool_of[layer], layer, routes[some], known[some], prefill, behind[some])
+            clock.compute(int(some.sum()))
         if live is not None:
             weights = None if trace.weights is None else trace.weights[rows]
             live.observe(trace.experts[rows], weights, None if trace.token_ids is None else trace.token_ids[rows])
@@ -169,8 +178,8 @@ def _behind(prompts: Array) -> Array:
 
 
 def _serve(pool: Any, layer: int, routes: Array, known: Array, prefill: bool, behind: Array) -> None:
-    """One layer of one pass: routes [tokens, k], of which `known` were computed; `behind` as `_behind` has it."""
-    tokens = int(known.any(axis=1).sum())
+    """One layer of one pass: routes [tokens, k], some of each `known` to be computed; `behind` as `_behind` has it."""
+    tokens = len(routes)
     if not tokens:
         return
     pool.table.counters[layer].tokens += tokens
@@ -181,10 +190,16 @@ def _serve(pool: Any, layer: int, routes: Array, known: Array, prefill: bool, be
     chosen = np.flatnonzero(counts)
     by_count = chosen[np.argsort(-counts[chosen], kind="stable")].tolist()  # as Grouping.by_count
     staying = pool.table.staying(layer) if prefill and not pool.table.all_fit else 0
-    there = known.any(axis=1)
-    keep = kept_after(routes[there], behind[there], pool.table.experts[layer], staying)
+    keep = kept_after(routes, behind, pool.table.experts[layer], staying)
     for _ in pool.stream(layer, by_count, prefill=prefill, ahead=True, keep=keep):
         pass
+
+
+def _fill(pool: Any, layer: int, routes: Array, behind: Array) -> None:
+    """As `emoe.model.runtime` does before the final layer runs some of a prompt's tokens."""
+    table = pool.table
+    if table.below_quota(layer):
+        pool.fill(layer, kept_after(routes, behind, table.experts[layer], table.share(layer)))
 
 
 class _Clock:
