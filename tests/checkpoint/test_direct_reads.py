@@ -57,6 +57,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> Content:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(readers, "MOST_CHUNK_BYTES", 8192)
 
 
 def memory(nbytes: int, phase: int) -> torch.Tensor:

@@ -39,9 +39,12 @@ class Recount:
         runtime = self.runtime.layers[layer]
         rank = sorted(self.runtime.layers).index(layer)
         resident = {e for e in range(runtime.experts) if runtime.pool.table.is_resident((layer, e))}
+        few = self.runtime.answering_of(runtime, len(ids)) is not None  # the last layer, of a prompt
+        filling = self.runtime.filling(runtime, ids) if few else frozenset()
         for segment in now.segments:
-            rows = ids[segment.start : segment.stop].tolist()
-            wanted = {e for row in rows for e in row}
+            chosen = {e for row in ids[segment.start : segment.stop].tolist() for e in row}
+            rows = ids[segment.stop - 1 if few else segment.start : segment.stop].tolist()
+            wanted = {e for row in rows for e in row} | (chosen & filling)
             found = self.of_request.setdefault(segment.sequence, Counter())
             found["hits"] += len(wanted & resident)
             found["misses"] += len(wanted - resident)

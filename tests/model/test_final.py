@@ -29,7 +29,7 @@ def poison(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def poisoned(layer: LayerRuntime, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         out = run(layer, hidden, ids, gates)
-        rows = runtime._answering_of(layer, hidden.shape[0])
+        rows = runtime.answering_of(layer, hidden.shape[0])
         if rows is not None:
             unused = [row for row in range(hidden.shape[0]) if row not in rows]
             left.append(len(unused))

@@ -43,6 +43,27 @@ class StepUse:
     planned: Array | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Few:
+    """A layer that runs few tokens: their `rows`, what all chose (`ids`), and what else is loaded to stay."""
+
+    rank: int
+    rows: Array
+    ids: torch.Tensor
+    filling: frozenset[int]
+
+    def wanted(self, segment: Array, shape: tuple[int, int, int]) -> Array:
+        """bool [segments, experts]: what each segment's tokens that are run chose, and what stays of the others'."""
+        chosen, ran = np.zeros((2, shape[0], shape[2]), dtype=bool)
+        ids = self.ids.cpu().numpy()
+        chosen[segment[:, None], ids] = True
+        ran[segment[self.rows][:, None], ids[self.rows]] = True
+        stays = np.zeros(shape[2], dtype=bool)
+        stays[list(self.filling)] = True
+        both: Array = ran | (chosen & stays)
+        return both
+
+
 class Accounting:
     """Collects one pass; a pass that fails is forgotten at the next `begin`."""
 
@@ -57,6 +78,7 @@ class Accounting:
         self._segment: Array = np.zeros(0, dtype=np.int64)
         self._segments = 0
         self._seen: list[tuple[int, torch.Tensor]] = []
+        self._few: list[_Few] = []
         self._resident = np.ones((len(order), self._experts), dtype=bool)
         self._loaded = np.ones(len(order), dtype=bool)
 
@@ -65,20 +87,25 @@ class Accounting:
         self._segments = len(now.segments)
         self._segment = np.repeat(np.arange(self._segments), [segment.tokens for segment in now.segments])
         self._seen.clear()
+        self._few.clear()
 
     def observe(self, layer: int, ids: torch.Tensor) -> None:
         """A layer was reached: what its router chose [tokens, k], before any expert is asked for."""
         rank = self._ranks[layer]
-        self._seen.append((rank, ids))
+        runtime = self._layers[rank]
+        rows = runtime.owner.answering_of(runtime, ids.shape[0])
+        if rows is None:
+            self._seen.append((rank, ids))
+        else:
+            self._few.append(_Few(rank, rows, ids, runtime.owner.filling(runtime, ids)))
         if not self._everything:
-            runtime = self._layers[rank]
             self._resident[rank, : runtime.experts] = runtime.ready()
             self._loaded[rank] = runtime.owner.counts(runtime)
 
     def end(self, planned: Array | None = None) -> StepUse:
         """The pass went well; `planned`: bool [layers, experts], the plan in force."""
         shape = (self._segments, len(self._layers), self._experts)
-        if not self._seen:
+        if not self._seen and not self._few:
             zero = np.zeros(shape[:2], dtype=np.int64)
             return StepUse(zero, zero, zero, zero, zero, zero, None)
         wanted = np.zeros(shape, dtype=bool)
@@ -86,10 +113,14 @@ class Accounting:
         for k, of in _by_width(self._seen):
             ids = stacked([self._seen[i][1] for i in of]).reshape(-1, len(of), k)
             wanted[self._segment[:, None, None], ranks[of][None, :, None], ids] = True
+        for few in self._few:
+            wanted[:, few.rank] = few.wanted(self._segment, shape)
         count = wanted.sum(axis=2)
         tokens = np.bincount(self._segment, minlength=self._segments)
         routed = np.zeros(shape[:2], dtype=np.int64)
         routed[:, ranks] = tokens[:, None]
+        for few in self._few:
+            routed[:, few.rank] = np.bincount(self._segment[few.rows], minlength=self._segments)
         rerouted = np.zeros(shape[:2], dtype=np.int64)
         inside = None if planned is None else (wanted & planned).sum(axis=2)
         if self._everything:
@@ -97,10 +128,12 @@ class Accounting:
         hits = (wanted & self._resident).sum(axis=2)
         misses = count - hits
         loads = misses * self._loaded
-        for rank, chosen in self._seen:
+        ran = [(rank, chosen, self._segment) for rank, chosen in self._seen]
+        ran += [(few.rank, few.ids[few.rows], self._segment[few.rows]) for few in self._few]
+        for rank, chosen, segment in ran:
             if not self._loaded[rank]:
                 replaced = ~self._resident[rank][chosen.cpu().numpy()].all(axis=1)
-                rerouted[:, rank] = np.bincount(self._segment, weights=replaced, minlength=self._segments)
+                rerouted[:, rank] = np.bincount(segment, weights=replaced, minlength=self._segments)
         return StepUse(hits, misses, loads, loads * self._nbytes, rerouted, routed, inside)
 
 

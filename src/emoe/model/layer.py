@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -57,11 +57,20 @@ class LayerRuntime:
         """bool [experts]: which can be run now and are not being run."""
         return np.concatenate([pool.table.ready(self.layer) for pool in self.pools])
 
-    def wanted(self) -> frozenset[int]:
-        """The experts that this prompt's tokens chose most so far: as many as the layer has slots of its own."""
+    def wanted(self, counts: Sequence[int] | None = None) -> frozenset[int]:
+        """The experts that this prompt's tokens chose most so far: as many as the layer has slots of its own.
+
+        `counts`: how often each was chosen; by default by the prompt's tokens before this pass.
+        """
+        counts = self.prompt_counts if counts is None else counts
         quota = self.pool.table.plan.quotas[self.layer]
-        order = sorted(range(self.experts), key=lambda e: (-self.prompt_counts[e], e))
+        order = sorted(range(self.experts), key=lambda e: (-counts[e], e))
         return frozenset(order[:quota])
+
+    def counts_with(self, ids: torch.Tensor) -> list[int]:
+        """How often this prompt chose each expert, those `ids` included."""
+        found: list[int] = torch.bincount(ids.reshape(-1), minlength=self.experts).tolist()
+        return [n + more for n, more in zip(self.prompt_counts or [0] * self.experts, found, strict=True)]
 
     def allowed(self) -> torch.Tensor | None:
         """The [experts] mask of what may be run, or None where the model's own route is kept.

@@ -149,7 +149,7 @@ class Runtime:
         """Whether this pass runs its final layer for some of its tokens alone: those that get logits."""
         return self._answering is not None
 
-    def _answering_of(self, layer: LayerRuntime, rows: int) -> npt.NDArray[np.int64] | None:
+    def answering_of(self, layer: LayerRuntime, rows: int) -> npt.NDArray[np.int64] | None:
         """Which of the `rows` tokens that `layer` is given need its experts; None: all.
 
         All of them where a model routes other rows than the pass's tokens.
@@ -175,7 +175,7 @@ class Runtime:
             self.observe(layer.layer, ids, weights)
             if layer.keeps_route:
                 return  # nothing is rerouted; the pool counts
-            rows = self._answering_of(layer, ids.shape[0])
+            rows = self.answering_of(layer, ids.shape[0])
             ran = ids if rows is None else ids[sent(torch.from_numpy(rows), ids.device)]
             layer.noted = layer.pool.bank.home.fetch(*self._to_note(layer, ran))
 
@@ -230,31 +230,34 @@ class Runtime:
         if hidden.dtype != layer.dtype:  # as transformers' own implementations do, under autocast or after .half()
             return self.run(layer, hidden.to(layer.dtype), ids, gates).to(hidden.dtype)
         with self.lock:
-            rows = self._answering_of(layer, hidden.shape[0])
+            rows = self.answering_of(layer, hidden.shape[0])
             if rows is None:
                 return self._run(layer, hidden, ids, gates, self.mode == "exact" and bool(self.observers))
             if self.mode == "exact":
                 self.observe(layer.layer, ids, gates)
-            self._fill(layer, ids)
+            if filling := self.filling(layer, ids):
+                layer.prompt_counts = layer.counts_with(ids) if self.observing else []
+                layer.pool.fill(layer.layer, filling, layer.wanted() if self.observing else None)
             at = sent(torch.from_numpy(rows), hidden.device)
             out = torch.zeros_like(hidden)
             out[at] = self._run(layer, hidden[at], ids[at], gates[at], False)
             return out
 
-    def _fill(self, layer: LayerRuntime, ids: torch.Tensor) -> None:
-        """Have the final layer hold what its other tokens chose, where a prompt that runs them all would fill it."""
+    def filling(self, layer: LayerRuntime, ids: torch.Tensor) -> frozenset[int]:
+        """What the final layer, which runs few of these tokens, is to load besides: what would stay if it ran all.
+
+        Nothing where its slots are full already, but for a prompt that is to fill them anew.
+        """
         table = layer.pool.table
         if layer.spread is not None:
-            return
+            return frozenset()
         if self.observing:
-            found = torch.bincount(ids.reshape(-1), minlength=layer.experts).tolist()
-            before = layer.prompt_counts or [0] * layer.experts
-            layer.prompt_counts = [n + more for n, more in zip(before, found, strict=True)]
-            wanted = layer.wanted()
-            layer.pool.fill(layer.layer, [expert for expert in wanted if layer.prompt_counts[expert]], wanted)
-        elif self.mode == "exact" and table.below_quota(layer.layer):
+            counts = layer.counts_with(ids)
+            return frozenset(expert for expert in layer.wanted(counts) if counts[expert])
+        if self.mode == "exact" and table.below_quota(layer.layer):
             routes = ids.cpu().numpy()
-            layer.pool.fill(layer.layer, kept_after(routes, self.now.behind(), layer.experts, table.share(layer.layer)))
+            return kept_after(routes, self.now.behind(), layer.experts, table.share(layer.layer))
+        return frozenset()
 
     def _run(
         self, layer: LayerRuntime, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, observed: bool
