@@ -57,6 +57,28 @@ def test_what_the_environment_says_is_left_alone(monkeypatch: pytest.MonkeyPatch
     assert not keep_freed_memory()
 
 
+@pytest.mark.parametrize("granted", [1, 0])
+def test_both_limits_are_set_or_it_is_said_that_they_are_not(granted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what the heap's end keeps and of what is large enough for a mapping of its own (malloc.h: -1 and -3)."""
+    set_: dict[int, int] = {}
+
+    def mallopt(option: int, value: int) -> int:
+        set_[option] = value
+        return 1 if option == -3 else granted
+
+    for name in (*MALLOC_SETTINGS, "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(pages, "_libc", lambda: SimpleNamespace(mallopt=mallopt))
+    assert keep_freed_memory() is bool(granted)
+    assert set_ == {-1: 32 << 20, -3: 32 << 20}
+    monkeypatch.setattr(pages, "_libc", SimpleNamespace)
+    assert not keep_freed_memory(), "no glibc"
+    monkeypatch.setattr(pages, "_libc", lambda: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not keep_freed_memory()
+
+
 Asked = list[tuple[int, int, int]]
 
 

@@ -40,6 +40,14 @@ def test_rates_are_the_best_of_up_to_so_many_threads() -> None:
         Machine({}).memory_rate(1)
 
 
+def test_what_older_measurements_do_not_have_is_empty() -> None:
+    made = Machine({}, memory_bytes_per_s={1: 30.0}, flops={"float32": {1: 7.0}}, notes=("no disk",))
+    values = made.as_dict()
+    assert Machine.from_dict(values | {"engine": None, "models": None}) == made
+    del values["engine"], values["models"]
+    assert Machine.from_dict(values) == made
+
+
 def test_rates_are_those_of_where_experts_run() -> None:
     rates: dict[str, Any] = {"memory_bytes_per_s": {1: 30.0}, "flops": {"float32": {1: 7.0}, "bfloat16": {1: 9.0}}}
     beside: dict[str, Any] = {"device_bytes_per_s": 300.0, "device_flops": {"float32": 70.0, "float16": 90.0}}

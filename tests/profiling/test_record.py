@@ -10,7 +10,7 @@ import pytest
 
 from emoe.model.bind import binding_of
 from emoe.profiling.prompts import encode_all, read_prompts
-from emoe.profiling.record import join, record, recording
+from emoe.profiling.record import join, read_recorded, record, recording
 from emoe.profiling.running import answer, judge
 from emoe.routing.trace import DECODE, Trace
 
@@ -57,6 +57,11 @@ def test_a_run_stopped_twice_records_what_one_run_does(loaded: Any, prompt_file:
     trace, again = record(model, prompts, ids, 5, folder, lambda done, _: seen.append(done), part_s=0)
     assert seen == [4, 5, 6, 7, 8]  # the part that was running when it was stopped is made again
     same(trace, whole)
+    for prompts_ in (8, 3):
+        read = read_recorded(folder, prompts_)
+        assert read is not None and [a.ids for a in read[1]] == [a.ids for a in answers]
+        same(read[0], whole)
+    assert read_recorded(folder, 9) is None and read_recorded(tmp_path / "nothing", 0) is None
     assert [a.ids for a in again] == [a.ids for a in answers]
     assert not binding_of(model).runtime.observers
 

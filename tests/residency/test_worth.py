@@ -145,6 +145,18 @@ def test_it_comes_back_when_it_pays_again_and_does_not_flap_at_break_even() -> N
     assert all(windows(Worth(), 50, 0.0, 0.0))
 
 
+def test_a_trial_that_saves_nothing_goes_on() -> None:
+    """Also where loads waited less than they do alone: nothing was loaded ahead, so there is nothing to say of it."""
+    worth = Worth()
+    windows(worth, 1, 0.0, 1.0)
+    while not worth.active:
+        windows(worth, 1, 0.0, 0.0)
+    reason = worth.reason
+    assert reason.startswith("on trial after it was switched off")
+    assert windows(worth, 1, 0.0, -1.0) == [True] and worth.reason == reason
+    assert windows(worth, 1, 9.0, 0.0) == [True] and worth.reason.startswith("on again")
+
+
 def test_a_small_loss_is_noise() -> None:
     """Below a millisecond, or a hundredth of the window's time, it stays on, however much more is lost than saved."""
     assert windows(Worth(), 1, 0.9e-3, 1.8e-3) == [True]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from emoe.errors import UnsupportedModelError, UsageError
 from emoe.routing.rules import ENTRIES, RouterRule, rule_for
+from emoe.routing.rules.families import deepseek_v2
 from tests.families import FAMILIES, make_model
 from tests.routing.routers import HIDDEN, Block, build
 
@@ -221,3 +223,10 @@ def test_every_router_beside_interface_experts_has_a_rule() -> None:
                     missing.append(f"{family}.{router}")
     assert missing == []
     assert seen >= 60
+
+
+def test_a_way_of_choosing_that_has_no_rule_is_refused() -> None:
+    """DeepSeek-V2's configuration may name others than its published models do."""
+    call: Any = SimpleNamespace(router=SimpleNamespace(topk_method="noaux_tc"), logits=torch.zeros(2, 8))
+    with pytest.raises(UnsupportedModelError, match=r"topk_method 'noaux_tc' has no routing rule .*mode=\"exact\""):
+        deepseek_v2(call, None)
