@@ -200,9 +200,10 @@ def test_options_reach_the_settings(planted: Path) -> None:
 def test_a_contender_is_loaded_with_its_prefetching(planted: Path, prefetch: Prefetch | None) -> None:
     contender = Contender("emoe", parse_budget("50"), "exact", prefetch=prefetch)
     running = load(contender, planted, {"reader": "auto"})
-    about = emoe_model.stats(running.model)["prefetch"]
+    about, counted = emoe_model.stats(running.model)["prefetch"], running.counters()
     running.close()
     assert (about and about["name"]) == prefetch
+    assert ("ahead_issued" in counted) == ("ahead_used" in counted) == (prefetch is not None)
 
 
 def test_rates_that_were_kept_are_not_measured_again(

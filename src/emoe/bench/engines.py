@@ -32,6 +32,9 @@ CHOICES = ("expert_dtype", "expert_cache", "predictor", "profile", "embeddings")
 COUNTED = ("hits", "misses", "loads", "bytes_read", "load_wait_s", "rerouted_tokens", "routed_tokens")
 """Since loading, in the counters of emoe; other engines count nothing."""
 
+AHEAD = {"issued": "ahead_issued", "used": "ahead_used"}
+"""Of what emoe loaded ahead, where something does: the engine's name and the counter's."""
+
 
 @dataclass(slots=True)
 class Running:
@@ -131,7 +134,9 @@ def _emoe(contender: Contender, folder: Path, options: dict[str, Any]) -> Runnin
 
     def counters() -> Counters:
         values = emoe_model.stats(loaded)
-        return {name: values[name] for name in COUNTED}
+        ahead = values["prefetch"]
+        counted = {} if ahead is None else {counter: ahead[name] for name, counter in AHEAD.items()}
+        return {name: values[name] for name in COUNTED} | counted
 
     index = binding_of(loaded).index
     return Running(

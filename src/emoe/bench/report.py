@@ -138,12 +138,29 @@ def _legend(report: DecodeReport) -> list[str]:
             "of limit: the least time for the contender's own bytes and operations on this machine over the time taken "
             "(what bounds it)"
         )
+    lines += _ahead(report)
     lines += _notes(report)
     for outcome in report.outcomes:
         if outcome.still_cached_bytes:
             lines.append(
                 f"{outcome.name}: {format_bytes(outcome.still_cached_bytes)} could not be dropped from the page cache"
             )
+    return lines
+
+
+def _ahead(report: DecodeReport) -> list[str]:
+    """What was loaded ahead of need while decoding, and how much of it was used."""
+    lines = []
+    for outcome in report.outcomes:
+        phases = [sample["decode"] for sample in outcome.samples.values() if "ahead_issued" in sample["decode"]]
+        if not phases:
+            continue
+        issued, used = (sum(phase[name] for phase in phases) for name in ("ahead_issued", "ahead_used"))
+        each = issued / sum(decoded_tokens(sample) for sample in outcome.samples.values())
+        said = "no load ahead: what does not pay switches itself off"
+        if issued:
+            said = f"{each:.2f} loads ahead per token, {used / issued:.0%} used"
+        lines.append(f"{outcome.name}: while decoding {said}")
     return lines
 
 
