@@ -241,6 +241,30 @@ def test_a_new_plan_replaces_the_old_but_for_what_has_started() -> None:
     assert world.table.counters[0].prefetches_cancelled == 1
 
 
+def test_what_a_prompt_wants_keeps_its_slot_as_long_as_the_prompt_is_read() -> None:
+    world = World(LAYERS * 2 + 2, lane=2)
+    table, ahead = world.table, world.ahead
+    table.begin_pass()
+    for expert in (0, 1):
+        slot = table.reserve((0, expert))
+        assert slot is not None
+        table.commit(slot, 64)
+
+    def residents() -> set[Key]:
+        return {slot.key for slot in table.slots if slot.key is not None and slot.key[0] == 0 and not slot.transient}
+
+    ahead.plan([(0, 4), (0, 5)])
+    table.visit(0)
+    table.make_way(0, 0, frozenset((0, 1)))
+    world.quiet()  # the plan's loads land while the prompt is read: they pass through
+    assert table.is_resident((0, 4)) and table.is_resident((0, 5))
+    assert residents() == {(0, 0), (0, 1)}
+    table.begin_pass()
+    ahead.plan([(0, 4), (0, 5)])
+    world.quiet()
+    assert residents() == {(0, 4), (0, 5)}
+
+
 def test_a_load_that_failed_is_told_and_leaves_its_slot() -> None:
     world = World(9)
     world.threads.fails = {(0, 1)}

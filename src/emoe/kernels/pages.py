@@ -14,7 +14,8 @@ HUGE_BYTES = 2 << 20
 MADV_HUGEPAGE = 14
 
 FREED_BYTES_KEPT = 32 << 20
-"""Of freed memory at the heap's end, what the process keeps at most; larger pieces go back at once."""
+"""Of freed memory at a heap's end, what is kept at most (glibc has a heap for each of some threads); a piece that is
+larger is no part of a heap and goes back at once."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
@@ -37,12 +38,14 @@ def prefer_huge_pages(tensor: torch.Tensor) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Ask the C library to keep up to `FREED_BYTES_KEPT` of what is freed; whether it will.
+    """Ask the C library to keep up to `FREED_BYTES_KEPT` of what the process frees; whether it will.
 
     The activations of a prompt, a few MiB each, otherwise go back to the system and come as new pages for every layer:
-    4,400 page faults a layer of OLMoE with 512 tokens, 3 to 8 % of the prompt's time. These are the limits to which
-    glibc raises its own by itself once larger pieces were freed, so that the peak is no higher; where there is no
-    glibc, or the environment says something of its own to malloc, nothing is changed.
+    4,400 page faults a layer of OLMoE with 512 tokens, 3 to 8 % of the prompt's time. Left alone,
+    glibc raises both limits by itself as larger pieces are freed: that of pieces up to these 32 MiB, and that of what is
+    kept to twice as much. So the peak is no higher than it may become anyhow. The limits hold for the whole process, also
+    for what does not belong to emoe and for models loaded later, and stay when a model is closed. Where there is no glibc,
+    or the environment says something of its own to malloc, nothing is changed.
     """
     told = any(name in os.environ for name in MALLOC_SETTINGS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if told or not sys.platform.startswith("linux") or not hasattr(_libc(), "mallopt"):

@@ -99,7 +99,7 @@ def load_dense(
     )
     _forget_quantizer(model)
     _own_memory(model)
-    keep_freed_memory()  # only now: weights are pieces of their own, which go back when the model goes
+    keep_freed_memory()  # only now: a first model's weights are pieces of their own, which go back when the model goes
     model.eval()
     model.requires_grad_(False)
     return model

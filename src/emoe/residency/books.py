@@ -88,7 +88,7 @@ class SlotBooks:
     An interrupt may come between any two steps. What a slot's own `state` says is always true: it is `ready` only once
     its key is noted and its bytes are there, and no more before anything is forgotten. All else follows from that
     (`mend`). `mender`, where there is one, is called as a pass begins and not all slots are empty or ready, or the
-    books were left in the middle of something.
+    books were left in the middle of something. `wished`: what the prompt read in this pass wants of a layer.
     """
 
     plan: PoolPlan
@@ -108,6 +108,7 @@ class SlotBooks:
     _passing: set[int] = field(init=False, default_factory=set)
     _first: dict[int, int] = field(init=False)
     mender: Callable[[], None] | None = field(init=False, default=None)
+    wished: dict[int, frozenset[int]] = field(init=False, default_factory=dict)
     _past: Uses = field(init=False)
     _ready: npt.NDArray[np.bool_] = field(init=False)
     _transient: npt.NDArray[np.bool_] = field(init=False)
@@ -139,6 +140,7 @@ class SlotBooks:
     def begin_pass(self) -> None:
         """Note that a forward pass of the model starts."""
         self.pass_no += 1
+        self.wished.clear()
         if self.mender is not None and (self._held or self._open):
             self.mender()
 

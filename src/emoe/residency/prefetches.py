@@ -174,7 +174,8 @@ class Prefetches:
 
     def _adopt(self, key: Key) -> None:
         if self._table.plan.lane:
-            self._table.adopt(key, self._planned)
+            wished = self._table.wished.get(key[0], ())
+            self._table.adopt(key, self._planned.union((key[0], expert) for expert in wished))
 
     # -- use ------------------------------------------------------------------------------------------------
 

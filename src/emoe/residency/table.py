@@ -78,7 +78,11 @@ class ResidencyTable(SlotBooks):
         self._mark(slot, False)
 
     def make_way(self, layer: int, coming: int, wanted: frozenset[int]) -> None:
-        """Let residents of `layer` that are not `wanted` pass, as many as are `coming`: they leave when used."""
+        """Let residents of `layer` that are not `wanted` pass, as many as are `coming`: they leave when used.
+
+        Until the pass ends no prefetch takes the place of one that is wanted.
+        """
+        self.wished[layer] = wanted
         for _ in range(coming - max(0, self.plan.quotas[layer] - self._kept[layer])):
             own = self._parting(layer, frozenset((layer, expert) for expert in wanted))
             if own.size:
