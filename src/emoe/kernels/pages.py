@@ -41,11 +41,11 @@ def keep_freed_memory() -> bool:
     """Ask the C library to keep up to `FREED_BYTES_KEPT` of what the process frees; whether it will.
 
     The activations of a prompt, a few MiB each, otherwise go back to the system and come as new pages for every layer:
-    4,400 page faults a layer of OLMoE with 512 tokens, 3 to 8 % of the prompt's time. Left alone,
-    glibc raises both limits by itself as larger pieces are freed: that of pieces up to these 32 MiB, and that of what is
-    kept to twice as much. So the peak is no higher than it may become anyhow. The limits hold for the whole process, also
-    for what does not belong to emoe and for models loaded later, and stay when a model is closed. Where there is no glibc,
-    or the environment says something of its own to malloc, nothing is changed.
+    4,400 page faults a layer of OLMoE with 512 tokens, 3 to 8 % of the prompt's time. Left alone, glibc raises both
+    limits by itself as larger pieces are freed: that of pieces up to these 32 MiB, and that of what is kept to twice
+    as much. So the peak is no higher than it may become anyhow. The limits hold for the whole process, also for what
+    does not belong to emoe and for models loaded later, and stay when a model is closed. Where there is no glibc, or
+    the environment says something of its own to malloc, nothing is changed.
     """
     told = any(name in os.environ for name in MALLOC_SETTINGS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if told or not sys.platform.startswith("linux") or not hasattr(_libc(), "mallopt"):
