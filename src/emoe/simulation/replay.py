@@ -128,10 +128,13 @@ def replay(
             if live is not None and len(rows) == 1:
                 live.route(rank, trace.experts[rows[0], rank][known[0]])
             routes, some = trace.experts[rows, rank], known.any(axis=1)
+            filling: frozenset[int] = frozenset()
             if layer == final and behind.any():
-                _fill(pool_of[layer], layer, routes[some], behind[some])
+                filling = _filling(pool_of[layer].table, layer, routes[some], behind[some])
                 some &= behind == 0
             _serve(pool_of[layer], layer, routes[some], known[some], prefill, behind[some])
+            if filling:
+                pool_of[layer].fill(layer, filling)
             clock.compute(int(some.sum()))
         if live is not None:
             weights = None if trace.weights is None else trace.weights[rows]
@@ -195,11 +198,11 @@ def _serve(pool: Any, layer: int, routes: Array, known: Array, prefill: bool, be
         pass
 
 
-def _fill(pool: Any, layer: int, routes: Array, behind: Array) -> None:
-    """As `emoe.model.runtime` does before the final layer runs some of a prompt's tokens."""
-    table = pool.table
-    if table.below_quota(layer):
-        pool.fill(layer, kept_after(routes, behind, table.experts[layer], table.share(layer)))
+def _filling(table: ResidencyTable, layer: int, routes: Array, behind: Array) -> frozenset[int]:
+    """What the final layer, which runs some of a prompt's tokens, loads besides (`Runtime.filling`)."""
+    if not table.below_quota(layer):
+        return frozenset()
+    return kept_after(routes, behind, table.experts[layer], table.share(layer))
 
 
 class _Clock:
