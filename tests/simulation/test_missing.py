@@ -73,7 +73,7 @@ def test_tokens_after_a_prompt_find_what_the_prompt_left() -> None:
     assert found.miss_rate == found.waiting  # top-1: a token that misses waits
     assert 0.25 <= found.miss_rate <= 0.5  # all of it in the first layer
     whole = after_prompt(trace, 1.0, prompt=3, new=2)
-    assert (whole.prompt_loads, whole.miss_rate, whole.waiting) == ((0.0,), 0.0, 0.0)
+    assert (whole.prompt_loads, whole.miss_rate, whole.waiting) == ((0.0, 0.0), 0.0, 0.0)
 
 
 @given(share=st.sampled_from([0.25, 0.5, 0.75]), prompt=st.integers(1, 40), new=st.integers(1, 20))
