@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import mmap
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from emoe.checkpoint import direct
 from emoe.checkpoint.segments import ALIGNMENT
+from emoe.errors import ReadError
 
 
 @given(st.integers(1, 12), st.integers(1, 600).map(lambda blocks: blocks * ALIGNMENT))
@@ -25,6 +27,16 @@ def test_buffers_are_separate_aligned_and_of_the_size_asked_for(count: int, nbyt
     for number, buffer in enumerate(buffers):
         buffer[[0, -1]] = number
     assert [(buffer[0], buffer[-1]) for buffer in buffers] == [(number, number) for number in range(count)]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError()])
+def test_memory_that_is_refused_is_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> mmap.mmap:
+        raise error
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(ReadError, match=r"4,194,304 bytes to read through.*smaller budget"):
+        direct.buffers(2, ALIGNMENT)
 
 
 def test_one_file_stands_for_a_file_system(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import os
 import pickle
 import random
+import re
 import shutil
 import threading
 import time
@@ -83,6 +85,64 @@ def test_a_read_error_ends_the_request_and_the_next_one_works(path: Path, length
         for seed in range(5):
             assert torch.equal(model(tokens(seed, 10)).logits, whole(tokens(seed, 10)).logits)
     for pool in binding_of(model).pools:
+        assert all(slot.state.value in ("empty", "ready") for slot in pool.table.slots)
+
+
+@pytest.fixture(scope="module")
+def nano() -> Iterator[tuple[PreTrainedModel, PreTrainedModel]]:
+    """emoe-nano in part, read directly, and whole."""
+    models = emoe.load(expert_memory="30%", reader="direct")[0], emoe.load()[0]
+    yield models
+    for model in models:
+        emoe.close(model)
+
+
+@settings(max_examples=20)
+@given(
+    nth=st.integers(0, 400),
+    fault=st.sampled_from(["EIO", "no memory", "short", "hangs"]),
+    length=st.sampled_from([1, 24]),
+    seed=st.integers(0, 999),
+)
+def test_a_fault_at_any_read_ends_one_request_of_emoe_nano(
+    nano: tuple[PreTrainedModel, PreTrainedModel], nth: int, fault: str, length: int, seed: int
+) -> None:
+    part, whole = nano
+    reads = itertools.count()
+
+    def faulty(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if next(reads) != nth:
+            return os.preadv(descriptor, buffers, offset)
+        if fault == "EIO":
+            raise OSError(errno.EIO, "Input/output error")
+        if fault == "no memory":
+            raise MemoryError
+        if fault == "hangs":
+            time.sleep(0.1)
+        return os.preadv(descriptor, [buffers[0][:4096]], offset)
+
+    def right(seed: int) -> None:
+        assert torch.equal(part(tokens(seed, length)).logits, whole(tokens(seed, length)).logits)
+
+    _failing(part, faulty)
+    message = ""
+    with torch.no_grad():
+        try:
+            for more in range(3):
+                right(seed + more)
+        except ReadError as error:
+            message = str(error)
+        _failing(part, os.preadv)
+        right(seed + 3)
+    if next(reads) > nth and fault == "EIO":
+        assert not message or re.search(
+            r"model\.safetensors: reading [\d,]+ bytes at byte [\d,]+ .*Check the disk", message
+        )
+    elif next(reads) > nth and fault == "no memory":
+        assert not message or re.search(r"expert \d+ of layer \d+ of .*no memory left.*smaller budget", message)
+    else:
+        assert not message  # a short read is continued, a slow one waited for
+    for pool in binding_of(part).pools:
         assert all(slot.state.value in ("empty", "ready") for slot in pool.table.slots)
 
 

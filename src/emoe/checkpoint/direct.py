@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from emoe.checkpoint.segments import ALIGNMENT, Bytes
+from emoe.errors import ReadError
 
 # Files and memory of O_DIRECT reads are divided into blocks of this size where the device allows it, else of ALIGNMENT.
 SMALL_BLOCK = 512
@@ -23,9 +24,18 @@ def buffers(count: int, nbytes: int) -> list[Bytes]:
     """So many of `nbytes` each (whole blocks), side by side in huge pages where the system has them.
 
     Memory is taken as they are first used.
+
+    Raises:
+        ReadError: the system gives no more memory.
     """
     total = -(-count * nbytes // HUGE_BYTES) * HUGE_BYTES
-    memory = mmap.mmap(-1, total + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, total + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, MemoryError) as error:
+        raise ReadError(
+            f"{total + HUGE_BYTES:,} bytes to read through (O_DIRECT) are refused: {error or 'out of memory'}. End "
+            "other processes, raise the memory limit (`ulimit -v`), or give a smaller budget."
+        ) from error
     with contextlib.suppress(OSError):  # a wish: a kernel without huge pages refuses, and reads all the same
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole: Bytes = np.frombuffer(memory, dtype=np.uint8)

@@ -188,6 +188,12 @@ class Loader:
         start = time.perf_counter()
         try:
             load.nbytes = load.run()
+        except MemoryError as error:
+            load.error = ReadError(
+                f"{load.what} was not loaded: the machine has no memory left for it ({error or 'MemoryError'}). End "
+                "other processes, or load the model again with a smaller budget (expert_memory)."
+            )
+            load.error.__cause__ = error
         except Exception as error:  # handed to the waiting thread, which raises it
             load.error = error
         finally:
