@@ -62,7 +62,7 @@ class Plain:
 def test_what_stays_is_what_was_asked_for_last(slots: int, keeps: bool, seed: int) -> None:
     """What passes through goes before; what the device has leaves, and comes back when it must go there."""
     rng = random.Random(seed)
-    tier, _ = make(slots, keeps)
+    tier, device = make(slots, keeps)
     plain = Plain(slots)
     assert tier.exclusive == keeps
     for _ in range(40):
@@ -72,6 +72,11 @@ def test_what_stays_is_what_was_asked_for_last(slots: int, keeps: bool, seed: in
             slot = tier.place_for(key, coming, passing=passing)
             wanted = keeps and key not in plain.held
             assert (slot is not None) == (wanted and plain.take(key, passing, {coming}))
+            if slot is not None and rng.random() < 0.2:  # the copy could not begin
+                tier.table.abort(slot)
+                plain.drop(key)
+            elif slot is not None:
+                tier.fill(slot, VirtualMark(device, 0.0))
         else:
             slot = tier.seek(key)
             assert (slot is not None) == (key in plain.held)
@@ -136,23 +141,30 @@ def test_memory_is_taken_block_by_block_and_given_back(monkeypatch: pytest.Monke
 
 def test_what_must_pass_before_a_slot_is_used() -> None:
     tier, device = make(3)
+
+    def take(expert: int) -> int:
+        slot = tier.place_for((0, expert), (1, 5), passing=False)
+        assert slot is not None
+        return slot
+
+    slot, other, third = take(0), take(1), take(2)
     first, second, ahead, filling = (VirtualMark(device, time) for time in (1.0, 2.0, 3.0, 9.0))
-    assert tier.busy(1) == [] and tier.filled(1) == []
-    tier.copied(1, first, ahead=False)
-    tier.copied(1, second, ahead=False)
-    tier.copied(1, ahead, ahead=True)
-    tier.fill(1, filling)
-    assert tier.filled(1) == [filling] and tier.filled(2) == []
-    assert tier.busy(1) == [second, ahead, filling], "of each kind the latest: those come in turn"
-    assert tier.busy(1) == [] and tier.filled(1) == []
-    tier.copied(1, ahead, ahead=True)
-    tier.for_computing(1)
+    assert tier.busy(slot) == [] and tier.filled(slot) == []
+    tier.copied(slot, first, ahead=False)
+    tier.copied(slot, second, ahead=False)
+    tier.copied(slot, ahead, ahead=True)
+    tier.fill(slot, filling)
+    assert tier.filled(slot) == [filling] and tier.filled(other) == []
+    assert tier.busy(slot) == [second, ahead, filling], "of each kind the latest: those come in turn"
+    assert tier.busy(slot) == [] and tier.filled(slot) == []
+    tier.copied(slot, ahead, ahead=True)
+    tier.for_computing(slot)
     assert device.program_s == 0, "computing does not write"
-    tier.for_reading(1)
+    tier.for_reading(slot)
     assert device.program_s == 3
-    tier.fill(1, filling)
-    assert tier.for_computing(1) is tier.views(1)
-    assert device.program_s == 9
-    tier.fill(2, VirtualMark(device, 12.0))
-    tier.for_reading(2)
+    tier.fill(other, filling)
+    assert tier.for_computing(other) is tier.views(other)
+    assert device.program_s == 9 and tier.filled(other) == []
+    tier.fill(third, VirtualMark(device, 12.0))
+    tier.for_reading(third)
     assert device.program_s == 12
