@@ -54,6 +54,20 @@ def test_routers_give_the_embeddings_their_logits() -> None:
     assert torch.allclose(rows[:30] @ router_weight(logits, rows[:30]).T, logits, atol=1e-4)
 
 
+def test_what_is_written_does_not_depend_on_the_number_of_threads() -> None:
+    logits = torch.randn(600, 8, generator=torch.Generator().manual_seed(1))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            rows = embeddings(600, 640, 1200, seed=2)
+            found.append((rows.bfloat16(), router_weight(logits, rows[:600]).bfloat16()))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def test_there_are_no_more_orthogonal_rows_than_the_hidden_size() -> None:
     with pytest.raises(UsageError, match="49 tokens cannot have as many orthogonal embeddings of size 48"):
         embeddings(49, 64, 48, seed=0)

@@ -96,7 +96,7 @@ def _turned(
     """bool [hidden]: channels, the first of `order` above all, that make a router of these logits guess `share`; and
     what it then guesses."""
     # As they are written: what the rounding of weights adds belongs to the guess.
-    weight, states = (part.bfloat16().float() for part in (router_weight(logits, rows), rows))
+    weight, states = (part.bfloat16().double() for part in (router_weight(logits, rows), rows))
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.topk(top_k).indices, True)
 
     def guessed(channels: torch.Tensor) -> float:

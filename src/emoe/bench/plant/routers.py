@@ -57,13 +57,14 @@ def embeddings(tokens: int, vocabulary: int, hidden: int, seed: int) -> torch.Te
     check_tokens(tokens, hidden)
     rng = torch.Generator().manual_seed(seed)
     rows = torch.randn(vocabulary, hidden, generator=rng)
-    rows[:tokens] = torch.linalg.qr(rows[:tokens].T).Q.T * math.sqrt(hidden)
+    # In float32 the last bits, and some of what is written, would depend on the number of threads.
+    rows[:tokens] = torch.linalg.qr(rows[:tokens].T.double()).Q.T * math.sqrt(hidden)
     return rows
 
 
 def router_weight(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """float32 [experts, hidden]: the router that gives `rows` (of `embeddings`) these logits [tokens, experts]."""
-    return logits.T @ rows / rows.shape[1]
+    return (logits.T.double() @ rows.double() / rows.shape[1]).float()
 
 
 def next_token_head(rows: torch.Tensor, tokens: int, seed: int, gain: float = 16.0) -> torch.Tensor:
