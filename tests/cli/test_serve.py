@@ -22,7 +22,7 @@ import pytest
 
 from emoe.cli import main
 from emoe.cli.serve import add_parser, server_settings
-from emoe.cli.serve_options import number_of_port, task_slo
+from emoe.cli.serve_options import number_of_port, origin, task_slo
 from emoe.engine.interface import TaskTargets
 
 
@@ -171,12 +171,24 @@ def test_the_plan_in_numbers(capsys: pytest.CaptureFixture[str]) -> None:
         (["--predictor", "nobody"], 2, "nobody"),
         (["--config", "nothing.toml"], 2, "cannot read --config nothing.toml"),
         (["./nothing"], 2, "there is no directory nothing"),
+        (["--max-num-batched-tokens", "8"], 2, "a step of 8 tokens cannot hold 32 requests"),
+        (["--max-num-batched-tokens", "8", "--dry-run"], 2, "a step of 8 tokens cannot hold 32 requests"),
         (["--host", "203.0.113.7", "--port", "0"], 2, "cannot listen on 203.0.113.7:0"),
     ],
 )
 def test_refused_before_loading(argv: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", *argv]) == code
     assert re.search(message, capsys.readouterr().err)
+
+
+ORIGINS_NEVER_MET = (
+    "",
+    "a.example",
+    "https://a.example/",
+    "https://a.example/page",
+    "https://A.example",
+    "https://*.a",
+)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +203,12 @@ def test_refused_before_loading(argv: list[str], code: int, message: str, capsys
         (["--scheduler", "lifo"], "invalid choice"),
         (["--max-queue", "0"], "at least 1"),
         (["--max-body-size", "4M"], "4MiB for powers of 1024"),
+        (["--max-body-size", "0"], "argument --max-body-size: must be above 0"),
+        (["--keep-alive", "0"], "argument --keep-alive: must be a number of seconds above 0"),
+        (["--write-timeout", "0"], "argument --write-timeout: must be a number of seconds above 0"),
+        (["--api-key", ""], "argument --api-key: is empty"),
+        (["--served-model-name", " "], "argument --served-model-name: is empty"),
+        *((["--cors-origin", each], "must be like https://chat.example:8443") for each in ORIGINS_NEVER_MET),
     ],
 )
 def test_malformed_options(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,6 +216,13 @@ def test_malformed_options(argv: list[str], message: str, capsys: pytest.Capture
         main(["serve", *argv])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["*", "null", "http://localhost:3000", "https://a.example", "app://-", "http://[::1]:8"]
+)
+def test_origins_as_browsers_send_them(text: str) -> None:
+    assert origin(text) == origin(f" {text}") == text
 
 
 def test_targets_of_tasks() -> None:
@@ -255,7 +280,7 @@ def test_what_requests_leave_out_comes_from_the_model(stated: dict[str, Any], wa
 
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
-    args = parser.parse_args(["serve", "--request-timeout", "0", "--cors-origin", "a"])
+    args = parser.parse_args(["serve", "--request-timeout", "0", "--cors-origin", "http://a"])
     made = server_settings(args.layers.resolve(args, {}), GenerationConfig(**stated), "qa")
     assert (made.temperature, made.top_p, made.top_k, made.max_tokens) == wanted
-    assert (made.request_timeout_s, made.cors_origins, made.default_task) == (None, ("a",), "qa")
+    assert (made.request_timeout_s, made.cors_origins, made.default_task) == (None, ("http://a",), "qa")

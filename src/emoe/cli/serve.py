@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_settings(args)
     refuse_early(args.model, args.expert_memory, args.expert_dtype)
     planned = _plan(args)
+    settings = engine_settings(args, planned)
     if args.dry_run:
         if args.json:
             print_json(planned.as_dict())
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         raise UsageError(f"emoe serve needs {', '.join(missing)}: pip install 'emoe[serve]'")
     planned.check()
-    _serve(args, planned)
+    _serve(args, planned, settings)
     return 0
 
 
@@ -179,7 +180,7 @@ def engine_settings(args: argparse.Namespace, planned: ServingPlan) -> EngineSet
     )
 
 
-def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
+def _serve(args: argparse.Namespace, planned: ServingPlan, behind: EngineSettings) -> None:
     """Bind, load, start, serve, stop."""
     from emoe.server.running import address_of, listen
 
@@ -200,7 +201,7 @@ def _serve(args: argparse.Namespace, planned: ServingPlan) -> None:
         }
         with _log_as_notes(), open_session(args, **options) as session:
             settings = server_settings(args, session.model.generation_config, task)
-            engine = Engine(session.model, session.tokenizer, engine_settings(args, planned))
+            engine = Engine(session.model, session.tokenizer, behind)
             if task is not None:
                 engine.labels(task)  # before clients choose theirs
             app = create_app(engine, settings, session.tokenizer, _name(args))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 
 from emoe.cli.layers import Layers
 from emoe.cli.options import add_json, add_loading, add_model, add_process_memory, positive, size
@@ -106,10 +107,15 @@ def _add_server(layers: Layers) -> None:
     server = layers.group("server")
     server.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="(default: 127.0.0.1, this machine)")
     server.add_argument("--port", type=number_of_port, default=8000, metavar="N", help="0: a free one (default: 8000)")
-    server.add_argument("--served-model-name", metavar="NAME", help="what clients call the model (default: its name)")
-    server.add_argument("--api-key", metavar="KEY", help="clients must send it as Bearer token; better EMOE_API_KEY")
+    server.add_argument(
+        "--served-model-name", type=_some, metavar="NAME", help="what clients call the model (default: its name)"
+    )
+    server.add_argument(
+        "--api-key", type=_some, metavar="KEY", help="clients must send it as Bearer token; better EMOE_API_KEY"
+    )
     server.add_argument(
         "--cors-origin",
+        type=origin,
         action="append",
         metavar="ORIGIN",
         help="an origin whose pages may call the server, * for all; repeatable (default: none)",
@@ -133,7 +139,7 @@ def _add_limits(layers: Layers) -> None:
         "/metrics (default: twice what may wait and run, at least 512)",
     )
     limits.add_argument(
-        "--max-body-size", type=size, metavar="SIZE", default=4 << 20, help="of a request (default: 4MiB)"
+        "--max-body-size", type=_room, metavar="SIZE", default=4 << 20, help="of a request (default: 4MiB)"
     )
     limits.add_argument(
         "--request-timeout",
@@ -150,11 +156,11 @@ def _add_limits(layers: Layers) -> None:
         help="what running requests get to finish once the server is told to stop (default: 30)",
     )
     limits.add_argument(
-        "--keep-alive", type=_seconds, metavar="S", default=15.0, help="comments in silent streams (default: every 15)"
+        "--keep-alive", type=_pause, metavar="S", default=15.0, help="comments in silent streams (default: every 15)"
     )
     limits.add_argument(
         "--write-timeout",
-        type=_seconds,
+        type=_pause,
         metavar="S",
         default=60.0,
         help="for which a client may leave a stream unread (default: 60)",
@@ -164,6 +170,11 @@ def _add_limits(layers: Layers) -> None:
 def _seconds(text: str) -> float:
     """argparse type for a duration."""
     return _number(text, "a number of seconds", zero=True)
+
+
+def _pause(text: str) -> float:
+    """argparse type for a duration that cannot be none."""
+    return _number(text, "a number of seconds above 0")
 
 
 def _milliseconds(text: str) -> float:
@@ -179,6 +190,29 @@ def _number(text: str, what: str, zero: bool = False) -> float:
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
     return value
+
+
+def _room(text: str) -> int:
+    """argparse type for bytes, one at least."""
+    value = size(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text!r}")
+    return value
+
+
+def _some(text: str) -> str:
+    """argparse type for a name or a key."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: leave it out, or give one")
+    return text
+
+
+def origin(text: str) -> str:
+    """argparse type for a page's origin, exactly as browsers send it: anything else would never be met."""
+    text = text.strip()  # a list in the environment may have spaces after its commas
+    if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s*@A-Z]+", text):
+        raise argparse.ArgumentTypeError(f"must be like https://chat.example:8443, without a path, or *, not {text!r}")
+    return text
 
 
 def number_of_port(text: str) -> int:

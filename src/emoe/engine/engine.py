@@ -59,7 +59,6 @@ class Engine:
             UsageError: the model was not made by `emoe.load`, a setting cannot be meant, or the model's generation
                 configuration asks for what the engine does not do.
         """
-        _check(settings)
         self._binding = binding_of(model)
         self._model = model
         self._rules = Rules(model.generation_config, model.device)
@@ -233,15 +232,3 @@ class Engine:
 def _shipped_profile(path: Path) -> Profile | None:
     """The embedded model's."""
     return Profile.read(nano.profile_path()) if path == nano.path() and nano.profile_path().is_dir() else None
-
-
-def _check(settings: EngineSettings) -> None:
-    if settings.max_running < 1 or settings.max_waiting < 0 or settings.kv_tokens < 1:
-        raise UsageError("max_running and kv_tokens are at least 1, and max_waiting at least 0.")
-    if settings.max_batch_tokens < settings.max_running:
-        raise UsageError(
-            f"a step of {settings.max_batch_tokens} tokens cannot hold {settings.max_running} requests: raise "
-            "max_batch_tokens or lower max_running."
-        )
-    if settings.page_tokens < 4:  # transformers' least
-        raise UsageError(f"a page of {settings.page_tokens} tokens is too small: give at least 4.")

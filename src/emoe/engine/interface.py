@@ -156,6 +156,9 @@ class EngineSettings:
         context: the longest prompt and answer together.
         max_input_tokens: of all running requests together (T_max of Algorithm 1), None: as many as KV memory holds.
         targets: defaults by task; the key None is for all others.
+
+    Raises:
+        UsageError: settings that cannot be meant.
     """
 
     scheduler: str = "affinity"
@@ -167,6 +170,17 @@ class EngineSettings:
     context: int | None = None
     max_input_tokens: int | None = None
     targets: dict[str | None, TaskTargets] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.max_running < 1 or self.max_waiting < 0 or self.kv_tokens < 1:
+            raise UsageError("max_running and kv_tokens are at least 1, and max_waiting at least 0.")
+        if self.max_batch_tokens < self.max_running:
+            raise UsageError(
+                f"a step of {self.max_batch_tokens} tokens cannot hold {self.max_running} requests: raise "
+                "max_batch_tokens or lower max_running."
+            )
+        if self.page_tokens < 4:  # transformers' least
+            raise UsageError(f"a page of {self.page_tokens} tokens is too small: give at least 4.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
