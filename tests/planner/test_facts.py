@@ -311,7 +311,8 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8
+        **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2},
     )
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="dense model"):

@@ -27,6 +27,7 @@ from emoe.checkpoint.layout import Layout
 from emoe.checkpoint.lookup import Lookup, find_lookup
 from emoe.checkpoint.parts import PartSpec
 from emoe.checkpoint.pieces import Piece, Recipe, recipe, whole_tensors
+from emoe.checkpoint.settings import origins
 from emoe.checkpoint.skeleton import (
     QUANTISED_REMEDY,
     SLOT_DTYPES,
@@ -290,7 +291,7 @@ class _Builder:
             if name not in self.shapes:
                 continue
             if layout.shape != self.shapes[name]:
-                raise self._wrong_shape(assignment, f"they make {list(layout.shape)}")
+                raise self._wrong_shape(assignment, f"they make {list(layout.shape)}", layout.shape)
             steps = recipe(layout, name)
             self.made[name] = steps, entries
             if alone:
@@ -302,7 +303,7 @@ class _Builder:
         except ConversionFailed as error:
             raise self._wrong_shape(assignment, f"transformers' conversion says {error}") from error
 
-    def _wrong_shape(self, assignment: Assignment, finding: str) -> CheckpointError:
+    def _wrong_shape(self, assignment: Assignment, finding: str, made: Sequence[int] = ()) -> CheckpointError:
         """The error for tensors that do not make their parameter, as precise as can be told."""
         absent = absent_patterns(assignment)
         target = next(name for name in assignment.targets() if name in self.shapes)
@@ -317,8 +318,8 @@ class _Builder:
         which = "unlike its neighbours" if odd else "like its neighbours"
         return CheckpointError(
             f"{named.file}: tensor {named.name!r} has shape {list(named.shape)}, {which}; {target!r} needs "
-            f"{expected} from {len(assignment.entries())} tensors, and {finding}. Check that config.json "
-            "belongs to the checkpoint, or download it again."
+            f"{expected} from {len(assignment.entries())} tensors, and {finding}.{self._origins(expected, made)} Check "
+            "that config.json belongs to the checkpoint, or download it again."
         )
 
     def _check_dense(self, target: str, entry: TensorEntry) -> None:
@@ -327,9 +328,16 @@ class _Builder:
         if expected is not None and expected != entry.shape:
             raise CheckpointError(
                 f"{entry.file}: tensor {entry.name!r} has shape {list(entry.shape)}, but the model's "
-                f"{target!r} has {list(expected)}. Check that config.json belongs to the checkpoint, or "
-                "download it again."
+                f"{target!r} has {list(expected)}.{self._origins(expected, entry.shape)} Check that config.json "
+                "belongs to the checkpoint, or download it again."
             )
+
+    def _origins(self, expected: Sequence[int], found: Sequence[int]) -> str:
+        """The fields of config.json that ask for other sizes than those found, as a sentence; they may be defaults."""
+        other = {a for a, b in zip(expected, found, strict=False) if a != b} if len(expected) == len(found) else ()
+        config = self.model.config.get_text_config(decoder=True).to_dict()
+        told = [f"{number} is {where}" for number in sorted(other) if (where := origins(config, number))]
+        return f" By the configuration {', '.join(told)}." if told else ""
 
     def _check_dense_complete(self) -> None:
         """Check that every dense parameter has its tensor: transformers would fill gaps at random."""

@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from emoe.errors import CheckpointError
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configurations call their number of experts."""
+
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
+"""What they call the experts of a token."""
+
+_COUNTED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("n_group", "topk_group", *EXPERT_COUNTS, *TOP_K),
+)
+"""What cannot be 0."""
+
+_MEASURED = (
+    *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts"),
+    *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "linear_conv_kernel_dim"),
+    *("linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads"),
+)
+"""What some models do without, but cannot have less than nothing of."""
+
+_REMEDY = "Take config.json from where the weights are from, or correct it."
 
 
 def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
@@ -21,3 +44,56 @@ def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds a {type(config).__name__}, not an object; fetch the checkpoint again")
     return config
+
+
+def check_sizes(config: Mapping[str, Any], file: Path) -> None:
+    """Raise where sizes that `config` (of `file`) states cannot be any model's; what it leaves out is not judged.
+
+    Raises:
+        CheckpointError: naming the field, its value and what it has to be.
+    """
+    inner = config.get("text_config")
+    for part in (config, inner) if isinstance(inner, Mapping) else (config,):
+        for problem in _problems(part):
+            raise CheckpointError(f"{file}: {problem}. {_REMEDY}")
+
+
+def _problems(config: Mapping[str, Any]) -> Iterator[str]:
+    for least, names in ((1, _COUNTED), (0, _MEASURED)):
+        for name in names:
+            stated = config.get(name)
+            for value in stated if isinstance(stated, list) else [] if stated is None else [stated]:
+                if not isinstance(value, int) or isinstance(value, bool):
+                    yield f"{name} is {stated!r}, not a whole number"
+                elif value < least:
+                    yield f"{name} is {stated}, and must be at least {least}"
+    chosen = next((name for name in TOP_K if isinstance(config.get(name), int)), "")
+    counted = next((name for name in EXPERT_COUNTS if isinstance(config.get(name), int)), "")
+    if chosen and counted and config[chosen] > config[counted]:
+        yield f"{chosen} is {config[chosen]}, more than the {config[counted]} experts of {counted}"
+    heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    latent = config.get("kv_lora_rank") is not None  # its heads have keys of their own, whatever this says
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared and not latent:
+        yield f"num_key_value_heads is {shared}, which does not divide the num_attention_heads, {heads}"
+    groups, kept = config.get("n_group"), config.get("topk_group")
+    if isinstance(groups, int) and counted and config[counted] % groups:
+        yield f"n_group is {groups}, which does not divide the {config[counted]} experts of {counted}"
+    if isinstance(groups, int) and isinstance(kept, int) and kept > groups:
+        yield f"topk_group is {kept}, more than the {groups} of n_group"
+    if isinstance(groups, int) and isinstance(kept, int) and chosen and counted:
+        reached = kept * config[counted] // groups
+        if config[chosen] > reached:
+            yield f"{chosen} is {config[chosen]}, and topk_group {kept} of n_group {groups} leaves {reached} experts"
+
+
+def origins(config: Mapping[str, Any], number: int) -> str:
+    """Where a size that a model expects of its tensors comes from: the fields of that value, else widths of which it is
+    twice the value (gates and what they gate in one tensor) and heads of as many dimensions. Empty where there are
+    none."""
+    named = {name: config[name] for name in (*_COUNTED, *_MEASURED) if isinstance(config.get(name), int)}
+    equal = [f"{name} {value}" for name, value in named.items() if value == number]
+    twice = [f"twice {name} {value}" for name, value in named.items() if "inter" in name and 2 * value == number]
+    heads = [(name, value) for name, value in named.items() if name.endswith("_heads")]
+    wide = [(name, value) for name, value in named.items() if name.endswith("head_dim")]
+    made = [f"{a} {x} times {b} {y}" for (a, x), (b, y) in product(heads, wide) if x * y == number]
+    return " or ".join(equal or [*twice, *made])

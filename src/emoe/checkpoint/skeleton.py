@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from emoe.checkpoint.headers import TensorEntry, read_headers
+from emoe.checkpoint.settings import EXPERT_COUNTS, check_sizes, read_config
 from emoe.errors import CheckpointError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-# What configurations call their number of experts: tells a dense model from one whose experts emoe cannot
-# reach.
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -58,14 +55,20 @@ def skeleton(
     `dtype` is read as `from_pretrained` reads it. `settings` go to the configuration where it knows them.
 
     Raises:
-        UnsupportedModelError: transformers has no causal language model for it, or the checkpoint is
-        quantised. UsageError: no such dtype.
+        CheckpointError: config.json is missing, damaged, or states sizes that no model can have.
+        UnsupportedModelError: transformers has no causal language model for it, or the checkpoint is quantised.
+        UsageError: no such dtype.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    # What comes out of transformers for a configuration it does not know or believe, or code it may not run.
-    refusals = (ValueError, KeyError, ImportError, OSError, TypeError, AttributeError, StrictDataclassError)
+    check_sizes(read_config(directory), directory / "config.json")
+    # What comes out of transformers for a configuration it does not know or believe, or code it may not run; of torch
+    # and Python for sizes that make no layer.
+    refusals = (
+        *(ValueError, KeyError, ImportError, OSError, TypeError, AttributeError, StrictDataclassError),
+        *(RuntimeError, ArithmeticError, IndexError, AssertionError),
+    )
     try:
         config, _ = AutoConfig.from_pretrained(
             directory, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **settings
@@ -167,7 +170,7 @@ def find_experts(model: PreTrainedModel) -> tuple[ExpertsModule, ...]:
 def _refuse_without_experts(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError for a model without experts modules, saying why it has none."""
     config = model.config.get_text_config()
-    counts = {name: getattr(config, name, None) for name in _EXPERT_COUNTS}
+    counts = {name: getattr(config, name, None) for name in EXPERT_COUNTS}
     claimed = {name: value for name, value in counts.items() if isinstance(value, int) and value > 1}
     if claimed:
         raise UnsupportedModelError(

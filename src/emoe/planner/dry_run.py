@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from emoe.checkpoint.codecs.formats import NATIVE, ExpertCodec, coded_parts
 from emoe.checkpoint.headers import read_headers
 from emoe.checkpoint.index import ExpertIndex, build_index, skeleton
+from emoe.checkpoint.settings import TOP_K
 from emoe.errors import UnsupportedModelError
 from emoe.kernels.sinks import changes_mask, sunk
 from emoe.planner.facts import (
@@ -53,7 +55,13 @@ def facts_by_dry_run(path: Path, dtype: str | None = None, reason: str = "", cod
     config, model = skeleton(path, dtype=dtype or "auto")
     index = build_index(path, model)
     text = config.get_text_config(decoder=True)
-    cache, activations = _measure(model, text, index)
+    try:
+        cache, activations = _measure(model, text, index)
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"transformers cannot run the model of {path / 'config.json'}: {shorten(str(error), 300)}. Check the sizes "
+            "there against where the weights are from."
+        ) from error
     stored = sum(entry.nbytes for entry in read_headers(path).values())
     run_dtype = str(model.dtype).removeprefix("torch.")
     return Facts(
@@ -85,14 +93,7 @@ def facts_by_dry_run(path: Path, dtype: str | None = None, reason: str = "", cod
 
 def _top_k(config: Any) -> int:
     """Experts per token, by the names the families give it."""
-    for name in (
-        "num_experts_per_tok",
-        "num_experts_per_token",
-        "moe_k",
-        "moe_topk",
-        "top_k_experts",
-        "moe_top_k",
-    ):
+    for name in TOP_K:
         value = getattr(config, name, None)
         if isinstance(value, list) and value:
             value = max(value)

@@ -14,10 +14,10 @@ from typing import Any
 from emoe.checkpoint.codecs.formats import ExpertCodec, coded_parts
 from emoe.checkpoint.headers import TensorEntry
 from emoe.checkpoint.parts import PartSpec
+from emoe.checkpoint.settings import EXPERT_COUNTS
 from emoe.planner.facts import ExpertLayer, by_size
 from emoe.planner.tensors import LAYER, Unsure, element_count, stated
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _NUMBERED = re.compile(r"^(.*\bexperts)\.(\d+)\.(.+)$")
 
 
@@ -54,7 +54,7 @@ def find_experts(config: Mapping[str, Any], used: Mapping[str, TensorEntry]) -> 
         layers = [_numbered_layer(module, experts) for module, experts in numbered.items()]
         names = {name for name in used if _NUMBERED.match(name)}
     else:
-        layers, names = _fused_layers(stated(config, *_EXPERTS), used)
+        layers, names = _fused_layers(stated(config, *EXPERT_COUNTS), used)
     if not layers:
         raise Unsure("no tensor looks like an expert")
     layer, times = Counter(layer for layer, _, _ in layers).most_common(1)[0]

@@ -16,13 +16,13 @@ from typing import Any
 
 from emoe.checkpoint.codecs.formats import NATIVE, ExpertCodec
 from emoe.checkpoint.headers import TensorEntry
-from emoe.planner.expert_tensors import expert_layers, find_experts
+from emoe.checkpoint.settings import EXPERT_COUNTS, TOP_K, check_sizes
+from emoe.planner.expert_tensors import Experts, expert_layers, find_experts
 from emoe.planner.facts import DTYPE_BYTES, CacheKind, CacheLayer, Facts, dtype_bytes, max_context
 from emoe.planner.paged import why_not_paged
 from emoe.planner.tensors import LAYER, STORED, DenseLayer, Unsure, element_count, stated
 from emoe.planner.widths import activations_of
 
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
 _OTHER_INPUTS = ("vision_config", "audio_config", "encoder_config")
 
 
@@ -39,8 +39,10 @@ def facts_from_headers(
 
     Raises:
         Unsure: something is not recognised beyond doubt.
+        CheckpointError: config.json states sizes that no model can have.
         UnsupportedModelError: a size that the codec cannot take.
     """
+    check_sizes(config, path / "config.json")
     for key in (*_OTHER_INPUTS, "quantization_config", "text_config"):
         if config.get(key):
             raise Unsure(f"config.json has {key}")
@@ -61,12 +63,13 @@ def facts_from_headers(
             decoder[int(match[1])].shapes[match[2]] = entry.shape
     if len(decoder) != layers_in_model:
         raise Unsure(f"tensors of {len(decoder)} decoder layers, num_hidden_layers {layers_in_model}")
+    _compare(config, dense, decoder, experts)
     cache = tuple(_cache_layer(config, number, decoder[number], itemsize) for number in sorted(decoder))
     return Facts(
         path=path,
         model_type=str(config.get("model_type")),
         dtype=run_dtype,
-        top_k=stated(config, *_TOP_K),
+        top_k=stated(config, *TOP_K),
         max_context=max_context(config.get("max_position_embeddings")),
         checkpoint_bytes=sum(entry.nbytes for entry in entries.values()),
         # Some families keep their routers in float32: at most a thousandth more, which only the dry run
@@ -82,6 +85,37 @@ def facts_from_headers(
         native_expert_bytes=sum(layer.experts * layer.expert_nbytes for layer in native),
         not_paged=why_not_paged(config, cache, itemsize),
     )
+
+
+def _compare(
+    config: Mapping[str, Any],
+    dense: Mapping[str, TensorEntry],
+    decoder: Mapping[int, DenseLayer],
+    experts: Sequence[Experts],
+) -> None:
+    """Raise Unsure where tensors have other sizes than config.json states: who builds the model finds out which."""
+    table = stated(config, "vocab_size"), stated(config, "hidden_size")
+    for name, entry in dense.items():
+        if name.endswith("embed_tokens.weight") and entry.shape != table:
+            raise Unsure(f"{name} is {list(entry.shape)}, and config.json has vocab_size and hidden_size {list(table)}")
+    count = next((config[name] for name in EXPERT_COUNTS if isinstance(config.get(name), int)), None)
+    widths = {
+        value * table[1] for name, value in config.items() if "intermediate_size" in name and isinstance(value, int)
+    }
+    for layer, found, parts in experts:
+        if count not in (None, found):
+            raise Unsure(f"layer {layer} has {found} experts, and config.json says {count}")
+        if not widths & {part.elements for part in parts if part.down and not part.bias}:
+            raise Unsure(f"no intermediate_size of config.json is the width of layer {layer}'s experts")
+    head = config.get("head_dim")
+    if not isinstance(head, int) or "kv_lora_rank" in config:
+        return
+    for field, name, most in (("num_attention_heads", "q_proj", 2), ("num_key_value_heads", "k_proj", 1)):
+        heads = config.get(field)
+        made = {shape[0] for layer in decoder.values() if (shape := layer.find(f"{name}.weight")) is not None}
+        # A gate may be in the queries' tensor.
+        if isinstance(heads, int) and made and not made & {heads * head * times for times in range(1, most + 1)}:
+            raise Unsure(f"{name} makes {made}, and config.json has {field} {heads} of head_dim {head}")
 
 
 def _is_unused(name: str, layers_in_model: int) -> bool:
