@@ -18,7 +18,15 @@ import emoe
 from emoe.model.bind import binding_of
 from emoe.profiling.prompts import encode_all, read_prompts
 from emoe.profiling.running import answer
-from emoe.profiling.sensitivity import Settings, choose_prefixes, measure, random_routing, read_rows, summarise
+from emoe.profiling.sensitivity import (
+    Settings,
+    _Scrambled,
+    choose_prefixes,
+    measure,
+    random_routing,
+    read_rows,
+    summarise,
+)
 from tests.conftest import Checkpoints
 
 IDS = torch.tensor([[4, 5, 6, 7, 8, 9]])
@@ -192,3 +200,16 @@ def test_it_works_without_a_routing_rule_whatever_the_router(family: str, checkp
     emoe.close(model)
     assert not torch.equal(found[0], own)
     assert not torch.equal(found[1], own)
+
+
+def test_ids_are_replaced_however_they_are_given() -> None:
+    scramble = _Scrambled(8, torch.Generator().manual_seed(3))
+    again = _Scrambled(8, torch.Generator().manual_seed(3))
+    hidden, ids, weights = torch.zeros(5, 2), torch.zeros(5, 2, dtype=torch.int32), torch.ones(5, 2)
+    (first, drawn, last), rest = scramble(None, (hidden, ids, weights), {"extra": 1})
+    assert first is hidden and last is weights and rest == {"extra": 1}
+    assert drawn.dtype == torch.int32 and all(len(set(row.tolist())) == 2 for row in drawn)
+    given = {"top_k_index": ids, "top_k_weights": weights}
+    args, named = again(None, (hidden,), given)
+    assert len(args) == 1 and args[0] is hidden and named["top_k_weights"] is weights
+    assert torch.equal(named["top_k_index"], drawn) and given["top_k_index"] is ids
