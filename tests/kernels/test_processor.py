@@ -15,8 +15,9 @@ import torch
 
 from emoe.errors import UsageError
 from emoe.kernels import choice
-from emoe.kernels.native.build import BuildError
+from emoe.kernels.native.build import BuildError, built
 from emoe.kernels.processor import BY_TORCH, OTHER_DTYPE, OTHER_PROCESSOR, VARIABLE, usable_threads, why_torch
+from emoe.planner import plan
 
 FLAGS = "fpu avx512f avx512bw avx512vl avx512_bf16"
 
@@ -105,3 +106,29 @@ def test_a_plan_needs_neither_torch_nor_a_compilation(tmp_path: Path) -> None:
     ).stdout
     assert found.startswith(("native", "torch: "))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_after_compiling_failed_counts_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no longer once it succeeds."""
+    pairs = machine(tmp_path, FLAGS)
+    broken = tmp_path / "broken-cc"
+    broken.write_text("#!/bin/sh\necho 'error: out of order' >&2\nexit 1\n")
+    broken.chmod(0o700)
+    monkeypatch.setenv("EMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert why_torch("bfloat16", pairs) == ""
+    with pytest.raises(BuildError, match="out of order"):
+        built()
+    assert "out of order" in why_torch("bfloat16", pairs)
+    broken.write_text('#!/bin/sh\n[ "$1" != -o ] || echo code > "$2"\n')
+    built()
+    assert why_torch("bfloat16", pairs) == ""
+
+
+def test_a_plan_says_whose_kernels_it_supposes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["emoe.planner.plan"], "why_not_native", lambda facts: "")
+    told = plan(context=512).assumed
+    assert any(text.startswith("prompts are counted as the C kernels read them") for text in told)
+    monkeypatch.setattr(sys.modules["emoe.planner.plan"], "why_not_native", lambda facts: "no compiler")
+    assert not any("C kernels" in text for text in plan(context=512).assumed)

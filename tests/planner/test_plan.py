@@ -200,7 +200,7 @@ def test_narrow_keys_and_values_are_widened_for_what_was_read_before_too(batch: 
 
 def test_a_context_beyond_the_models_is_told() -> None:
     assert any("beyond" in text for text in plan(context=100_000, prompt=10).assumed)
-    assert plan().assumed == ()
+    assert not any("beyond" in text for text in plan().assumed)
 
 
 def test_numbers_repeated_here_are_those_of_the_code_that_uses_them() -> None:

@@ -92,7 +92,7 @@ def _compare(calls: Calls) -> None:
     expected = not why_torch("bfloat16")
     if expected and not calls.knows_many:
         why = "the compiler used what this processor has otherwise"
-        _say_once(f"prompts are computed by torch and take more memory than `emoe plan` counts: {why}")
+        _say_once(f"prompts are computed by torch and take more memory than `emoe plan` counts: {why}. Plan again")
     elif calls.knows_many and not expected:
         _say_once(f"prompts take less memory than `emoe plan` counts, which supposed: {why_torch('bfloat16')}")
 

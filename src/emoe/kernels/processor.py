@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from emoe.errors import UsageError
-from emoe.kernels.native.build import BuildError, compiler
+from emoe.kernels.native.build import BuildError, failed_before
 
 VARIABLE = "EMOE_KERNELS"
 """auto (the C kernels where they can be compiled), native (an error where they cannot), torch."""
@@ -37,7 +37,8 @@ def wanted_kernels() -> str:
 def why_torch(dtype: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Why torch will compute prompts in `dtype` ("bfloat16") on the CPU; nothing where the C kernels will.
 
-    That is what the environment, the compilers that are there and the processor's flags say: compiling may still fail.
+    That is what the environment, the compilers that are there, what came of compiling when it was last tried, and the
+    processor's flags say: it may still fail the first time.
 
     Raises:
         UsageError: EMOE_KERNELS is not one of its values.
@@ -47,7 +48,8 @@ def why_torch(dtype: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     if dtype != "bfloat16":
         return OTHER_DTYPE
     try:
-        compiler()
+        if failed := failed_before():
+            return failed
     except BuildError as error:
         return str(error)
     return "" if multiplies_pairs(cpuinfo) else OTHER_PROCESSOR

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from emoe.checkpoint.codecs.formats import NATIVE
 from emoe.checkpoint.memory_room import memory_room
-from emoe.config import AUTO, Embeddings, ExpertMemory
+from emoe.config import AUTO, Embeddings, ExpertMemory, format_bytes
 from emoe.errors import UnsupportedModelError, UsageError
 from emoe.planner.activations import activation_bytes, why_not_native
 from emoe.planner.facts import Facts, layer_needs
@@ -208,6 +208,7 @@ def make_plan(
     by_torch = "" if on_device else why_not_native(facts)
     native = not on_device and not by_torch
     activations = activation_bytes(facts, read, batch, prompt - read, native=native, on_device=on_device)
+    more = activation_bytes(facts, read, batch, prompt - read) - activations if native else 0
     process = READ_BUFFER_BYTES + IMPORT_BYTES + RUNTIME_BYTES
     if embeddings == "disk" and not facts.lookup_bytes:
         raise UnsupportedModelError(f"the input embedding of {model} is tied to another weight: it stays in memory")
@@ -256,7 +257,11 @@ def make_plan(
         resident_experts=slots.slots,
         fit=_fit(slots, fits),
         source=facts.source,
-        assumed=(*facts.assumed, *_beyond(context, facts.max_context), *((CUDA_ASSUMED,) if on_device else ())),
+        assumed=(
+            *(*facts.assumed, *_beyond(context, facts.max_context)),
+            *((CUDA_ASSUMED,) if on_device else ()),
+            *((_by_c(more),) if native else ()),
+        ),
         expert_dtype=facts.expert_dtype,
         native_expert_bytes=facts.native_expert_bytes or total,
         embeddings="disk" if on_disk else "memory",
@@ -291,6 +296,12 @@ def _beyond(context: int, most: int | None) -> tuple[str, ...]:
     if most is None or context <= most:
         return ()
     return (f"the model was made for {most} tokens; a context of {context} is beyond that",)
+
+
+def _by_c(more: int) -> str:
+    """What is supposed of a machine whose kernels nobody has compiled yet, and what it would cost."""
+    also = f": by torch they take {format_bytes(more)} more" if more > 0 else ""
+    return f"prompts are counted as the C kernels read them, which loading compiles{also}"
 
 
 def _fit(slots: SlotPlan, fits: bool) -> Fit:

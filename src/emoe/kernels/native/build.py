@@ -6,6 +6,7 @@ itself: what does not match is built again. Nothing but the packaged source is e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -84,6 +85,7 @@ def built(flags: Sequence[str] = FLAGS) -> Path:
     for found in sorted(folder.glob(f"{key}-*.so")):
         if _is_whole(found):
             return found
+    note = folder / f"{_attempt(command, flags)}.failed"
     try:
         with tempfile.TemporaryDirectory(dir=folder) as name:
             temporary = Path(name)
@@ -93,9 +95,36 @@ def built(flags: Sequence[str] = FLAGS) -> Path:
             _compile([*command, "-o", str(out), str(temporary / "emoe.c"), *flags])
             final = folder / f"{key}-{_digest(out.read_bytes())}.so"
             os.replace(out, final)  # whole or not at all, also beside another process that builds the same
+        note.unlink(missing_ok=True)
+    except BuildError as error:
+        with contextlib.suppress(OSError):  # it helps plans only
+            note.write_text(str(error))
+        raise
     except OSError as error:
         raise BuildError(f"the kernels cannot be compiled in {folder}: {error}") from error
     return final
+
+
+def failed_before(flags: Sequence[str] = FLAGS) -> str:
+    """Why this compiler failed over this source when it was last tried; nothing where it did not, or was never tried.
+
+    Plans ask, which do not compile. Loading tries every time, and what succeeds is not held against it any more.
+
+    Raises:
+        BuildError: there is no compiler.
+    """
+    note = user_cache() / "kernels" / f"{_attempt(compiler(), flags)}.failed"
+    try:
+        return note.read_text()
+    except OSError:
+        return ""
+
+
+def _attempt(command: Sequence[str], flags: Sequence[str]) -> str:
+    """What a failure is remembered by, without running the compiler to ask for its version."""
+    source = resources.files(__package__)
+    texts = b"\0".join((source / name).read_bytes() for name in SOURCES)
+    return _digest("\0".join([*command, *flags]).encode() + texts + _processor().encode())
 
 
 def _compile(command: list[str]) -> None:
