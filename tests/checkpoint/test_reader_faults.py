@@ -126,6 +126,40 @@ def test_a_file_truncated_while_the_model_runs(kind: ReaderKind, mixtral: Path) 
     assert "load the model again" in message
 
 
+@KINDS
+def test_a_file_overwritten_while_the_model_runs(kind: ReaderKind, mixtral: Path) -> None:
+    """As large as before, and still the file that was opened: only its time tells."""
+    index = build_index(mixtral, skeleton(mixtral)[1])
+    file = index.pieces(2, 7)[-1].file
+    with Reader(kind, index.files) as reader:
+        read(reader, index, 2, 7)
+        with file.open("r+b") as overwritten:
+            overwritten.seek(file.stat().st_size // 2)
+            overwritten.write(bytes(64))
+        stat = file.stat()
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000_000))  # no matter how coarse the clock is
+        with pytest.raises(ReadError, match="has changed since it was indexed") as caught:
+            read(reader, index, 2, 7)
+    assert str(file) in str(caught.value)
+
+
+def test_a_direct_read_of_one_block_is_continued(qwen: ExpertIndex) -> None:
+    with Reader("direct", qwen.files) as reader:
+
+        def short(descriptor: int, buffers: Sequence[Bytes], offset: int) -> int:
+            return preadv(descriptor, [buffers[0][: reader._block]], offset)
+
+        reader._pread = short
+        assert_parts_equal(read(reader, qwen, 1, 1), expected(qwen, 1, 1))
+
+
+def test_closing_waits_for_no_read_that_was_interrupted_as_it_ended(qwen: ExpertIndex) -> None:
+    reader = Reader("cached", qwen.files)
+    read(reader, qwen, 0, 0)
+    reader._reading.add(threading.get_ident())  # what Ctrl-C leaves
+    reader.close()
+
+
 def test_a_file_that_changed_since_it_was_indexed(mixtral: Path) -> None:
     index = build_index(mixtral, skeleton(mixtral)[1])
     file = index.pieces(0, 0)[0].file

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 import emoe
 from emoe.errors import CheckpointError, ReadError, UnsupportedModelError, UsageError
 from emoe.kernels.experts import ExpertMath
+from emoe.model import bind
 from emoe.model.bind import binding_of
 from tests.families import make_checkpoint
 
@@ -331,6 +332,20 @@ def test_a_damaged_tokenizer_is_called_that(path: Path, tmp_path: Path) -> None:
     (broken / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot read the tokenizer"):
         emoe.load(broken, expert_memory="50%")
+
+
+def test_a_tokenizer_of_an_older_kind_names_the_packages_that_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers itself names one package, and not always the one that helps."""
+    path = make_checkpoint("mixtral", tmp_path, seed=4)
+    (path / "tokenizer.model").write_bytes(b"no model")
+    monkeypatch.setattr(bind, "_installed", lambda package: package == "tiktoken")
+    with pytest.raises(CheckpointError, match=r"no tokenizer.json.*pip install sentencepiece protobuf; or add"):
+        emoe.load(path)
+    monkeypatch.setattr(bind, "_installed", lambda package: True)
+    with pytest.raises(CheckpointError, match="Download its tokenizer files again"):
+        emoe.load(path)
 
 
 def test_experts_follow_a_cast_of_the_dense_weights(path: Path) -> None:

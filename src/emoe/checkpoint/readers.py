@@ -103,9 +103,10 @@ class Reader:
         self._block = ALIGNMENT
         self._spare: list[Bytes] = []
         self._idle = threading.Condition()
-        self._reading = 0
+        self._reading: set[int] = set()  # threads: one that was interrupted as it left is none the more
         self._closed = False
         self._files: dict[Path, int] = {}
+        self._stamps = dict(files)
         try:
             self._open(files)
         except BaseException:
@@ -128,27 +129,40 @@ class Reader:
         straight into place.
 
         Raises:
-            ReadError: the read failed, the file ended early, or the reader is closed.
+            ReadError: the read failed, the file ended early or has changed, or the reader is closed.
             UsageError: a part is missing, or is not what the pieces were made for.
         """
         with self._idle:
             if self._closed:
                 raise ReadError("the reader of experts is closed; load the model again.")
-            self._reading += 1
+            self._reading.add(threading.get_ident())
         try:
-            if reached is None or not all(piece.direct for piece in pieces):
-                each = batches(segments_of(pieces, parts), self._scratch)
-                return sum(self._read_round(batch, [], parts, priority) for batch in each)
-            # No memory is needed in between: all that is not first is read at once behind it.
-            halves = ([piece for piece in pieces if (piece.part in first) is wanted] for wanted in (True, False))
-            early, late = (
-                [run for batch in batches(segments_of(half, parts), self._scratch) for run in batch] for half in halves
-            )
-            return self._read_round(early, late, parts, priority, reached)
+            nbytes = self._read_pieces(pieces, parts, priority, first, reached)
+            for file in {piece.file for piece in pieces}:
+                self._check_unchanged(file, self._files[file])
+            return nbytes
         finally:
             with self._idle:
-                self._reading -= 1
+                self._reading.discard(threading.get_ident())
                 self._idle.notify_all()
+
+    def _read_pieces(
+        self,
+        pieces: Sequence[Piece],
+        parts: Mapping[str, torch.Tensor],
+        priority: int,
+        first: Collection[str],
+        reached: Callable[[], None] | None,
+    ) -> int:
+        if reached is None or not all(piece.direct for piece in pieces):
+            each = batches(segments_of(pieces, parts), self._scratch)
+            return sum(self._read_round(batch, [], parts, priority) for batch in each)
+        # No memory is needed in between: all that is not first is read at once behind it.
+        halves = ([piece for piece in pieces if (piece.part in first) is wanted] for wanted in (True, False))
+        early, late = (
+            [run for batch in batches(segments_of(half, parts), self._scratch) for run in batch] for half in halves
+        )
+        return self._read_round(early, late, parts, priority, reached)
 
     def _read_round(
         self,
@@ -182,7 +196,8 @@ class Reader:
         """Wait for reads under way, then close the files. Later reads raise ReadError."""
         with self._idle:
             self._closed = True
-            self._idle.wait_for(lambda: self._reading == 0)
+            self._reading.discard(threading.get_ident())
+            self._idle.wait_for(lambda: not self._reading)
             files, self._files = self._files, {}
         self._crew.close()
         for descriptor in files.values():
@@ -215,24 +230,26 @@ class Reader:
         if self.kind == "direct":
             self._block = direct.block_nbytes(places)
         flags = os.O_RDONLY | (os.O_DIRECT if self.kind == "direct" else 0)
-        for file, stamp in files.items():
+        for file in files:
             try:
                 descriptor = os.open(file, flags)
             except OSError as error:
                 hint = "Raise `ulimit -n`." if error.errno == errno.EMFILE else "Check the file and its permissions."
                 raise ReadError(f"{file} cannot be opened: {error.strerror}. {hint}") from error
             self._files[file] = descriptor
-            status = os.fstat(descriptor)
-            found = FileStamp(status.st_size, status.st_mtime_ns)
-            if found != stamp:
-                raise ReadError(
-                    f"{file} has changed since it was indexed (then {stamp.nbytes:,} bytes, now "
-                    f"{found.nbytes:,}; modified "
-                    f"{'earlier' if found.mtime_ns < stamp.mtime_ns else 'later'}). Load the model again."
-                )
+            self._check_unchanged(file, descriptor)
             if self.kind == "advised":
                 # Read-ahead would bring in pages that nobody gives back.
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def _check_unchanged(self, file: Path, descriptor: int) -> None:
+        """Raise ReadError where a file is not what was indexed: bytes of another checkpoint would be wrong tokens."""
+        status, stamp = os.fstat(descriptor), self._stamps[file]
+        if (status.st_size, status.st_mtime_ns) != (stamp.nbytes, stamp.mtime_ns):
+            raise ReadError(
+                f"{file} has changed since it was indexed (then {stamp.nbytes:,} bytes, now {status.st_size:,}; "
+                f"modified {'earlier' if status.st_mtime_ns < stamp.mtime_ns else 'later'}). Load the model again."
+            )
 
     def _scratch(self, nbytes: int) -> Bytes:
         """This thread's memory for what cannot go straight to its part; valid until the next call."""
@@ -303,9 +320,9 @@ class Reader:
                 offset += got
                 continue
             staging = self._staging()
-            base = align_down(offset)
+            # A short read may end at any block: begun at the last one, it brings at least one byte that is wanted.
+            base = offset - offset % self._block
             length = min(align_up(end) - base, staging.size)
-            # A short read may end anywhere; the next one must start at a block again, so take what is there.
             got = self._once(run, descriptor, [staging[:length]], base)
             if base + got <= offset:
                 raise ended_early(run, descriptor, offset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -343,11 +344,29 @@ def _tokenizer(path: Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | 
     trust = bool(kwargs.get("trust_remote_code", False))
     try:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path, trust_remote_code=trust))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ImportError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
-            f"{path}: transformers cannot read the tokenizer ({type(error).__name__}: {error}). Download its "
-            "tokenizer files again."
+            f"{path}: transformers cannot read the tokenizer ({type(error).__name__}: {error}). {_remedy(path)}"
         ) from error
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a tokenizer that cannot be read: transformers' own advice names one package of several."""
+    lacking = [name for name in ("sentencepiece", "tiktoken", "protobuf") if not _installed(name)]
+    if (path / "tokenizer.json").exists() or not lacking:
+        return "Download its tokenizer files again."
+    return (
+        f"It has no tokenizer.json, and older files are read by packages that are not all here: "
+        f"pip install {' '.join(lacking)}; or add tokenizer.json to the folder."
+    )
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 __all__ = ["Binding", "Loaded", "binding_of", "close", "label_task", "layer_needs", "load"]
