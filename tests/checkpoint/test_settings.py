@@ -129,4 +129,5 @@ def test_where_a_size_comes_from() -> None:
     assert origins(config, 64) == "hidden_size 64"
     assert origins(config, 96) == "twice intermediate_size 48"
     assert origins(config, 128) == "num_attention_heads 8 times head_dim 16"
+    assert origins(config | {"head_dim": 8}, 64) == "hidden_size 64 or num_attention_heads 8 times head_dim 8"
     assert origins(config, 5) == ""

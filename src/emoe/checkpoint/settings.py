@@ -87,7 +87,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def origins(config: Mapping[str, Any], number: int) -> str:
-    """Where a size that a model expects of its tensors comes from: the fields of that value, else widths of which it is
+    """Where a size that a model expects of its tensors comes from: the fields of that value, widths of which it is
     twice the value (gates and what they gate in one tensor) and heads of as many dimensions. Empty where there are
     none."""
     named = {name: config[name] for name in (*_COUNTED, *_MEASURED) if isinstance(config.get(name), int)}
@@ -96,4 +96,4 @@ def origins(config: Mapping[str, Any], number: int) -> str:
     heads = [(name, value) for name, value in named.items() if name.endswith("_heads")]
     wide = [(name, value) for name, value in named.items() if name.endswith("head_dim")]
     made = [f"{a} {x} times {b} {y}" for (a, x), (b, y) in product(heads, wide) if x * y == number]
-    return " or ".join(equal or [*twice, *made])
+    return " or ".join([*equal, *twice, *made])
