@@ -41,6 +41,7 @@ def replayed(facts: Facts, trace: Trace, values: dict[str, Any], memory: ExpertM
         windows=int(settings["rounds"]),
         before=int(settings["warmups"]),
         expert_bytes=max(layer.expert_nbytes for layer in layers),
+        ends_in_experts=ModelWork(facts).ends_in_experts,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 
 import emoe
-from emoe import nano
 from emoe.model import final
 from emoe.model.bind import binding_of
 from emoe.model.layer import LayerRuntime
@@ -160,7 +160,8 @@ def test_the_final_layer_loads_what_its_token_needs(memory: str) -> None:
     emoe.close(model)
 
 
-def test_a_prompt_that_plans_still_fills_the_final_layer() -> None:
+@pytest.mark.parametrize(("batch", "kept"), [(1, 1), (4, 1), (2, 3)])
+def test_a_prompt_that_plans_still_fills_the_final_layer(batch: int, kept: int) -> None:
     """Mode resident keeps in every layer what the whole prompt chose most, in the last one too."""
     model, _ = emoe.load(expert_memory="50%", mode="resident")
     runtime = binding_of(model).runtime
@@ -168,16 +169,18 @@ def test_a_prompt_that_plans_still_fills_the_final_layer() -> None:
     chosen: list[torch.Tensor] = []
     runtime.observers.append(lambda _pass, layer, ids, _w: chosen.append(ids) if layer == last else None)
     with torch.no_grad():
-        model(input_ids=PROMPT, logits_to_keep=1)
+        model(input_ids=PROMPT.reshape(batch, -1), logits_to_keep=kept)
     counts = torch.bincount(chosen[0].reshape(-1), minlength=runtime.layers[last].experts).tolist()
     assert len(chosen[0]) == 40
     quota = runtime.layers[last].pool.table.plan.quotas[last]
     best = sorted(range(len(counts)), key=lambda e: (-counts[e], e))[:quota]
     assert set(runtime.layers[last].pool.table.resident(last)) == {e for e in best if counts[e]}
+    assert runtime.layers[last].prompt_counts == counts
     emoe.close(model)
 
 
-def test_a_trace_has_every_route_and_says_which_layer_ran_one_token(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"logits_to_keep": 3}])
+def test_a_trace_has_every_route_and_says_which_layer_ran_one_token(tmp_path: Path, more: dict[str, int]) -> None:
     model, _ = emoe.load(expert_memory="60%", trace=tmp_path / "kept.npz")
     with torch.no_grad():
         model(input_ids=PROMPT, logits_to_keep=1)
@@ -186,10 +189,75 @@ def test_a_trace_has_every_route_and_says_which_layer_ran_one_token(tmp_path: Pa
     trace = Trace.read(tmp_path / "kept.npz")
     assert trace.computed.all() and int((trace.phase == PREFILL).sum()) == 40
     assert trace.source[FINAL_LAYER] == last
+
     model, _ = emoe.load(expert_memory="60%", trace=tmp_path / "whole.npz")
     with torch.no_grad():
         model(input_ids=PROMPT, logits_to_keep=1)
-        model(input_ids=PROMPT)
+        model(input_ids=PROMPT, **more)
     emoe.close(model)
     assert FINAL_LAYER not in Trace.read(tmp_path / "whole.npz").source
-    assert nano.path().exists()
+
+
+def test_threads_that_ask_one_model_at_once_get_what_they_asked_for() -> None:
+    """Passes of as many tokens, of other shapes: each runs its own rows, whichever thread's pass began last."""
+    model, _ = emoe.load(expert_memory="60%")
+    asked = [{"input_ids": PROMPT, "logits_to_keep": 1}, {"input_ids": PROMPT.reshape(4, 10), "logits_to_keep": 1}]
+    asked.append({"input_ids": PROMPT.reshape(2, 20)})
+    with torch.no_grad():
+        expected = [model(**each).logits for each in asked]
+    wrong: list[int] = []
+    together = threading.Barrier(len(asked))
+
+    def ask(which: int) -> None:
+        with torch.no_grad():
+            for _ in range(6):
+                together.wait()
+                if not torch.equal(model(**asked[which]).logits, expected[which]):
+                    wrong.append(which)
+
+    threads = [threading.Thread(target=ask, args=(which,)) for which in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    emoe.close(model)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_calls_of_what_is_inside_run_every_token(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call of the model asked for holds for that call, also where it failed."""
+    model, _ = emoe.load(expert_memory="60%")
+    with torch.no_grad():
+        states, logits = model.model(PROMPT).last_hidden_state, model(PROMPT).logits
+        if fails:
+            with monkeypatch.context() as broken:
+                broken.setattr(model.lm_head, "forward", lambda _states: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    model(PROMPT, logits_to_keep=1)
+        else:
+            model(PROMPT, logits_to_keep=1)
+        assert torch.equal(model.model(PROMPT).last_hidden_state, states)
+        assert torch.equal(model.forward(PROMPT).logits, logits)
+    emoe.close(model)
+
+
+def test_what_the_tokens_missed_is_no_hit_when_the_layer_is_filled() -> None:
+    model, _ = emoe.load(expert_memory="60%")
+    with torch.no_grad():
+        model(PROMPT, logits_to_keep=1)
+    first, *_, last = (layer for _, layer in sorted(emoe.stats(model)["layers"].items()))
+    assert (first["hits"], last["hits"]) == (0, 0)
+    assert last["misses"] == last["loads"]
+    emoe.close(model)
+
+
+def test_a_hook_on_every_module_sees_every_token() -> None:
+    model, _ = emoe.load(expert_memory="60%")
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda _m, _a, _o: None)
+    try:
+        assert run_tokens(model, **BATCH, logits_to_keep=1) == [18] * 6
+    finally:
+        hook.remove()
+    assert run_tokens(model, **BATCH, logits_to_keep=1) == [18] * 5 + [2]
+    emoe.close(model)

@@ -67,7 +67,7 @@ def test_tokens_after_a_prompt_find_what_the_prompt_left() -> None:
     routes = np.array([0, 1, 2, 2, 3], dtype=np.uint8)[:, None, None].repeat(2, axis=1)
     trace = random_trace(RoutingShape(2, 4, 1), 5)
     trace = dataclasses.replace(trace, experts=routes)
-    found = after_prompt(trace, 0.5, prompt=3, new=2, policy="lru")
+    found = after_prompt(trace, 0.5, prompt=3, new=2, policy="lru", ends_in_experts=True)
     assert found.prompt_loads[0] in (2.0, 3.0)
     assert found.prompt_loads[1] <= 1  # the last layer runs the prompt's last token alone
     assert found.miss_rate == found.waiting  # top-1: a token that misses waits

@@ -7,6 +7,7 @@ from typing import Any
 from emoe.cli.routes import TRACE_TOKENS, trace_of
 from emoe.planner import Facts, Plan
 from emoe.profiling.kept import known, layout_of
+from emoe.profiling.roofline import ModelWork
 from emoe.profiling.speed import expected
 
 CONTEXT = 512
@@ -37,12 +38,9 @@ def speed_of(made: Plan, facts: Facts, *, threads: int | None, trace: str | None
         return None, "speed: none, it does not fit"
     routes, told = trace_of(trace, TRACE_TOKENS, facts.path)
     context = min(CONTEXT, made.prompt)
-    layers = facts.expert_layers
+    layers, work = facts.expert_layers, ModelWork(facts)
     if routes is None:
-        from emoe.profiling.roofline import ModelWork
-
         miss_rate, waiting = 1 - made.resident_share, None
-        work = ModelWork(facts)
         loads = [each * miss_rate for each in work.run_by_prompt(work.uniform_distinct(context))]
     elif made.resident_share == 1:
         miss_rate, waiting, loads = 0.0, 0.0, [0.0] * len(layers)
@@ -51,7 +49,9 @@ def speed_of(made: Plan, facts: Facts, *, threads: int | None, trace: str | None
 
         routes = like_model(routes, len(layers), max(layer.experts for layer in layers), facts.top_k)
         size = max(layer.expert_nbytes for layer in layers)
-        missed = after_prompt(routes, made.resident_share, context, NEW, expert_bytes=size)
+        missed = after_prompt(
+            routes, made.resident_share, context, NEW, expert_bytes=size, ends_in_experts=work.ends_in_experts
+        )
         miss_rate, waiting, loads = missed.miss_rate, missed.waiting, list(missed.prompt_loads)
     direct = machine.disk_direct_bytes_per_s is not None
     speed = expected(

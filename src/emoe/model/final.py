@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as every
 from transformers import PreTrainedModel
 
 from emoe.checkpoint.index import ExpertIndex
@@ -65,12 +66,9 @@ class Final:
 
         transformers' own, with which it collects hidden states, stay there after the call that asked for them.
         """
-        hooks = (
-            hook
-            for module in self._through
-            for kind in (module._forward_hooks, module._forward_pre_hooks)
-            for hook in kind.values()
-        )
+        kinds = [kind for module in self._through for kind in (module._forward_hooks, module._forward_pre_hooks)]
+        kinds += [every._global_forward_hooks, every._global_forward_pre_hooks]
+        hooks = (hook for kind in kinds for hook in kind.values())
         return any(not _origin(hook).startswith(("emoe.", "transformers.")) for hook in hooks)
 
 

@@ -32,6 +32,16 @@ RouteObserver = Callable[["Pass", int, torch.Tensor, torch.Tensor], None]
 """Called with (pass, layer, ids [tokens, k], weights [tokens, k]): the model's own route, before any rerouting."""
 
 
+class _Mine(threading.local):
+    """The pass that this thread is in: several threads may ask one model, and their layers take turns.
+
+    `answering`: the tokens that get logits; None: all, or no pass is under way.
+    """
+
+    now = Pass()
+    answering: npt.NDArray[np.int64] | None = None
+
+
 class Runtime:
     """All MoE layers of one model, and what is common to them: the pass, the mode, the counters, the lock."""
 
@@ -63,7 +73,7 @@ class Runtime:
         """Passes leave no trace and experts give 0: for finding out whether the rest of the model runs."""
         self.end_tokens: frozenset[int] = frozenset()
         self._announced: Pass | None = None
-        self._answering: npt.NDArray[np.int64] | None = None  # the pass's tokens that get logits; None: all
+        self._mine = _Mine()
         self._reading: set[int] = set()  # announced sequences whose prompt is being read with its own routes
 
     def __reduce_ex__(self, protocol: object) -> str:
@@ -78,6 +88,7 @@ class Runtime:
     def watch(self, model: PreTrainedModel) -> None:
         """Follow the model's forward passes: which are prompts, how many sequences, which tokens are padding."""
         model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
+        model.register_forward_hook(self._after_pass, always_call=True)
 
     def announce(self, now: Pass | None) -> None:
         """Say what the next forward pass is, which otherwise is read off its arguments; None takes it back."""
@@ -94,6 +105,10 @@ class Runtime:
         now.kept = None if self.final is None else self.final.kept(kwargs)
         self.begin(now)
 
+    def _after_pass(self, module: nn.Module, args: object, output: object) -> None:
+        """Calls that go past the model's own, to what is inside it, run every token."""
+        self._mine.answering = None
+
     def begin(self, now: Pass) -> None:
         """Start a forward pass."""
         with self.lock:
@@ -107,7 +122,9 @@ class Runtime:
             elif now.phase == "decode":
                 self.observing = False
             answering = now.answering() if self.final is not None else None
-            self._answering = None if self.final is None or answering is None or self.final.watched() else answering
+            if self.final is None or answering is None or self.final.watched():
+                answering = None
+            self._mine.now, self._mine.answering = now, answering
             few = self.final.layer if self.final is not None and self.narrows else None
             pools = {id(pool): pool for layer in self.layers.values() for pool in layer.pools}.values()
             for pool in pools:
@@ -147,16 +164,17 @@ class Runtime:
     @property
     def narrows(self) -> bool:
         """Whether this pass runs its final layer for some of its tokens alone: those that get logits."""
-        return self._answering is not None
+        return self._mine.answering is not None
 
     def answering_of(self, layer: LayerRuntime, rows: int) -> npt.NDArray[np.int64] | None:
         """Which of the `rows` tokens that `layer` is given need its experts; None: all.
 
         All of them where a model routes other rows than the pass's tokens.
         """
-        if self.final is None or layer.layer != self.final.layer or rows != self.now.batch * self.now.tokens:
+        now, answering = self._mine.now, self._mine.answering
+        if self.final is None or answering is None or layer.layer != self.final.layer:
             return None
-        return self._answering
+        return answering if rows == now.batch * now.tokens else None
 
     # -- routes ---------------------------------------------------------------------------------------------
 
@@ -235,13 +253,13 @@ class Runtime:
                 return self._run(layer, hidden, ids, gates, self.mode == "exact" and bool(self.observers))
             if self.mode == "exact":
                 self.observe(layer.layer, ids, gates)
-            filling = self.filling(layer, ids)
+            filling, counts = self.filling(layer, ids), layer.counts_with(ids) if self.observing else []
             at = sent(torch.from_numpy(rows), hidden.device)
             out = torch.zeros_like(hidden)
             out[at] = self._run(layer, hidden[at], ids[at], gates[at], False)
             if filling:  # last, so that no expert of these tokens takes the place of one that is to stay
-                layer.prompt_counts = layer.counts_with(ids) if self.observing else []
-                layer.pool.fill(layer.layer, filling, layer.wanted() if self.observing else None)
+                layer.prompt_counts = counts
+                layer.pool.fill(layer.layer, filling, layer.wanted() if counts else None)
             return out
 
     def filling(self, layer: LayerRuntime, ids: torch.Tensor) -> frozenset[int]:
@@ -257,7 +275,7 @@ class Runtime:
             return frozenset(expert for expert in layer.wanted(counts) if counts[expert])
         if self.mode == "exact" and table.below_quota(layer.layer):
             routes = ids.cpu().numpy()
-            return kept_after(routes, self.now.behind(), layer.experts, table.share(layer.layer))
+            return kept_after(routes, self._mine.now.behind(), layer.experts, table.share(layer.layer))
         return frozenset()
 
     def _run(

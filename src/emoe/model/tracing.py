@@ -53,7 +53,7 @@ def record_trace(runtime: Runtime, index: ExpertIndex, needs: Sequence[LayerNeed
                 prompts[segment.sequence] = writer.add_prompt(task=task, token_ids=ids)
         of = [prompts[segment.sequence] for segment in now.segments for _ in range(segment.tokens)]
         phases = [segment.phase for segment in now.segments for _ in range(segment.tokens)]
-        whole_passes[0] += len(of) > len(now.segments) and not runtime.narrows
+        whole_passes[0] += len(of) > len(now.segments) and not (runtime.narrows and now.kept == 1)
         writer.begin_pass(of, phases, mask=live.mask_of(now), token_ids=now.input_ids)
         current[:] = [now]
 

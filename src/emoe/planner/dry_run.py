@@ -87,6 +87,7 @@ def facts_by_dry_run(path: Path, dtype: str | None = None, reason: str = "", cod
         expert_dtype=NATIVE if codec is None else codec.name,
         native_expert_bytes=index.total_expert_nbytes,
         lookup_bytes=0 if index.lookup is None else index.lookup.nbytes,
+        layers=int(getattr(text, "num_hidden_layers", 0)),
         not_paged=why_not_paged(text.to_dict(), cache, dtype_bytes(run_dtype)),
     )
 

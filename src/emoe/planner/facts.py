@@ -96,6 +96,7 @@ class Facts:
     `lookup_bytes` are those of the dense weights of which a token reads a row only: an embedding that is not the output
     projection too. `expert_layers` have their bytes as `expert_dtype` stores experts; natively, in the run dtype, all
     of them are `native_expert_bytes`. `not_paged` says why the engine cannot serve it (`emoe.planner.paged`).
+    `layers`: decoder layers, with experts or without.
     """
 
     path: Path
@@ -114,6 +115,7 @@ class Facts:
     expert_dtype: str = NATIVE
     native_expert_bytes: int = 0
     not_paged: str = ""
+    layers: int = 0
 
     @property
     def expert_bytes(self) -> int:

@@ -83,6 +83,7 @@ def facts_from_headers(
         lookup_bytes=_lookup_bytes(config, [entry for name, entry in dense.items() if name != tied], itemsize),
         expert_dtype=NATIVE if codec is None else codec.name,
         native_expert_bytes=sum(layer.experts * layer.expert_nbytes for layer in native),
+        layers=layers_in_model,
         not_paged=why_not_paged(config, cache, itemsize),
     )
 

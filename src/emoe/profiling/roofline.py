@@ -109,16 +109,16 @@ class ModelWork:
         return self.routed_bytes * native / (facts.expert_bytes * dtype_bytes(facts.dtype))
 
     @property
-    def _ends_in_experts(self) -> bool:
+    def ends_in_experts(self) -> bool:
         """Whether of a prompt the last decoder layer runs the experts of one token (`emoe.model.final`)."""
         facts = self.facts
-        return ends_row_by_row(facts.model_type) and facts.expert_layers[-1].layer >= len(facts.cache_layers) - 1
+        return ends_row_by_row(facts.model_type) and facts.expert_layers[-1].layer == facts.layers - 1
 
     def prompt_expert_elements(self, tokens: int) -> float:
         """Weights of the routed experts of a prompt's tokens, counted once for each token that is run."""
         last = self.facts.expert_layers[-1]
         share = min(self.facts.top_k, last.experts) * last.expert_nbytes / self.routed_bytes
-        unused = (tokens - 1) * share if self._ends_in_experts else 0.0
+        unused = (tokens - 1) * share if self.ends_in_experts else 0.0
         return (tokens - unused) * self.routed_elements
 
     def dense_read_bytes(self, tokens: int = 1) -> int:
@@ -179,7 +179,7 @@ class ModelWork:
     def run_by_prompt(self, distinct: Sequence[float]) -> list[float]:
         """How many experts of each layer a prompt runs that routes to so many: of the last layer a token's."""
         run = list(distinct)
-        if self._ends_in_experts:
+        if self.ends_in_experts:
             run[-1] = min(run[-1], self.facts.top_k)
         return run
 

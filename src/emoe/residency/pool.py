@@ -306,7 +306,9 @@ class ExpertPool(Filling):
             ReadError: an expert could not be read.
         """
         keep = frozenset(experts)
-        for _ in self.stream(layer, sorted(keep), prefill=True, wanted=wanted, keep=keep):
+        missing = sum(not self.table.is_resident((layer, expert)) for expert in keep)
+        self.table.counters[layer].misses += missing  # no look-ups: what is there counts for nothing
+        for _ in self.stream(layer, sorted(keep), prefill=True, wanted=wanted, keep=keep, count=False):
             pass
 
     def preload(self, keys: Iterable[tuple[int, int]], progress: Progress | None = None) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from emoe.errors import UsageError
 from emoe.residency.eviction import make_eviction
 from emoe.residency.table import LayerCounters
-from emoe.routing.trace import DECODE, PREFILL, Trace
+from emoe.routing.trace import DECODE, FINAL_LAYER, PREFILL, Trace
 from emoe.simulation.lookups import Phases
 from emoe.simulation.replay import plan_of, replay
 from emoe.simulation.runs import POOL, Report, Task, simulate
@@ -113,13 +113,15 @@ def after_prompt(
     windows: int = WINDOWS,
     before: int = 1,
     expert_bytes: int = 1,
+    ends_in_experts: bool = False,
 ) -> AfterPrompt:
     """What the engine's own slots miss when `prompt` tokens are read in one pass and `new` ones follow one by one.
 
     The trace's tokens are taken in order, beginning anew after the last, as `emoe bench replay` feeds them. What a
     prompt leaves in the slots is not what a long answer leaves: the first tokens after it miss more. So many `windows`
     (a prompt and what follows) are counted, after those `before` them. `expert_bytes`: of one expert, which limits how
-    many pass through at once (`PoolPlan.passing`).
+    many pass through at once (`PoolPlan.passing`). `ends_in_experts`: of a prompt the last layer runs one token
+    (`ModelWork.ends_in_experts`).
 
     Raises:
         UsageError: no such policy, or numbers of tokens that are not positive.
@@ -149,6 +151,7 @@ def after_prompt(
         prompt_token_ids=None,
         prompt_token_offsets=None,
         prompts=({},) * every,
+        source={FINAL_LAYER: int(trace.layers[-1])} if ends_in_experts else {},
     )
     counted = [(0, 0, 0)] * len(trace.layers)
     loads = np.zeros(len(trace.layers))
@@ -169,7 +172,7 @@ def after_prompt(
         counted = now
 
     slots = plan_of(trace, share, rule, expert_bytes)
-    replay(fed, slots, lambda: make_eviction(policy), final=int(trace.layers[-1]), passed=passed)
+    replay(fed, slots, lambda: make_eviction(policy), passed=passed)
     return AfterPrompt(tuple((loads / windows).tolist()), misses / lookups, waits / (windows * new * len(trace.layers)))
 
 

@@ -65,7 +65,6 @@ def replay(
     scorer: UseScorer | None = None,
     experts: Mapping[int, int] | None = None,
     link: Link | None = None,
-    final: int | None = None,
     passed: Callable[[bool, list[LayerCounters]], None] | None = None,
 ) -> Replay:
     """Serve a trace's passes in the order in which they ran.
@@ -77,8 +76,6 @@ def replay(
         scorer: scores the experts of all banks. It is told of prompts and passes as the engine tells its own.
         experts: experts of each decoder layer (default: the trace's number for all).
         link: what loads and layers take; without one the clock stands still.
-        final: the model's last layer, where only the last token of each prompt in a pass was run (`emoe.model.final`);
-            default: as the trace's `source` says, None where every token was.
         passed: called after each pass with whether it read a prompt, and what the layers have counted so far.
 
     Raises:
@@ -111,7 +108,7 @@ def replay(
         pools.append(pool)
         pool_of.update(dict.fromkeys(sizes, pool))
     layers = trace.layers.tolist()
-    final = trace.source.get(FINAL_LAYER) if final is None else final
+    final = trace.source.get(FINAL_LAYER)  # the model's last layer, where of a prompt in a pass one token was run
     computed, prompt_of = trace.computed, trace.prompt_of_token()
     for rows in passes(trace):
         prefill = bool((trace.phase[rows] == PREFILL).any())
