@@ -247,3 +247,14 @@ def test_what_lacks_something_is_refused_by_name() -> None:
     ):
         with pytest.raises(UsageError, match=lacks):
             make()
+
+
+def test_what_a_comparison_adds_is_gone_afterwards() -> None:
+    """Names that other tables have, too; what is here already stays as it is."""
+    one, other = Registry("rule", "comparing", {"a": 1}), Registry("scorer", "comparing", {"b": 2})
+    with pytest.raises(UsageError, match="cannot be called 'b'"):
+        one["b"] = 3
+    with pytest.raises(ZeroDivisionError), one.meanwhile({"a": 8, "b": 9}):
+        assert dict(one) == {"a": 1, "b": 9}
+        raise ZeroDivisionError
+    assert (dict(one), dict(other)) == ({"a": 1}, {"b": 2})

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -81,6 +82,17 @@ class Registry(dict[str, _T], Generic[_T]):
         """
         named(self._what, name, self)
         super().__setitem__(name, made)
+
+    @contextmanager
+    def meanwhile(self, more: Mapping[str, _T]) -> Iterator[None]:
+        """Inside the block have those of `more` besides that are not here, whatever other tables call so."""
+        added = {name: made for name, made in more.items() if name not in self}
+        super().update(added)
+        try:
+            yield
+        finally:
+            for name in added:
+                del self[name]
 
     def _others(self, name: str, made: object) -> Iterator[Registry[Any]]:
         """Tables that share names with this one and have something else under this one."""

@@ -122,12 +122,14 @@ def test_the_text_is_a_table_with_its_conditions() -> None:
 def test_what_was_loaded_ahead_is_said() -> None:
     report = a_report()
     exact = report.outcomes[1]
-    for one in exact.samples.values():  # 3 rounds of 4 tokens
-        one["decode"] = one["decode"] | {"ahead_issued": 6, "ahead_used": 5}
-    assert "emoe exact 40%: while decoding 1.50 loads ahead per token, 83% used" in report_text(report)
+    for one in exact.samples.values():  # a plan's: issued while the prompt is read, used later
+        one["prefill"] = one["prefill"] | {"ahead_issued": 5, "ahead_used": 0}
+        one["decode"] = one["decode"] | {"ahead_issued": 1, "ahead_used": 5}
+    assert "emoe exact 40%: 6 loads ahead a round, 83% used" in report_text(report)
     for one in exact.samples.values():
+        one["prefill"] |= {"ahead_issued": 0, "ahead_used": 0}
         one["decode"] |= {"ahead_issued": 0, "ahead_used": 0}
-    assert "emoe exact 40%: while decoding no load ahead: what does not pay" in report_text(report)
+    assert "emoe exact 40%: nothing was loaded ahead" in report_text(report)
 
 
 def test_what_the_next_router_guesses_on_a_planted_checkpoint_is_said() -> None:

@@ -185,8 +185,9 @@ def test_faults_have_the_readers_errors(tmp_path: Path) -> None:
             model(input_ids=torch.tensor([[1, wrong]]))
     entry = table.lookup.entry
     os.truncate(entry.file, entry.offset + 3 * entry.nbytes // 128)
-    assert torch.isfinite(table.rows(torch.tensor([2]))).all()
-    with pytest.raises(ReadError, match=r"ended early|is truncated|has changed|bytes"):
+    with pytest.raises(ReadError, match="has changed since it was indexed"):  # also of a row that is still there
+        table.rows(torch.tensor([2]))
+    with pytest.raises(ReadError, match=r"ends early|has changed"):
         model(input_ids=torch.tensor([[1, 5]]))
     with pytest.raises(UsageError, match=r"cannot be resized: load the model with embeddings='memory'"):
         model.resize_token_embeddings(200)

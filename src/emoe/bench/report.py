@@ -149,18 +149,18 @@ def _legend(report: DecodeReport) -> list[str]:
 
 
 def _ahead(report: DecodeReport) -> list[str]:
-    """What was loaded ahead of need while decoding, and how much of it was used."""
+    """What was loaded ahead of need, and how much of it was used: a plan's loads begin while a prompt is read."""
     lines = []
     for outcome in report.outcomes:
-        phases = [sample["decode"] for sample in outcome.samples.values() if "ahead_issued" in sample["decode"]]
-        if not phases:
+        samples = [sample for sample in outcome.samples.values() if "ahead_issued" in sample["decode"]]
+        if not samples:
             continue
-        issued, used = (sum(phase[name] for phase in phases) for name in ("ahead_issued", "ahead_used"))
-        each = issued / sum(decoded_tokens(sample) for sample in outcome.samples.values())
-        said = "no load ahead: what does not pay switches itself off"
+        phases = [sample[phase] for sample in samples for phase in ("prefill", "decode")]
+        issued, used = (sum(phase.get(name, 0) for phase in phases) for name in ("ahead_issued", "ahead_used"))
+        said = "nothing was loaded ahead"
         if issued:
-            said = f"{each:.2f} loads ahead per token, {used / issued:.0%} used"
-        lines.append(f"{outcome.name}: while decoding {said}")
+            said = f"{issued / len(samples):.3g} loads ahead a round, {used / issued:.0%} used"
+        lines.append(f"{outcome.name}: {said}")
     return lines
 
 

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         found = check(args.out, note)
     wrong = sum(part.wrong for part in found)
     if args.json:
-        kept = ("part", "routes", "wrong", "weights_off", "next_gate")
+        kept = ("part", "routes", "wrong", "weights_off", "next_gate", "planted", "failed")
         parts = [{name: getattr(part, name) for name in kept} for part in found]
         print_json({**card.as_dict(), "folder": str(args.out), "checked": parts, "wrong": wrong})
     else:

@@ -54,7 +54,8 @@ class Foresight:
             raise UsageError("prefetch='next-gate' and a predictor both load ahead: choose one.")
         if self.prefetch == "next-gate" and self.mode != "exact":
             raise UsageError(
-                f"prefetch='next-gate' works in mode 'exact': in mode {self.mode!r} what is resident decides the route."
+                f"prefetch='next-gate' works in mode 'exact': in mode {self.mode!r} what is resident decides the "
+                "route. Choose mode 'exact' (--mode, --modes)."
             )
         threshold = self.sensitivity_threshold
         if threshold is not None and not (math.isfinite(threshold) and threshold >= 0):

@@ -71,10 +71,5 @@ def rivals(seed: int) -> Iterator[None]:
     added: dict[str, Callable[[RoutingShape], Predictor]] = {RANDOM: lambda shape: Random(shape, seed)}
     added |= {name: _by_score(name) for name in SCORERS}
     added |= {AT_ONCE + name: PREDICTORS[name] for name in NETWORKS}
-    added = {name: made for name, made in added.items() if name not in PREDICTORS}
-    PREDICTORS.update(added)
-    try:
+    with PREDICTORS.meanwhile(added):
         yield
-    finally:
-        for name in added:
-            del PREDICTORS[name]
