@@ -16,18 +16,17 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
 """What they call the experts of a token."""
 
-_COUNTED = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("n_group", "topk_group", *EXPERT_COUNTS, *TOP_K),
-)
+_COUNTED = (*("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),)
 """What cannot be 0."""
 
 _MEASURED = (
     *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts"),
     *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "linear_conv_kernel_dim"),
     *("linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads"),
+    *("head_dim", "n_group", "topk_group", *EXPERT_COUNTS, *TOP_K),
 )
-"""What some models do without, but cannot have less than nothing of."""
+"""What some models do without, but cannot have less than nothing of: a dense one of a family that also has models with
+experts states 0 experts, and one with latent attention may state a head_dim of 0."""
 
 _REMEDY = "Take config.json from where the weights are from, or correct it."
 
@@ -39,7 +38,7 @@ def read_config(path: Path, name: str = "config.json") -> dict[str, Any]:
         config = json.loads(file.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing: not a Hugging Face checkpoint directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also no UTF-8, integers of thousands of digits, endless lists
         raise CheckpointError(f"{file} is not valid JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds a {type(config).__name__}, not an object; fetch the checkpoint again")
@@ -67,23 +66,30 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
                     yield f"{name} is {stated!r}, not a whole number"
                 elif value < least:
                     yield f"{name} is {stated}, and must be at least {least}"
+
+    def size(name: str) -> int:
+        """What it states; 0 also where it states none."""
+        stated = config.get(name)
+        return stated if isinstance(stated, int) else 0
+
     chosen = next((name for name in TOP_K if isinstance(config.get(name), int)), "")
     counted = next((name for name in EXPERT_COUNTS if isinstance(config.get(name), int)), "")
-    if chosen and counted and config[chosen] > config[counted]:
-        yield f"{chosen} is {config[chosen]}, more than the {config[counted]} experts of {counted}"
-    heads, shared = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    top, experts = size(chosen), size(counted)
+    if min(top, experts) >= 1 and top > experts:
+        yield f"{chosen} is {top}, more than the {experts} experts of {counted}"
+    if experts > 1 and chosen and top == 0:
+        yield f"{chosen} is 0, and {counted} {experts}: a token has at least one of the experts"
+    heads, shared = size("num_attention_heads"), size("num_key_value_heads")
     latent = config.get("kv_lora_rank") is not None  # its heads have keys of their own, whatever this says
-    if isinstance(heads, int) and isinstance(shared, int) and heads % shared and not latent:
+    if min(heads, shared) >= 1 and heads % shared and not latent:
         yield f"num_key_value_heads is {shared}, which does not divide the num_attention_heads, {heads}"
-    groups, kept = config.get("n_group"), config.get("topk_group")
-    if isinstance(groups, int) and counted and config[counted] % groups:
-        yield f"n_group is {groups}, which does not divide the {config[counted]} experts of {counted}"
-    if isinstance(groups, int) and isinstance(kept, int) and kept > groups:
+    groups, kept = size("n_group"), size("topk_group")
+    if min(groups, experts) >= 1 and experts % groups:
+        yield f"n_group is {groups}, which does not divide the {experts} experts of {counted}"
+    if min(groups, kept) >= 1 and kept > groups:
         yield f"topk_group is {kept}, more than the {groups} of n_group"
-    if isinstance(groups, int) and isinstance(kept, int) and chosen and counted:
-        reached = kept * config[counted] // groups
-        if config[chosen] > reached:
-            yield f"{chosen} is {config[chosen]}, and topk_group {kept} of n_group {groups} leaves {reached} experts"
+    if min(groups, kept, top, experts) >= 1 and top > (reached := kept * experts // groups):
+        yield f"{chosen} is {top}, and topk_group {kept} of n_group {groups} leaves {reached} experts"
 
 
 def origins(config: Mapping[str, Any], number: int) -> str:
