@@ -72,6 +72,18 @@ def test_a_compiler_that_fails_is_named_with_its_first_error(monkeypatch: pytest
 
 
 @needs_compiler
+def test_a_library_that_is_found_ends_the_note_of_a_failure(tmp_path: Path) -> None:
+    """Another process may have failed where this one, or an earlier one, did not: plans should not hear of it."""
+    flags = [flag.replace("-O3", "-O0") for flag in build.FLAGS]
+    first = build.built(flags)
+    note = tmp_path / "kernels" / f"{build._attempt(build.compiler(), flags)}.failed"
+    note.write_text("no room")
+    assert build.failed_before(flags) == "no room"
+    assert build.built(flags) == first
+    assert build.failed_before(flags) == ""
+
+
+@needs_compiler
 def test_built_once_privately_and_again_when_damaged(tmp_path: Path) -> None:
     flags = [flag.replace("-O3", "-O0") for flag in build.FLAGS]
     first = build.built(flags)

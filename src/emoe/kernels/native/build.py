@@ -82,10 +82,12 @@ def built(flags: Sequence[str] = FLAGS) -> Path:
     source = resources.files(__package__)
     texts = {name: (source / name).read_bytes() for name in SOURCES}
     key = _fingerprint(texts, flags, command)
+    note = folder / f"{_attempt(command, flags)}.failed"
     for found in sorted(folder.glob(f"{key}-*.so")):
         if _is_whole(found):
+            with contextlib.suppress(OSError):  # another process may have failed where this one succeeded
+                note.unlink(missing_ok=True)
             return found
-    note = folder / f"{_attempt(command, flags)}.failed"
     try:
         with tempfile.TemporaryDirectory(dir=folder) as name:
             temporary = Path(name)
