@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
 
 import pytest
 
 from emoe.server import connections, limits
-from tests.server.conftest import Serve, raw_post, until
+from tests.server.conftest import Running, Serve, raw_post, until
 from tests.server.stand_ins import ScriptedEngine, finished, tokens
 
 WORLD = 1183
@@ -54,6 +57,36 @@ def drip(connection: socket.socket, text: bytes, every_s: float = 0.05, times: i
     raise AssertionError("the server takes it for ever")
 
 
+def there(server: Running) -> list[connections.TimedProtocol]:
+    return cast(list[connections.TimedProtocol], list(server.server.server_state.connections))
+
+
+def unsent(server: Running, client: socket.socket) -> int:
+    port = client.getsockname()[1]
+    own = [each for each in there(server) if each.client is not None and each.client[1] == port]
+    return sum(each.transport.get_write_buffer_size() for each in own)
+
+
+@contextmanager
+def deaf(server: Running, last: bytes) -> Iterator[socket.socket]:
+    """A client that asks until the server cannot send all of the answers at once, and reads none; `last` follows.
+
+    There are then some bytes that are not sent, fewer than those at which a transport says that its client takes none.
+    """
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        for _ in range(1000):
+            client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+            time.sleep(0.002)
+            if unsent(server, client):
+                break
+        assert until(lambda: not any(each._busy for each in there(server)))
+        assert 0 < unsent(server, client) < 65536
+        client.sendall(last)
+        yield client
+
+
 @pytest.mark.parametrize("begun", [b"", b"GET", HEAD])
 def test_a_header_that_does_not_end(serve: Serve, impatient: pytest.MonkeyPatch, begun: bytes) -> None:
     server = serve(engine())
@@ -97,7 +130,8 @@ def test_a_body_that_drips(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_is_left_of_a_body_that_was_answered(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key is wrong, so nobody reads the body."""
+    """The key is wrong, so nobody waits for the body."""
+    monkeypatch.setattr(limits, "REFUSED_READ_S", 0.1)
     server = serve(engine(), api_key="k")
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(HEAD + b"Content-Length: 100000\r\n\r\n")
@@ -145,8 +179,11 @@ def test_what_is_no_http_is_answered_and_counted(
     assert "Traceback" not in caplog.text
 
 
-def test_what_is_no_http_after_an_answer_ends_the_connection(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_no_http_after_an_answer_ends_the_connection(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A body goes wrong that was refused before it was read."""
+    monkeypatch.setattr(limits, "REFUSED_READ_S", 0.1)
     server = serve(engine(), api_key="right")
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
@@ -164,4 +201,34 @@ def test_who_lingers_is_hung_up_on(serve: Serve, monkeypatch: pytest.MonkeyPatch
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(b"hello\r\n\r\n")
         drip(connection, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert until(lambda: not server.server.server_state.connections)
+
+
+def test_a_head_request_whose_body_goes_wrong_gets_no_body(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    server = serve(engine())
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"HEAD /v1/models HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+        reply = to_the_end(connection)
+    assert reply.startswith(b"HTTP/1.1 400") and reply.endswith(b"\r\n\r\n")
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("closed_by", ["the client", "the server"])
+def test_who_does_not_take_the_last_answers_is_given_up(
+    closed_by: str, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not sent yet stays below the mark at which a transport says so."""
+    monkeypatch.setattr(connections, "STALLED_S", 0.5)
+    server = serve(engine())
+    server.server.config.timeout_keep_alive = 1
+    with deaf(server, b"") as client:
+        if closed_by == "the client":
+            client.shutdown(socket.SHUT_WR)
+        assert until(lambda: not server.server.server_state.connections)
+
+
+def test_a_refusal_that_is_not_taken_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "LINGER_S", 0.2)
+    server = serve(engine())
+    with deaf(server, b"hello\r\n\r\n"):
         assert until(lambda: not server.server.server_state.connections)

@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
-from typing import cast
 
 import pytest
 
@@ -17,7 +16,7 @@ from emoe.server import connections, running
 from emoe.server.settings import MAX_CONNECTIONS
 from tests.server.conftest import Running, Serve, raw_post, until
 from tests.server.stand_ins import ScriptedEngine, finished, tokens
-from tests.server.test_connections import HEAD, WORLD, read_all, to_the_end
+from tests.server.test_connections import HEAD, WORLD, deaf, read_all, there, to_the_end
 
 MOST = 4
 GET = "GET {} HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -53,12 +52,12 @@ def is_open(server: Running, connection: socket.socket) -> bool:
     return any(each.client is not None and each.client[1] == port for each in there(server))
 
 
-def there(server: Running) -> list[connections.TimedProtocol]:
-    return cast(list[connections.TimedProtocol], list(server.server.server_state.connections))
-
-
 def count(server: Running) -> int:
     return len(server.server.server_state.connections)
+
+
+def closing(server: Running) -> int:
+    return sum(each.transport.is_closing() for each in there(server))
 
 
 def busy(server: Running) -> bool:
@@ -184,3 +183,16 @@ def test_files_are_allowed_or_it_is_said(monkeypatch: pytest.MonkeyPatch, caplog
     running.allow_files(900)
     assert limits == [500, 500]
     assert "lets this process open 500 files" in caplog.text
+
+
+def test_closed_connections_that_take_nothing_keep_no_place(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of them so many are kept; the eldest is cut."""
+    monkeypatch.setattr(connections, "CLOSING", 2)
+    monkeypatch.setattr(connections, "RESERVE", 0)
+    server = serve(engine(), max_connections=3)
+    with ExitStack() as stack:
+        for number in range(3):
+            stack.enter_context(deaf(server, b"")).shutdown(socket.SHUT_WR)
+            assert until(lambda wanted=number + 1: closing(server) == wanted)  # type: ignore[misc]
+        assert ask(server, GET.format("/v1/models").encode()).startswith(b"HTTP/1.1 200")
+        assert until(lambda: count(server) <= 3)

@@ -41,6 +41,9 @@ the client would see that in the place of the answer."""
 LINGERING = 64
 """So many connections beyond `RESERVE` may do so; further ones are closed at once."""
 
+CLOSING = 64
+"""So many closed connections whose clients have not taken all of their answers are kept; then the eldest is cut."""
+
 
 class TimedProtocol(H11Protocol):
     """uvicorn's protocol, which hangs up (408) on who owes the rest of a request that nobody waits for any more.
@@ -53,13 +56,14 @@ class TimedProtocol(H11Protocol):
 
     Of more than `max_connections` the one goes on which nothing has been asked for the longest time. Where something
     is under way on all of them, what is asked on one more is refused (`emoe.server.limits.CrowdLimit`), also in a burst
-    of connections that come at once.
+    of connections that come at once. Closed ones whose clients still have to take something are not counted.
     """
 
     max_connections: int | None = None
     _late: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
     _idle_since = 0.0
+    _closed_at: float | None = None
     _beyond = False
     _refusal: asyncio.TimerHandle | None = None
 
@@ -74,7 +78,7 @@ class TimedProtocol(H11Protocol):
         super().connection_made(transport)
         self._watch()
         self._beyond = not self._has_place()
-        more = len(self.connections) - (self.max_connections or 0) - RESERVE
+        more = len(self._there()) + 1 - (self.max_connections or 0) - RESERVE
         if self._beyond and more > 0:
             self._refuse(too_many_connections(), linger=more <= LINGERING)
 
@@ -93,28 +97,43 @@ class TimedProtocol(H11Protocol):
             self._refusal.cancel()
         super().connection_lost(exc)
 
+    def eof_received(self) -> None:
+        """The client says nothing more; what calls this closes the connection."""
+        super().eof_received()
+        self._close()
+
     def pause_writing(self) -> None:
         """The client takes nothing."""
         super().pause_writing()
-        if self._stalled is None:
-            self._stalled = self.loop.call_later(STALLED_S, self.transport.abort)
+        self._wait_for_client()
 
     def resume_writing(self) -> None:
         """It does again."""
         self._go_on()
         super().resume_writing()
+        if self.transport.is_closing():
+            self._close()
 
     def on_response_complete(self) -> None:
         """From here on nothing is asked."""
         self._idle_since = self.loop.time()
         super().on_response_complete()
+        if self.transport.is_closing():
+            self._close()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Nothing more is asked."""
+        super().timeout_keep_alive_handler()
+        self._close()
 
     def shutdown(self) -> None:
         """The server ends: who still sends a body would wait for a refusal, and is not waited for."""
         if self._refusal is not None or (self._busy and self.cycle.more_body and not self.cycle.response_started):
-            self.transport.close()
+            self._close()
         else:
             super().shutdown()
+            if self.transport.is_closing():
+                self._close()
 
     @property
     def _busy(self) -> bool:
@@ -130,8 +149,7 @@ class TimedProtocol(H11Protocol):
 
     def _has_place(self) -> bool:
         """Whether it is one of those that there may be, perhaps because another one goes."""
-        others = [each for each in self.connections if each is not self and isinstance(each, TimedProtocol)]
-        others = [each for each in others if not each._beyond]
+        others = [each for each in self._there() if not each._beyond]
         if self.max_connections is None or len(others) < self.max_connections:
             return True
         idle = [each for each in others if each._may_go]
@@ -139,13 +157,33 @@ class TimedProtocol(H11Protocol):
             return False
         gone = min(idle, key=lambda each: each._idle_since)
         self.connections.discard(gone)  # the loop tells it later
-        gone.transport.close()
+        gone._close()
         return True
+
+    def _there(self) -> list[TimedProtocol]:
+        """The others, but for those that are closed and wait for their clients; of these the eldest may have to go."""
+        others = [each for each in self.connections if each is not self and isinstance(each, TimedProtocol)]
+        waiting = [each for each in others if each.transport.is_closing()]
+        for each in sorted(waiting, key=lambda each: each._closed_at or 0.0)[: max(0, len(waiting) - CLOSING)]:
+            each.transport.abort()
+        return [each for each in others if not each.transport.is_closing()]
+
+    def _close(self) -> None:
+        """Close, and wait for the client to take what is left of its answers, but not for ever as asyncio would."""
+        if self._closed_at is None:
+            self._closed_at = self.loop.time()
+        self.transport.close()
+        if self.transport.get_write_buffer_size():
+            self._wait_for_client()
 
     def _turned_away(self) -> bool:
         """Whether there was no place when it came, nor is now."""
         self._beyond = self._beyond and not self._has_place()
         return self._beyond
+
+    def _wait_for_client(self) -> None:
+        if self._stalled is None:
+            self._stalled = self.loop.call_later(STALLED_S, self.transport.abort)
 
     def _go_on(self) -> None:
         if self._stalled is not None:
@@ -185,14 +223,16 @@ class TimedProtocol(H11Protocol):
     def _refuse(self, error: ApiError, *, counted: bool = True, linger: bool = True) -> None:
         """Say why, where nothing has been said, and hang up."""
         if self.conn.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
-            self.transport.close()
+            self._close()
             return
         if counted:
             self.refused(error.code)
         reply = error.response()
         reason = HTTPStatus(reply.status_code).phrase.encode()
         answer = h11.Response(status_code=reply.status_code, headers=reply.raw_headers, reason=reason)
-        for event in (answer, h11.Data(data=bytes(reply.body)), h11.EndOfMessage()):
+        to_head = self.conn.our_state is h11.SEND_RESPONSE and self.cycle.scope["method"] == "HEAD"
+        body = () if to_head else (h11.Data(data=bytes(reply.body)),)
+        for event in (answer, *body, h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         if self.cycle is not None:  # an endpoint that waits for the rest of a body
             self.cycle.disconnected = True
@@ -201,9 +241,16 @@ class TimedProtocol(H11Protocol):
         self._unset_keepalive_if_required()
         if linger and self.transport.can_write_eof():
             self.transport.write_eof()
-            self._refusal = self.loop.call_later(LINGER_S, self.transport.close)
+            self._refusal = self.loop.call_later(LINGER_S, self._end_of_linger)
         else:
-            self.transport.close()
+            self._close()
+
+    def _end_of_linger(self) -> None:
+        """Who has not taken the refusal by now is not waited for."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self._close()
 
 
 def limited(max_connections: int, refused: Refused) -> type[TimedProtocol]:
