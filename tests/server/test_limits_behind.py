@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
 
 from emoe.server import limits
-from emoe.server.limits import CROWDED, OPEN_PATHS, PROBES, ApiKey, BodyLimit, CrowdLimit
+from emoe.server.limits import CROWDED, OPEN_PATHS, PROBES, ApiKey, BodyLimit, CrowdLimit, OneLength
 
 Sent = dict[str, Any]
 
@@ -58,7 +59,7 @@ def test_without_the_key_nothing_runs_behind_it(given: bytes | None) -> None:
     behind = Behind()
     headers = [] if given is None else [(b"authorization", given)]
     codes: list[str | None] = []
-    limit = ApiKey(behind, "right", codes.append)
+    limit = ApiKey(behind, "right", 10, codes.append)
     sent, _ = drive(limit, [], headers=headers)
     assert sent[0]["status"] == 401 and behind.called == 0
     drive(limit, [], headers=[(b"authorization", b"bearer right")])
@@ -68,7 +69,7 @@ def test_without_the_key_nothing_runs_behind_it(given: bytes | None) -> None:
 def test_open_paths_and_the_servers_own_events_need_no_key() -> None:
     for scope in [*({"path": path} for path in OPEN_PATHS), {"type": "lifespan"}]:
         behind = Behind()
-        assert drive(ApiKey(behind, "right", never), [], **scope)[0] == [] and behind.called == 1
+        assert drive(ApiKey(behind, "right", 10, never), [], **scope)[0] == [] and behind.called == 1
 
 
 @pytest.mark.parametrize(
@@ -135,17 +136,22 @@ def test_on_a_connection_too_many_only_probes_and_events_pass() -> None:
         ({"content-length": "11", "expect": "100-Continue"}, [b"x" * 11], 1),  # who asks first has sent nothing
     ],
 )
-@pytest.mark.parametrize("limit", [CrowdLimit, BodyLimit])
+@pytest.mark.parametrize("limit", [CrowdLimit, BodyLimit, partial(ApiKey, key="right"), OneLength])
 def test_a_refused_body_is_read_out(limit: Any, headers: dict[str, str], bodies: list[bytes], unread: int) -> None:
     """Else the client, which still sends, sees a reset in the place of the answer."""
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    if limit is OneLength:
+        raw = [
+            (b"transfer-encoding", b"chunked"),
+            *(raw if b"content-length" in dict(raw) else [(b"content-length", b"4")]),
+        ]
     made = limit(Behind(), max_bytes=10, refused=lambda code: None)
     sent, left = drive(made, parts(*bodies), headers=raw, state={CROWDED: lambda: True})
-    assert sent[0]["status"] in {413, 503} and len(left) == unread
+    assert sent[0]["status"] in {400, 401, 413, 503} and len(left) == unread
 
 
 def test_a_refused_body_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "CROWDED_READ_S", 0.05)
+    monkeypatch.setattr(limits, "REFUSED_READ_S", 0.05)
     sent: list[Sent] = []
 
     async def receive() -> Sent:

@@ -130,6 +130,11 @@ def test_fields_at_odds(server: Running, fields: dict[str, Any], message: str) -
             "'tool' is not supported: there are no tools here",
         ),
         ({"role": "function", "content": None, "name": "f"}, "messages.1.role", "'function' is not supported"),
+        (
+            {"role": "user", "content": [{"type": "x" * 1000}]},
+            "messages.1.content.0.type",
+            f"'{'x' * 64}' is not supported: the model reads text",
+        ),
     ],
 )
 def test_what_the_model_cannot_read_is_named(server: Running, turn: dict[str, Any], param: str, said: str) -> None:

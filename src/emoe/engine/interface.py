@@ -177,7 +177,7 @@ class EngineSettings:
         if self.max_batch_tokens < self.max_running:
             raise UsageError(
                 f"a step of {self.max_batch_tokens} tokens cannot hold {self.max_running} requests: raise "
-                "max_batch_tokens or lower max_running."
+                "max_batch_tokens (--max-num-batched-tokens) or lower max_running (--max-num-seqs)."
             )
         if self.page_tokens < 4:  # transformers' least
             raise UsageError(f"a page of {self.page_tokens} tokens is too small: give at least 4.")

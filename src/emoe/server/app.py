@@ -89,7 +89,7 @@ def create_app(engine: EngineLike, settings: ServerSettings, tokenizer: Any, mod
     refused = service.metrics.refused
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, refused=refused)
     if settings.api_key is not None:
-        app.add_middleware(ApiKey, key=settings.api_key, refused=refused)
+        app.add_middleware(ApiKey, key=settings.api_key, max_bytes=settings.max_body_bytes, refused=refused)
     app.add_middleware(CrowdLimit, max_bytes=settings.max_body_bytes, refused=refused)
     if settings.cors_origins:  # outside of those, so that a page may read why
         app.add_middleware(
@@ -99,7 +99,7 @@ def create_app(engine: EngineLike, settings: ServerSettings, tokenizer: Any, mod
             allow_headers=["*"],
             expose_headers=["*"],  # Retry-After, x-request-id, x-emoe-...: pages see no others than are named
         )
-    app.add_middleware(OneLength, refused=refused)
+    app.add_middleware(OneLength, max_bytes=settings.max_body_bytes, refused=refused)
     return app
 
 

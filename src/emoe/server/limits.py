@@ -33,8 +33,8 @@ READ_BYTES_PER_S = 16 << 10
 _READ_OUT = 8
 """A refused body of up to this many times the limit is read to its end: who still sends does not read the answer."""
 
-CROWDED_READ_S = 5.0
-"""Seconds for that on a connection too many."""
+REFUSED_READ_S = 5.0
+"""Seconds for that where nobody looks at the body: on a connection too many, with a wrong key, with two lengths."""
 
 
 def too_many_connections() -> ApiError:
@@ -64,19 +64,21 @@ class CrowdLimit:
             return
         error = too_many_connections()
         self._refused(error.code)
-        size, asks_first = _announced(scope)
-        if size <= self._max * _READ_OUT and not asks_first:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(CROWDED_READ_S):
-                    await self._read_out(receive)
-        await error.response()(scope, receive, send)
+        await _answer(error, self._max * _READ_OUT, scope, receive, send)
 
-    async def _read_out(self, receive: Receive) -> None:
-        size, more = 0, True
-        while more and size <= self._max * _READ_OUT:
-            message = await receive()
-            size += len(message.get("body", b""))
-            more = message.get("more_body", False)
+
+async def _answer(error: ApiError, most: int, scope: Scope, receive: Receive, send: Send) -> None:
+    """Refuse; a body of up to `most` bytes is read out first, so that the client does not see a reset instead."""
+    size, asks_first = _announced(scope)
+    more = size <= most and not asks_first
+    with suppress(TimeoutError):
+        async with asyncio.timeout(REFUSED_READ_S):
+            size = 0
+            while more and size <= most:
+                message = await receive()
+                size += len(message.get("body", b""))
+                more = message.get("more_body", False)
+    await error.response()(scope, receive, send)
 
 
 def _announced(scope: Scope) -> tuple[int, bool]:
@@ -93,8 +95,9 @@ class OneLength:
     What follows would be a request for one of them and a body for the other (RFC 9112, 6.1: the connection must close).
     """
 
-    def __init__(self, app: ASGIApp, refused: Refused) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, refused: Refused) -> None:
         self._app = app
+        self._max = max_bytes
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,14 +109,15 @@ class OneLength:
         text = "a request has either Content-Length or Transfer-Encoding; leave one out"
         error = ApiError(400, text, code="invalid_http", headers={"Connection": "close"})
         self._refused(error.code)
-        await error.response()(scope, receive, send)
+        await _answer(error, self._max * _READ_OUT, scope, receive, send)
 
 
 class ApiKey:
     """Lets requests through that carry `Authorization: Bearer KEY`."""
 
-    def __init__(self, app: ASGIApp, key: str, refused: Refused) -> None:
+    def __init__(self, app: ASGIApp, key: str, max_bytes: int, refused: Refused) -> None:
         self._app = app
+        self._max = max_bytes
         self._key = key.encode()
         self._refused = refused
 
@@ -132,7 +136,7 @@ class ApiKey:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
                 self._refused(error.code)
-                await error.response()(scope, receive, send)
+                await _answer(error, self._max * _READ_OUT, scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

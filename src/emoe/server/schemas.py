@@ -175,7 +175,7 @@ class TextPart(_Body):
     @classmethod
     def _is_text(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(kind := value.get("type"), str) and kind != "text":
-            raise _wrong("type", f"{kind!r} is not supported: the model reads text")
+            raise _wrong("type", f"{kind[:64]!r} is not supported: the model reads text")
         return value
 
 
@@ -282,8 +282,12 @@ class CompletionRequest(_Request):
     def _bounded(self) -> Self:
         if self.best_of not in {None, self.n or 1}:
             raise _wrong("best_of", f"{self.best_of} is not supported with n: {self.n or 1}; leave it out")
-        if len(self.prompts) * (self.n or 1) > CHOICES_AT_MOST:
-            raise _wrong("n", f"times the prompts is more than {CHOICES_AT_MOST} answers; send several requests")
+        answers = len(self.prompts) * (self.n or 1)
+        if answers > CHOICES_AT_MOST:
+            text = (
+                f"{self.n} for each of {len(self.prompts)} prompts makes {answers} answers, more than {CHOICES_AT_MOST}"
+            )
+            raise _wrong("n", f"{text}; send several requests")
         return self
 
 
