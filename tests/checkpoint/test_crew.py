@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -190,4 +192,32 @@ def test_threads_that_cannot_be_started_are_told_of_and_missed(
         crew.run([lambda: ran.append(1)] * 10)
     assert len(ran) == 20
     assert [f"{3 - allowed} of 3 threads" in line and "ulimit -u" in line for line in caplog.messages] == [True]
+    crew.close()
+
+
+def test_an_interrupt_as_a_caller_begins_to_wait_does_not_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the wait is Python's, an interrupt can leave a lock within it taken."""
+    crew = Crew(3, "waits")
+    enter = threading.Condition.__enter__
+    interrupted: list[bool] = []
+    ended: list[bool] = []
+
+    def taken(condition: threading.Condition) -> bool:
+        found = enter(condition)
+        frame = sys._getframe(2)
+        if frame.f_code is Crew._leave.__code__ and not interrupted:
+            interrupted.append(found)
+            raise KeyboardInterrupt
+        return found
+
+    def call() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            crew.run([lambda: time.sleep(0.05)] * 6)
+        ended.append(True)
+
+    monkeypatch.setattr(threading.Condition, "__enter__", taken)
+    caller = threading.Thread(target=call, daemon=True)
+    caller.start()
+    caller.join(5)
+    assert ended
     crew.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -158,6 +159,41 @@ def test_closing_waits_for_no_read_that_was_interrupted_as_it_ended(qwen: Expert
     read(reader, qwen, 0, 0)
     reader._reading.add(threading.get_ident())  # what Ctrl-C leaves
     reader.close()
+
+
+def test_an_interrupt_as_a_read_begins_leaves_no_lock_taken(qwen: ExpertIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Reader("cached", qwen.files)
+    enter = threading.Condition.__enter__
+    interrupted: list[bool] = []
+
+    def taken(condition: threading.Condition) -> bool:
+        found = enter(condition)
+        if condition is reader._idle and not interrupted:
+            interrupted.append(found)
+            raise KeyboardInterrupt
+        return found
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(threading.Condition, "__enter__", taken)
+        read(reader, qwen, 0, 0)
+    other = threading.Thread(target=read, args=(reader, qwen, 0, 1), daemon=True)
+    other.start()
+    other.join(5)
+    assert not other.is_alive()
+    reader.close()
+
+
+def test_a_file_whose_server_has_lost_it(qwen: ExpertIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Reader("cached", qwen.files) as reader:
+
+        def stale(descriptor: int) -> os.stat_result:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", stale)
+            with pytest.raises(ReadError, match=r"Stale file handle.*load the model again") as caught:
+                read(reader, qwen, 0, 0)
+    assert any(str(piece.file) in str(caught.value) for piece in qwen.pieces(0, 0))
 
 
 def test_a_file_that_changed_since_it_was_indexed(mixtral: Path) -> None:

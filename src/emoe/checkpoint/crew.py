@@ -26,7 +26,16 @@ class _Call:
     running: set[int] = field(default_factory=set)
     failed: int = -1
     error: BaseException | None = None
-    ended: threading.Event = field(default_factory=threading.Event)
+    under_way: threading.Lock = field(default_factory=threading.Lock)
+    """Taken until no task runs or will run. No Event: interrupted, its wait can leave the lock within it taken."""
+
+    def __post_init__(self) -> None:
+        self.under_way.acquire()
+
+    def end(self) -> None:
+        """Wake who waits for the end; the crew's lock is held. Safe to call again."""
+        if self.under_way.locked():
+            self.under_way.release()
 
 
 class Crew:
@@ -94,8 +103,8 @@ class Crew:
                     if threading.get_ident() in self._under_way:
                         self._let_go(ReadError("a read was given up: the thread that helped with it was interrupted."))
                     if not call.running:
-                        call.ended.set()
-                quiet = call.ended.wait()
+                        call.end()
+                quiet = call.under_way.acquire()
             except BaseException as another:  # raised below
                 interrupt = another
         if interrupt is not None:
@@ -114,7 +123,7 @@ class Crew:
             call.waiting.clear()
         call.running.discard(me)
         if not call.waiting and not call.running:
-            call.ended.set()
+            call.end()
         del self._under_way[me]  # last: interrupted before, this is done again
 
     def close(self) -> None:

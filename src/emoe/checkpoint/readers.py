@@ -102,7 +102,9 @@ class Reader:
         self._crew = Crew(DIRECT_DEPTH, "emoe-read")
         self._block = ALIGNMENT
         self._spare: list[Bytes] = []
-        self._idle = threading.Condition()
+        # Taken by itself, not by way of the condition: an interrupt as that returns would leave it locked for good.
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
         self._reading: set[int] = set()  # threads: one that was interrupted as it left is none the more
         self._closed = False
         self._files: dict[Path, int] = {}
@@ -132,7 +134,7 @@ class Reader:
             ReadError: the read failed, the file ended early or has changed, or the reader is closed.
             UsageError: a part is missing, or is not what the pieces were made for.
         """
-        with self._idle:
+        with self._lock:
             if self._closed:
                 raise ReadError("the reader of experts is closed; load the model again.")
             self._reading.add(threading.get_ident())
@@ -142,7 +144,7 @@ class Reader:
                 self._check_unchanged(file, self._files[file])
             return nbytes
         finally:
-            with self._idle:
+            with self._lock:
                 self._reading.discard(threading.get_ident())
                 self._idle.notify_all()
 
@@ -194,7 +196,7 @@ class Reader:
 
     def close(self) -> None:
         """Wait for reads under way, then close the files. Later reads raise ReadError."""
-        with self._idle:
+        with self._lock:
             self._closed = True
             self._reading.discard(threading.get_ident())
             self._idle.wait_for(lambda: not self._reading)
@@ -244,7 +246,14 @@ class Reader:
 
     def _check_unchanged(self, file: Path, descriptor: int) -> None:
         """Raise ReadError where a file is not what was indexed: bytes of another checkpoint would be wrong tokens."""
-        status, stamp = os.fstat(descriptor), self._stamps[file]
+        stamp = self._stamps[file]
+        try:
+            status = os.fstat(descriptor)
+        except OSError as error:  # of a file on a server that has lost it, or is gone itself
+            raise ReadError(
+                f"{file} cannot be looked at any more: {error.strerror or error} (errno {error.errno}). Check the file "
+                "and the file system it is on, then load the model again."
+            ) from error
         if (status.st_size, status.st_mtime_ns) != (stamp.nbytes, stamp.mtime_ns):
             raise ReadError(
                 f"{file} has changed since it was indexed (then {stamp.nbytes:,} bytes, now {status.st_size:,}; "
@@ -262,7 +271,7 @@ class Reader:
         """This thread's aligned buffer for O_DIRECT."""
         buffer: Bytes | None = getattr(self._local, "staging", None)
         if buffer is None:
-            with self._idle:
+            with self._lock:
                 # Enough for the four loader threads and those that help them (planner.plan.READ_BUFFER_BYTES).
                 self._spare = self._spare or direct.buffers(DIRECT_DEPTH + 3, STAGING_BYTES)
                 buffer = self._local.staging = self._spare.pop(0)
