@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from emoe.config import ExpertMemory
 from emoe.errors import ReadError, UsageError
 from emoe.model import placement
 from emoe.model.bind import binding_of
-from emoe.model.spreading import SpreadCosts, expected_most
+from emoe.model.spreading import Spread, SpreadCosts, expected_most
+from emoe.residency.pool import ExpertPool
+from emoe.residency.table import SlotState
 from emoe.residency.virtual import Program, VirtualDevice
 from tests.families import make_checkpoint
 from tests.model.test_exact import batch_of, logits_of
@@ -202,3 +205,40 @@ def test_what_spreading_does_not_do_is_refused(path: Path, monkeypatch: pytest.M
         emoe.load(path, expert_devices=("cpu", "cpu"))
     with pytest.raises(UsageError, match="put them on one of the expert devices"):
         emoe.load(path, expert_devices=("cpu:1", "cpu:2"))
+
+
+def test_every_shards_slots_come_back_whatever_ending_one_raises(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Machine(monkeypatch).load(path, 3, expert_memory="60%", host_memory="100%", spread="always")
+    stream = ExpertPool.stream
+
+    class Odd:
+        """A stream that says something as it ends."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self._stream: Any = stream(*arguments, **options)
+
+        def __iter__(self) -> Iterator[Any]:
+            return self
+
+        def __next__(self) -> Any:
+            return next(self._stream)
+
+        def close(self) -> None:
+            self._stream.close()
+            raise OSError("at its end")
+
+    def odd(*arguments: Any, **options: Any) -> Odd:
+        return Odd(*arguments, **options)
+
+    def failing(*_: object) -> torch.Tensor:
+        raise ValueError("in the middle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExpertPool, "stream", odd)
+        patch.setattr(Spread, "_rows", failing)
+        with pytest.raises(OSError, match="at its end") as caught:  # it keeps the frames, and so the streams
+            logits_of(model, batch_of(0, 1, 12), 1)
+    slots = [slot for pool in binding_of(model).pools for slot in pool.table.slots]
+    assert caught.value.__context__ is not None
+    assert slots and all(slot.state in (SlotState.EMPTY, SlotState.READY) for slot in slots)
+    emoe.close(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from emoe.checkpoint.crew import Crew
 from emoe.residency.budget import PoolPlan
 from emoe.residency.eviction import make_eviction
-from emoe.residency.loader import Loader
+from emoe.residency.loader import Load, Loader
 from emoe.residency.pool import ExpertPool
 from emoe.residency.table import Key, ResidencyTable, SlotState
 from tests.interrupting import Interrupts
+from tests.residency.test_transfers import COPY_S, holds, make
 
 LAYERS, EXPERTS, PARTS = 2, 6, 3
 
@@ -153,3 +154,82 @@ def test_interrupts_at_any_line_leave_nothing_behind(
     line: int, then: int, kind: tuple[int, int, bool, int], seed: int
 ) -> None:
     interrupted(Interrupts(line, then), lambda: World(*kind, seed=seed))
+
+
+@pytest.mark.parametrize("when", range(1, 9))
+def test_an_interrupted_load_keeps_its_slots_while_its_copy_is_under_way(
+    when: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, device, _ = make(4, 3)  # few host slots: each is soon read into again; the device tells if that is too soon
+    assert pool.transfers is not None
+    bring, begun = pool.transfers._bring, 0
+
+    def interrupted(*arguments: Any) -> int:
+        nonlocal begun
+        nbytes, begun = bring(*arguments), begun + 1
+        if begun == when:
+            raise KeyboardInterrupt
+        return nbytes
+
+    monkeypatch.setattr(pool.transfers, "_bring", interrupted)
+    draw, interrupts = random.Random(when), 0
+    for _ in range(20):
+        pool.table.begin_pass()
+        for layer in range(LAYERS):
+            experts = draw.sample(range(EXPERTS), 2)
+            try:
+                slots = pool.take(layer, experts)
+            except KeyboardInterrupt:
+                interrupts += 1
+                assert SlotState.LOADING in {slot.state for slot in pool.table.slots}
+                break
+            assert all(holds(pool, slot, (layer, expert)) for slot, expert in zip(slots, experts, strict=True))
+            device.compute(COPY_S / 2)
+            pool.release(slots)
+    assert interrupts == 1
+
+
+def test_an_interrupted_early_load_keeps_its_slot_until_the_next_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(6, 0, False, 0)
+    world.table.begin_pass()
+    world.pool.early.begin(deque([(0, 0)]))
+
+    def interrupted(load: Load) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.loader, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            world.pool.early.claim(0, ())  # its layer needs none of them
+    assert world.table.slots[world.pool._slot_of(0, 0)].state is SlotState.LOADING
+    world.check()
+    world.close()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_what_a_pass_held_before_a_mend_gives_nothing_back_after_it(streamed: bool) -> None:
+    """A generator lives on in an interrupt's traceback, and is closed as the next pass runs."""
+    world = World(6, 0, True, 0)
+    pool, table = world.pool, world.table
+    table.begin_pass()
+    if streamed:
+        stream = cast(Any, pool.stream(0, range(EXPERTS), prefill=True))
+        next(stream)
+        late = stream.close
+    else:
+        held = pool.begin(0, [0, 1])
+        pool.arrive(held)
+        late = partial(pool.end, held)
+    table.begin_pass()
+    taking = pool.begin(1, [0, 1, 2])
+    pool.arrive(taking)
+    before = [(slot.key, slot.state) for slot in table.slots]
+    late()
+    assert [(slot.key, slot.state) for slot in table.slots] == before
+    while taking.flights:
+        pool.arrive(taking)
+    for expert, slot in zip(taking.experts, taking.slots, strict=True):
+        world.holds(1, expert, slot)
+    pool.end(taking)
+    world.check()
+    world.close()

@@ -214,3 +214,24 @@ def test_a_load_whose_runner_was_interrupted_before_it_ran_can_be_cancelled() ->
         loader.wait(load)
     gate.set()
     loader.close()
+
+
+def test_loads_begun_by_another_thread_that_was_interrupted_can_be_abandoned() -> None:
+    loader = Loader(threads=1)
+    gate, claimed, mine = threading.Event(), threading.Event(), object()
+    loader.submit(lambda: int(gate.wait(10)), "keeps the thread")
+    load = loader.submit(lambda: 1, "expert 0 of layer 0", owner=mine)
+
+    def serve() -> None:
+        assert loader._claim(load)  # and then an interrupt, which ends the request but not this thread
+        claimed.set()
+        gate.wait(10)
+
+    threading.Thread(target=serve, daemon=True).start()
+    assert claimed.wait(5)
+    next_pass = threading.Thread(target=loader.abandon, args=(mine,), daemon=True)
+    next_pass.start()
+    next_pass.join(3)
+    assert not next_pass.is_alive() and load.done.is_set()
+    gate.set()
+    loader.close()

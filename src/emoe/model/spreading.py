@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -126,7 +127,7 @@ class Spread:
             return torch.zeros_like(hidden)
         home = self.shards[0].device
         parts = []
-        try:
+        with ExitStack() as ending:  # every stream is closed, whatever one of them raises
             start = 0
             for shard in self.shards:
                 part = grouping.part(start, [e for e in grouping.blocks if shard.holds(e)])
@@ -135,6 +136,8 @@ class Spread:
                     order = [e - shard.first for e in grouping.by_count() if shard.holds(e)]
                     together = shard.kernels is not None
                     stream = shard.pool.stream(self.layer, order, prefill=prefill, count=count, together=together)
+                    ending.callback(shard.workspace.trim)
+                    ending.callback(stream.close)  # type: ignore[attr-defined]
                     parts.append((shard, part, stream, next(stream)))  # every link is busy before anything is computed
             outer = hidden.new_empty(start, hidden.shape[1])
             found = []
@@ -146,10 +149,6 @@ class Spread:
             for (shard, part, _, _), rows in zip(parts, found, strict=True):
                 outer[at : at + part.rows] = home.receive(rows, shard.device)
                 at += part.rows
-        finally:
-            for shard, _, stream, _ in parts:
-                stream.close()  # type: ignore[attr-defined]
-                shard.workspace.trim()
         return finish_chunk(self.math, outer, grouping, gates, hidden.dtype, self.shards[0].workspace)
 
     def _rows(

@@ -102,7 +102,7 @@ class Early:
             nbytes = self._loader.wait(flight.load)
         except ReadError:  # no request needs it: the layer that does will read it again, and raise
             self._abort(flight.slot)
-        except BaseException:
+        except Exception:  # interrupted, the slot stays loading until the next pass begins (`Filling._mend`)
             self._loader.cancel(flight.load)
             self._abort(flight.slot)
             raise

@@ -36,6 +36,7 @@ class Filling:
         self._reader = reader
         self._loader = loader
         self.transfers: Transfers | None = None
+        self._mends = 0
         self._first_parts = used_first(bank.views[0] if bank.views else ())
         table.mender = self._mend
         self.prefetches = Prefetches(table, loader, self._submit, self._commit, self._abort, self._room)
@@ -96,11 +97,13 @@ class Filling:
 
         Whatever runs a layer gives back all that it holds as it ends. An interrupt that comes while it does so, or
         between two steps of the books, can leave slots that nobody knows of: then every load of the bank is ended, and
-        only what had arrived stays. Nothing is lost but loads ahead of need.
+        only what had arrived stays. Nothing is lost but loads ahead of need. What still believes that it holds slots (a
+        generator that lives on in a traceback) knows by the count of mends that they are no longer its own.
         """
         self.early.claim(-1, ())  # of a pass that failed
         if self.table.settled(self.prefetches.slots):
             return
+        self._mends += 1  # first: nothing that was held gives anything back from here on
         self._loader.abandon(self)
         self.prefetches.forget()
         if self.transfers is not None:
@@ -112,12 +115,12 @@ class Filling:
         return Flight(key, slot, self._submit(key, slot, DEMAND, passing))
 
     def _finish(self, flight: Flight) -> None:
-        """Wait for a load; its slot is then pinned, or empty if the load failed."""
+        """Wait for a load; its slot is then pinned, or empty if the load failed; if interrupted, still loading."""
         start = time.perf_counter()
         try:
             nbytes = self._loader.wait(flight.load)
-        except BaseException:
-            self._loader.cancel(flight.load)  # interrupted, the slot must not be reused while a thread still fills it
+        except Exception:  # interrupted, the slot stays loading: its copy may be under way, `_mend` waits for that
+            self._loader.cancel(flight.load)
             self._abort(flight.slot)
             raise
         finally:

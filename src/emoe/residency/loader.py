@@ -144,17 +144,24 @@ class Loader:
         """Return once `load` no longer runs: dropped if no thread had started it, else waited for."""
         if not self.drop(load) and load.runner == threading.get_ident() and not load.done.is_set():
             # This thread began to run it and was interrupted: nobody else will ever end it.
-            load.error = load.error or ReadError(f"{load.what} was not loaded: it was interrupted.")
-            self._end(load)
+            self._interrupted(load)
         while not load.done.wait(_LIVENESS_S) and any(thread.is_alive() for thread in self._threads):
             pass
 
     def abandon(self, owner: object) -> None:
-        """Return once no load of `owner` runs or will run, those that nobody knows of after an interrupt among them."""
+        """Return once no load of `owner` runs or will run, those that nobody knows of after an interrupt among them.
+
+        Only while nobody waits for one: what no thread of the loader runs was then begun by a thread that was
+        interrupted, whichever it was, and ends here.
+        """
         loads = [load for load in list(self._under_way) if load.owner is owner]
-        for end in (self.drop, self.cancel):  # what is queued first: no thread takes it up meanwhile
-            for load in loads:
-                end(load)
+        for load in loads:  # what is queued first: no thread takes it up meanwhile
+            self.drop(load)
+        ours = {thread.ident for thread in self._threads}
+        for load in loads:
+            if load.runner not in ours and not load.done.is_set():
+                self._interrupted(load)
+            self.cancel(load)
 
     def close(self) -> None:
         """Stop the threads after the loads they are in. Queued loads fail with ReadError. Safe to call twice."""
@@ -177,6 +184,10 @@ class Loader:
             load.runner = threading.get_ident()
             load.claimed = True
             return True
+
+    def _interrupted(self, load: Load) -> None:
+        load.error = load.error or ReadError(f"{load.what} was not loaded: it was interrupted.")
+        self._end(load)
 
     def _end(self, load: Load) -> None:
         load.done.set()

@@ -76,7 +76,7 @@ class ExpertPool(Filling):
         table = self.table
         table.visit(layer)
         counters = table.counters[layer]
-        taking = Taking(layer, experts)
+        taking = Taking(layer, experts, mends=self._mends)
         if self._settled:
             counters.hits += count * len(experts)
             taking.slots = [self._slot_of(layer, expert) for expert in experts]
@@ -166,7 +166,9 @@ class ExpertPool(Filling):
         return places
 
     def end(self, taking: Taking) -> None:
-        """Give the slots of `taking` back, and those of loads that nobody waited for."""
+        """Give the slots of `taking` back, and those of loads that nobody waited for; after a mend it has none."""
+        if taking.mends != self._mends:
+            return
         self._drain(taking.flights)
         taking.flights.clear()
         self.release(slot for slot in taking.slots if slot >= 0)
@@ -210,7 +212,7 @@ class ExpertPool(Filling):
             ready = [(expert, self._slot_of(layer, expert)) for expert in experts]
             yield from [ready] if together else ([one] for one in ready)
             return
-        beside = self.prefetches.flying
+        mends, beside = self._mends, self.prefetches.flying
         before = self.load_wait_s
         ahead = ahead and prefill and self.transfers is None
         if ahead:
@@ -294,8 +296,9 @@ class ExpertPool(Filling):
                 fill()
             self.prefetches.demanded(demanded, self.load_wait_s - before, beside=beside, prefill=prefill)
         finally:
-            self._drain(flights)
-            self._unpin(pinned)
+            if mends == self._mends:  # else its slots are others' now
+                self._drain(flights)
+                self._unpin(pinned)
 
     def fill(self, layer: int, experts: Collection[int], wanted: frozenset[int] | None = None) -> None:
         """Load what is missing of `experts`, to stay: a layer that runs few of a prompt's tokens is filled for others.

@@ -44,6 +44,7 @@ class Taking:
         flights: the loads under way.
         demanded: the keys whose loads began for this, `beside` prefetches or not.
         waited_s: what had been waited for loads before.
+        mends: how often the pool had been mended when these slots were taken.
     """
 
     layer: int
@@ -53,6 +54,7 @@ class Taking:
     demanded: list[Key] = field(default_factory=list)
     beside: bool = False
     waited_s: float = 0.0
+    mends: int = 0
 
 
 @dataclass(slots=True)
