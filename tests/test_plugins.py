@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,46 @@ def test_a_name_can_be_taken_on_purpose_and_a_cell_run_twice() -> None:
     table["cell"] = one
     table["cell"] = two
     assert table["cell"] is two
+
+
+MAKES = """
+def of(size, then=None):
+    def made():
+        return size, then
+    return made
+
+def loops():
+    def again():
+        return again
+    return again
+
+FOUND = [of(1), of(2), of(1, of), lambda: 1, lambda: 2, *(lambda size=size: size for size in (3, 4)), loops()]
+"""
+
+
+def test_functions_of_one_factory_and_lambdas_of_one_file_are_different(tmp_path: Path) -> None:
+    """And each is the same when its file is run again."""
+    file = tmp_path / "makes.py"
+    file.write_text(MAKES)
+    runs = [import_of(file, f"emoe_plugin_makes_{number}").FOUND for number in range(2)]
+    table: Registry[Any] = Registry("thing", "test-factories", {})
+    for number, made in enumerate(runs[0]):
+        table["it"] = made
+        for again, other in enumerate(runs[1]):
+            if again == number:
+                table["it"] = other
+            else:
+                with pytest.raises(UsageError, match="cannot be called 'it'"):
+                    table["it"] = other
+        del table["it"]
+
+
+def import_of(file: Path, name: str) -> Any:
+    spec = spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = made = module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
 
 
 def test_however_a_name_is_given_it_is_looked_at() -> None:

@@ -18,6 +18,7 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from traceback import extract_tb
+from types import CellType, FunctionType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 from zlib import crc32
 
@@ -115,7 +116,19 @@ def _same(one: object, other: object) -> bool:
     names = [getattr(each, "__qualname__", None) for each in (one, other)]
     if None in names:
         return one is other or bool(one == other)
-    return names[0] == names[1] and _source(one) == _source(other)
+    if names[0] != names[1] or _source(one) != _source(other):
+        return False
+    if isinstance(one, FunctionType) and isinstance(other, FunctionType) and "<" in one.__qualname__:
+        # One factory makes many functions of this name, and one file has many lambdas.
+        return (one.__code__, one.__defaults__) == (other.__code__, other.__defaults__) and _holds(one) == _holds(other)
+    return True
+
+
+def _holds(made: FunctionType) -> list[object]:
+    """The values of a function's closure, for a comparison: functions and classes in it by their names."""
+    cells = [cell for cell in made.__closure__ or () if cell != CellType()]  # an empty one has no value
+    values = [cell.cell_contents for cell in cells]
+    return [(each.__qualname__, _source(each)) if hasattr(each, "__qualname__") else each for each in values]
 
 
 def _source(made: object) -> str | Path:

@@ -67,6 +67,8 @@ def test_without_a_command_it_helps_and_fails(capsys: pytest.CaptureFixture[str]
             ["generate", "x", "-ngl", "99"],
             "emoe generate does not know -ngl: for -ngl there is --device here (`emoe gen",
         ),
+        (["generate", "x", "--prompt", "-ngl"], "argument -p/--prompt: expected one argument"),
+        (["generate", "x", "-p", "Hello", "-ngl", "99"], "for -ngl there is --device here"),
         (["generate", "x", "-np=4", "-tp", "2"], "for -tp there is --expert-devices here"),
         (["generate", "x", "-np", "4"], "emoe generate does not know -np (`emoe generate"),
         (["demo", "-tp", "2"], "emoe demo does not know -tp ("),

@@ -55,12 +55,19 @@ def of_command(word: str, known: Iterable[str]) -> str:
 
 
 def foreign(words: Iterable[str], help_text: Callable[[], str]) -> list[str]:
-    """Options of other tools, if argparse would take one of them for the command's own: `-ngl 99` for `-n gl`."""
-    given = [word.partition("=")[0] for word in itertools.takewhile(lambda word: word != "--", words)]
+    """Options of other tools, if argparse would take one of them for the command's own: `-ngl 99` for `-n gl`.
+
+    One that stands where an option's value has to is left to argparse, which says that the value is missing.
+    """
+    words = list(itertools.takewhile(lambda word: word != "--", words))
+    given = [word.partition("=")[0] for word in words]
     if _OF_LETTERS.isdisjoint(given):
         return []
-    own = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", help_text()))
-    return [word for word in given if word not in own and any(word in names for names in _OPTIONS)]
+    text = help_text()
+    own = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text))
+    valued = set(re.findall(r"(?<![\w-])(--?[a-z][\w-]*) [A-Z{]", text))
+    free = [word for before, word in zip(["", *words], given, strict=False) if before not in valued]
+    return [word for word in free if word not in own and any(word in names for names in _OPTIONS)]
 
 
 def of_options(words: Sequence[str], help_text: str) -> str:
