@@ -76,16 +76,17 @@ def test_the_first_failing_task_is_told_when_none_runs_any_more(crew: Crew) -> N
 
 def test_what_is_urgent_goes_first() -> None:
     crew = Crew(3, "urgent")  # two helpers, one of which may work beside two callers
-    gate, begun, both = threading.Event(), threading.Event(), threading.Event()
+    gate, begun, both = threading.Event(), threading.Semaphore(0), threading.Event()
     order: list[str] = []
 
     def first() -> None:
-        begun.set()
+        begun.release()
         assert gate.wait(5)
 
     callers = [threading.Thread(target=crew.run, args=([first] * 3,))]
     callers[0].start()
-    assert begun.wait(5)
+    for _ in range(3):  # all are taken: who comes next would help with the rest before its own
+        assert begun.acquire(timeout=5)
 
     def queued(name: str, priority: int) -> threading.Thread:
         stuck = threading.Event()

@@ -193,9 +193,14 @@ def test_abandoned_loads_have_ended_and_those_of_others_go_on() -> None:
     started = loader.submit(lambda: run("started"), "a", owner=mine)
     while not started.claimed:
         time.sleep(0.001)
-    loader.submit(lambda: run("queued"), "b", owner=mine)  # nobody knows of it
+    queued = loader.submit(lambda: run("queued"), "b", owner=mine)  # nobody knows of it
     other = loader.submit(lambda: run("other"), "c")
-    threading.Timer(0.02, gate.set).start()
+
+    def let_go() -> None:  # not before the queued one is given up: else the loader's thread could take it
+        queued.done.wait(5)
+        gate.set()
+
+    threading.Thread(target=let_go).start()
     loader.abandon(mine)
     assert ran[0] == "started"
     assert loader.wait(other) == 1
