@@ -125,7 +125,12 @@ def test_a_dense_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     capsys.readouterr()
