@@ -127,6 +127,7 @@ def test_a_name_that_is_taken_is_refused(
         f"from emoe.prediction.registry import {registry}\nclass Mine:\n    pass\n{registry}[{name!r}] = Mine\n"
     )
     monkeypatch.setenv(VARIABLE, str(file))
+    import_module("emoe.simulation.policies")  # its own names are taken from when it is there
     assert main(["plan"]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith(f"emoe: error: {VARIABLE}: {file}: the ")
