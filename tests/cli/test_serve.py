@@ -172,7 +172,7 @@ def test_the_plan_in_numbers(capsys: pytest.CaptureFixture[str]) -> None:
         (["--config", "nothing.toml"], 2, "cannot read --config nothing.toml"),
         (["./nothing"], 2, "there is no directory nothing"),
         (["--max-num-batched-tokens", "8"], 2, "a step of 8 tokens cannot hold 32 requests"),
-        (["--max-num-batched-tokens", "8"], 2, "lower max_running (--max-num-seqs)"),
+        (["--max-num-batched-tokens", "8"], 2, r"lower max_running \(--max-num-seqs\)"),
         (["--max-num-batched-tokens", "8", "--dry-run"], 2, "a step of 8 tokens cannot hold 32 requests"),
         (["--host", "203.0.113.7", "--port", "0"], 2, "cannot listen on 203.0.113.7:0"),
     ],

@@ -69,7 +69,7 @@ def sound(model: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "jamba", "mixtral"])
-def test_no_predictor_changes_a_logit_in_exact(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_predictor_changes_a_logit_in_exact(name: str, tmp_path: Path) -> None:
     path = make_checkpoint(name, tmp_path, seed=3)
     whole, _ = emoe.load(path)
     floor, total = emoe.stats(whole)["floor_bytes"], emoe.stats(whole)["total_expert_bytes"]
@@ -85,15 +85,15 @@ def test_no_predictor_changes_a_logit_in_exact(name: str, tmp_path: Path, monkey
         slow=st.booleans(),
     )
     def check(at: float, seed: int, worst: bool, p: int, batches: list[tuple[int, int]], rule: str, slow: bool) -> None:
-        monkeypatch.setitem(PREDICTORS, "adversary", lambda shape: Adversary(shape, worst, seed))
-        model, _ = emoe.load(
-            path,
-            expert_memory=ExpertMemory("bytes", int(floor + at * (total - floor))),
-            predictor="adversary",
-            replan_prompts=p,
-            eviction=rule,
-            max_read_bytes_per_s=2e7 if slow else None,
-        )
+        with PREDICTORS.meanwhile({"adversary": lambda shape: Adversary(shape, worst, seed)}):
+            model, _ = emoe.load(
+                path,
+                expert_memory=ExpertMemory("bytes", int(floor + at * (total - floor))),
+                predictor="adversary",
+                replan_prompts=p,
+                eviction=rule,
+                max_read_bytes_per_s=2e7 if slow else None,
+            )
         for number, (batch, length) in enumerate(batches):
             inputs = batch_of(seed + number, batch, length)
             for ours, theirs in zip(logits_of(model, inputs, 3), logits_of(whole, inputs, 3), strict=True):
