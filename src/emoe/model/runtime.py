@@ -121,15 +121,14 @@ class Runtime:
                 self.observing = self._begin_prompt()
             elif now.phase == "decode":
                 self.observing = False
-            answering = now.answering() if self.final is not None else None
-            if self.final is None or answering is None or self.final.watched():
-                answering = None
+            final, answering = self.final, now.answering()
+            if final is None or answering is None or final.watched():
+                final, answering = None, None
             self._mine.now, self._mine.answering = now, answering
-            few = self.final.layer if self.final is not None and self.narrows else None
             pools = {id(pool): pool for layer in self.layers.values() for pool in layer.pools}.values()
             for pool in pools:
                 pool.table.begin_pass()
-                pool.early.few = few
+                pool.early.few = None if final is None else final.layer
             for start in self.at_pass_start:
                 start(now)
             if now.phase == "prefill" and (self.mode == "exact" or self.observing):

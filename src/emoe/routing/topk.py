@@ -6,17 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from emoe.checkpoint.settings import TOP_K
 from emoe.errors import UnsupportedModelError
 
-_NAMES = (
-    "top_k",
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_top_k",
-    "moe_k",
-    "top_k_experts",
-)
+_NAMES = ("top_k", *TOP_K)
 
 
 def top_k_of(block: nn.Module, config: Any, layer: int) -> int:
